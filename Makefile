@@ -1,0 +1,77 @@
+# pathfed: what people run. `make demo` and `make test` need nothing but Python 3.11 to 3.13 and a network that reaches a package index.
+#
+#   make demo                 a consortium of one server and three hospital sites on this machine
+#   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
+#   make test                 every test
+#   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
+#   make lint                 formatting, style, types, import contracts
+#   make docs                 the documentation, into site/
+#   make check                lint, docs and test
+#
+# Settings: PYTHON=python3.12  ARGS='--rounds 5' (more options for the demo)  T='tests/client -k ledger' (which tests)
+#           PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' (a CPU build of torch where the index would give a CUDA one)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$python; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# A test file runs in one process from its first test to its last; two files run beside each other (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo bench test lint format docs reference check clean distclean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
+
+demo: $(VENV)/.installed
+	@$(BIN)/pathfed demo $(if $(SLIDES),--slides '$(SLIDES)') $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(PYTEST) $(T)
+
+bench: $(VENV)/.installed-dev
+	@for script in round_overhead demo_time; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Pages made from the code: error pages, command reference, plan reference.
+reference: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+
+check: lint docs test
+
+clean:
+	rm -rf site dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find client common deploy docs server tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# The virtual environment, made once and made again when what it holds changes. The demo needs less than the tests.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'pathfed needs Python 3.11, 3.12 or 3.13; name one with make PYTHON=/path/to/python3.11' >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing pathfed into $(VENV) (some minutes the first time)'
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[client,server,demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo 'installing what the tests need'
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[client,server,demo,dev]'
+	@touch $@

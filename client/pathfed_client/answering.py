@@ -1,0 +1,275 @@
+"""One round at a site, from offer to sealed answer.
+
+The order of the steps is the privacy argument:
+
+    1. gate       signature, addressee, approved plan, round order, base state's digest      public facts only
+    2. resend     an answer already sealed for this very offer goes out again, byte for byte  nothing new is released
+    3. try        the base state on synthetic tiles                                           no patient is touched yet
+    4. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
+    5. train      the private steps, with randomness keyed by all that the release depends on
+    6. seal       update and statement are on the disk before they are sent; then the round's secret is erased
+    7. wait       until the next public time slot; a failure after the charge waits too
+
+Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 5).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from pathfed_client.budget.entry import LedgerEntry
+from pathfed_client.budget.ledger import Ledger
+from pathfed_client.cohort.cohort import Cohort
+from pathfed_client.gate.offer import check_base_state, check_deadline, check_order, open_offer, reply_time
+from pathfed_client.gate.ports import Answer
+from pathfed_client.home import SiteHome
+from pathfed_client.io.run_secrets import RunSecrets, secret_id
+from pathfed_client.io.site_records import ApprovalState, SealedUpdate, StoredApproval
+from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.tile_stream import TileStream
+from pathfed_client.slides.tiling import scan_key
+from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
+from pathfed_common import digest, files
+from pathfed_common.code_digest import code_digest
+from pathfed_common.digest import Digest
+from pathfed_common.encoder import weights
+from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
+from pathfed_common.model import build_model, trained_shapes
+from pathfed_common.objectives.mae import MaskedAutoencoder
+from pathfed_common.plan import Plan
+from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
+from pathfed_common.protocol.messages import RoundOffer
+from pathfed_common.provenance.documents import open_plan
+from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
+from pathfed_common.units import UtcSeconds
+
+_log = logging.getLogger(__name__)
+
+PACKAGES = ("pathfed_client", "pathfed_common")
+_SALT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One accepted offer with what the site holds for it."""
+
+    offer: RoundOffer
+    plan: Plan
+    approval: StoredApproval
+    cohort: Cohort
+
+    @property
+    def mechanism(self) -> PatientMechanism:
+        return self.plan.mechanism(self.approval.declared_patients)
+
+    def context(self) -> dict[str, str | int]:
+        """Everything the release depends on, for the keyed randomness. The cohort's digest keeps it at the site."""
+        return {
+            "plan": self.offer.plan,
+            "run": self.offer.run,
+            "round": self.offer.round_index,
+            "base_state": self.offer.base_state,
+            "cohort": self.cohort.digest,
+            "declared_patients": self.approval.declared_patients,
+            "code": code_digest(PACKAGES),
+            "engine": "serial",
+            "device": "cpu",
+        }
+
+
+class SiteAnswerer:
+    """Answers round offers for one site. Keeps the model of the last plan warm between rounds."""
+
+    def __init__(
+        self, home: SiteHome, store: SiteStore, *, now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._home = home
+        self._store = store
+        self._now = now
+        self._sleep = sleep
+        self._warm: tuple[Digest, MaskedAutoencoder] | None = None
+        torch.set_num_threads(home.policy.threads)
+
+    def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
+        """Answer one offer; see `gate.ports.Answerer`."""
+        try:
+            return self._answer(envelope, base_state)
+        except PathfedError as error:
+            _log.error("%s", error)
+            return Answer(code=error.code.value)
+        except Exception:
+            # The edge towards the server: an exception's text stays here, a code goes out.
+            _log.exception("the round failed")
+            return Answer(code=ErrorCode.SITE_INTERNAL.value)
+
+    def _answer(self, envelope: bytes, base_state: bytes) -> Answer:
+        offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
+        plan, approval = self._approved(offer)
+        check_base_state(offer, base_state)
+        sealed = self._sealed_before(offer)
+        if sealed is None:
+            check_deadline(offer, self._now())
+            _log.info("round %d of run %s: training", offer.round_index, offer.run)
+            sealed = self._train(_Task(offer, plan, approval, self._cohort(plan)), base_state)
+        else:
+            _log.info("round %d of run %s: resending the sealed answer", offer.round_index, offer.run)
+        self._wait_for_slot(offer, plan)
+        path = self._home.root / sealed.update_path
+        if not path.exists() or digest.of_bytes(path.read_bytes()) != sealed.update:
+            raise TransportError(ErrorCode.SITE_INTERNAL, "the sealed update's file is missing or changed", where=path)
+        return Answer(code=None, statement=sealed.statement, update=path)
+
+    def _approved(self, offer: RoundOffer) -> tuple[Plan, StoredApproval]:
+        approval = self._store.approval(offer.plan)
+        if approval is None or approval.state is not ApprovalState.APPROVED:
+            raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "this site has not approved the plan", value=digest.short(offer.plan))
+        return open_plan(approval.signed_plan, self._home.server_card.evidence_key), approval
+
+    def _sealed_before(self, offer: RoundOffer) -> SealedUpdate | None:
+        """The answer sealed for this very round and base state, or None when the round is new."""
+        sealed = self._store.get_sealed(offer.run, offer.round_index)
+        if sealed is not None:
+            statement = UpdateStatement.from_envelope(sealed.statement, self._home.evidence_key.public)
+            if statement.base_state == offer.base_state and statement.plan == offer.plan:
+                return sealed
+        last = self._store.last_sealed(offer.run)
+        check_order(offer, None if last is None else last.round_index, None if last is None else last.update)
+        return None
+
+    def _cohort(self, plan: Plan) -> Cohort:
+        cohort = self._store.cohort(scan_key(plan.cohort))
+        if not cohort.patients:
+            raise SiteDataError(ErrorCode.NOT_SCANNED, "no slide was scanned for this plan", remedy="run `pathfed-site scan` with the plan")
+        return cohort
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        policy = self._home.policy
+        return Ledger(self._store, self._home.evidence_key, delta=policy.delta, max_epsilon=policy.max_epsilon)
+
+    @cached_property
+    def _secrets(self) -> RunSecrets:
+        return RunSecrets(self._home.run_secrets)
+
+    def _train(self, task: _Task, base_state: bytes) -> SealedUpdate:
+        offer, plan = task.offer, task.plan
+        objective = self._objective(plan)
+        state = _open_state(base_state, plan)
+        try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
+        secret = self._secrets.current(offer.run, offer.round_index)
+        context = {**task.context(), "secret": secret_id(secret)}
+        entry = self._ledger.charge(
+            release_id=digest.of_value(context),
+            plan=offer.plan,
+            run=offer.run,
+            round_index=offer.round_index,
+            event=task.mechanism.event(plan.rounds.steps),
+            plan_delta=plan.privacy.delta,
+            plan_limit=plan.privacy.epsilon_limit,
+            now=self._now(),
+        )
+        try:
+            with TileStream(self._store, self._home.slides, plan.cohort) as stream:
+                outcome = run_round(
+                    objective=objective,
+                    base_state=state,
+                    cohort=task.cohort,
+                    tiles=stream,
+                    mechanism=task.mechanism,
+                    tiles_per_patient=plan.cohort.tiles_per_patient,
+                    steps=plan.rounds.steps,
+                    local_learning_rate=plan.rounds.local_learning_rate,
+                    random=KeyedRandom(secret, context),
+                )
+            return self._seal(task, outcome, entry)
+        except Exception:
+            # From the charge on, time may tell how many patients were drawn: a failure, too, leaves at a time slot.
+            self._wait_for_slot(offer, plan)
+            raise
+
+    def _objective(self, plan: Plan) -> MaskedAutoencoder:
+        if self._warm is None or self._warm[0] != plan.digest:
+            self._warm = (plan.digest, build_model(plan))
+        return self._warm[1]
+
+    def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry) -> SealedUpdate:
+        offer = task.offer
+        dtype = getattr(torch, task.plan.wire.dtype)
+        data = weights.dump({name: tensor.to(dtype) for name, tensor in outcome.update.items()}, {"kind": "pathfed-update"})
+        name = f"updates/{offer.run}-{offer.round_index:06d}"
+        path = self._home.root / f"{name}.safetensors"
+        salt = os.urandom(_SALT_BYTES)
+        files.write_atomic(path, data)
+        files.write_atomic(self._home.root / f"{name}.opening", salt, secret=True)
+        statement = self._statement(task, outcome, entry, data, digest.of_bytes(salt + task.cohort.digest.encode()))
+        sealed = SealedUpdate(
+            run=offer.run,
+            round_index=offer.round_index,
+            statement=statement.to_envelope(self._home.evidence_key),
+            update_path=path.relative_to(self._home.root).as_posix(),
+            update=statement.update,
+            at=self._now(),
+        )
+        self._store.put_sealed(sealed)
+        self._secrets.advance(offer.run, offer.round_index)
+        return sealed
+
+    def _statement(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, data: bytes, commitment: Digest) -> UpdateStatement:
+        offer, plan, mechanism, figures = task.offer, task.plan, task.mechanism, outcome.figures
+        previous, head = self._store.last_sealed(offer.run), self._ledger.head
+        assert head is not None, "the round was charged"  # noqa: S101
+        return UpdateStatement(
+            site=self._home.name,
+            run=offer.run,
+            round_index=offer.round_index,
+            plan=offer.plan,
+            base_state=offer.base_state,
+            update=digest.of_bytes(data),
+            update_bytes=len(data),
+            privacy=Privacy(
+                sampling_rate=mechanism.sampling_rate,
+                noise_multiplier=mechanism.noise_multiplier,
+                clip_norm=mechanism.clip_norm,
+                steps=plan.rounds.steps,
+                delta=plan.privacy.delta,
+            ),
+            epsilon_plan=entry.epsilon_plan,
+            epsilon_total=entry.epsilon_total,
+            delta_total=entry.delta,
+            ledger_head=head,
+            code=code_digest(PACKAGES),
+            figures=Figures(
+                loss_sum=figures.loss_sum, loss_sum_std=figures.loss_sum_std, patients=figures.patients, patients_std=figures.patients_std
+            ),
+            reply_slot_s=plan.rounds.reply_slot_s if self._home.policy.reply_slots else None,
+            manifest_commitment=commitment,
+            previous=None if previous is None else digest.of_bytes(previous.statement),
+            issued_at=UtcSeconds(self._now()),
+        )
+
+    def _wait_for_slot(self, offer: RoundOffer, plan: Plan) -> None:
+        if self._home.policy.reply_slots:
+            self._sleep(max(0.0, reply_time(offer, plan.rounds.reply_slot_s, self._now()) - self._now()))
+
+
+def _open_state(base_state: bytes, plan: Plan) -> dict[str, torch.Tensor]:
+    """The base state's tensors, refused unless names and shapes are exactly the plan's.
+
+    Raises:
+        TransportError: PF408, not safetensors, or another model's.
+    """
+    try:
+        state = weights.load(base_state)
+    except ValueError as error:
+        raise TransportError(ErrorCode.BASE_STATE_MISMATCH, f"the base state cannot be read: {error}") from None
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != trained_shapes(plan):
+        raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors are not those of the plan's model")
+    if any(tensor.dtype is not torch.float32 for tensor in state.values()):
+        raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors must be float32")
+    return state

@@ -1,0 +1,359 @@
+"""The site's only wiring place: what each command does, from the parts.
+
+Heavy libraries (torch, Flower, the accountants) are imported by the function that needs them, so that light commands start at once.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathfed_client.gate.site_policy import SitePolicy, check_plan
+from pathfed_client.home import SiteHome, SiteSettings, create_home
+from pathfed_client.io.site_store import SiteStore
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
+from pathfed_common.plan import CohortPlan, Plan
+from pathfed_common.provenance.documents import Approval, open_plan
+from pathfed_common.units import UtcSeconds
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+    from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.scan import ScanReport
+    from pathfed_common.processes import ProcessEnd
+
+HOME_VARIABLE = "PATHFED_SITE_HOME"
+_TICK_S = 0.25
+
+
+def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
+    """Make the site's home; the database with it.
+
+    Raises:
+        SiteDataError: PF201, no slide folder; PF202, no patient list.
+        HostError: PF904, a file cannot be read or written, or the home exists.
+        ProvenanceError: PF602, the server card does not verify.
+    """
+    if not Path(settings.slides).is_dir():
+        raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "the slide folder does not exist", where=settings.slides)
+    if not Path(settings.patients).is_file():
+        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
+    made = create_home(home, settings, policy, files.read_given(server_card))
+    try:
+        SiteStore(made.database).close()
+    except HostError:
+        shutil.rmtree(made.root)
+        raise
+    return made
+
+
+def open_store(home: SiteHome) -> SiteStore:
+    """The site's database.
+
+    Raises:
+        HostError: PF904, no site was initialised there, or the database cannot be opened.
+    """
+    home.settings  # noqa: B018 - a database is never made where there is no site
+    return SiteStore(home.database)
+
+
+def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None]) -> "ScanReport":
+    """Scan the slides under a plan's cohort rules; see `io.scan.scan`."""
+    from pathfed_client.io import scan as scanning
+
+    with closing(open_store(home)) as store:
+        return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress)
+
+
+def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:
+    """Read a plan that the site's server signed.
+
+    Raises:
+        PlanError: PF106, not signed by this site's server.
+    """
+    data = files.read_given(path)
+    return data, open_plan(data, home.server_card.evidence_key)
+
+
+def plan_epsilon(plan: Plan, declared_patients: int, delta: float) -> float:
+    """Epsilon of a site that takes part in every round of a plan."""
+    from pathfed_common.privacy.accounting import epsilon
+
+    rate = plan.sampling_rate(declared_patients)
+    return epsilon(sampling_rate=rate, noise_multiplier=plan.privacy.noise_multiplier, steps=plan.total_steps, delta=delta)
+
+
+def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path) -> Approval:
+    """Approve a plan: check it against the policy and the scan, record it, write the signed approval for the operator.
+
+    Raises:
+        PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
+        SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
+    """
+    from pathfed_client.io.site_records import StoredApproval
+    from pathfed_client.slides.tiling import scan_key
+    from pathfed_common.errors import PrivacyError
+
+    data, plan = read_signed_plan(home, signed_plan)
+    check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
+    with closing(open_store(home)) as store:
+        found = store.summary(scan_key(plan.cohort)).patients
+        if found == 0:
+            raise SiteDataError(
+                ErrorCode.NOT_SCANNED, "no slide was scanned under this plan's rules", remedy=f"pathfed-site scan {signed_plan}"
+            )
+        if found < declared_patients:
+            raise PrivacyError(
+                ErrorCode.COHORT_TOO_SMALL,
+                "the declared number of patients must be a lower bound of the cohort",
+                value=f"declared {declared_patients}, found {found}",
+                remedy="declare a round number at or below the patients you will always have",
+            )
+        approval = Approval(
+            site=home.name,
+            plan=plan.digest,
+            declared_patients=declared_patients,
+            reply_slots=home.policy.reply_slots,
+            approved_at=UtcSeconds(time.time()),
+        )
+        envelope = approval.to_bytes(home.evidence_key)
+        files.write_atomic(out, envelope)
+        store.add_approval(
+            StoredApproval(
+                plan=plan.digest, signed_plan=data, signed_approval=envelope, declared_patients=declared_patients, at=approval.approved_at
+            )
+        )
+    return approval
+
+
+def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
+    """The site's ledger, verified from its first entry to its last.
+
+    Raises:
+        PrivacyError: PF304, it was damaged or tampered with.
+    """
+    from pathfed_client.budget.ledger import Ledger
+
+    ledger = Ledger(store, home.evidence_key, delta=home.policy.delta, max_epsilon=home.policy.max_epsilon)
+    ledger.verify()
+    return ledger
+
+
+def status(home: SiteHome) -> dict[str, Any]:
+    """Where the site stands, for its own eyes."""
+    from pathfed_client.slides.tiling import scan_key
+
+    with closing(open_store(home)) as store:
+        plans = []
+        for approval in store.approvals():
+            plan = open_plan(approval.signed_plan, home.server_card.evidence_key)
+            summary = store.summary(scan_key(plan.cohort))
+            plans.append(
+                {
+                    "plan": plan.name,
+                    "digest": approval.plan,
+                    "state": approval.state.value,
+                    "declared_patients": approval.declared_patients,
+                    "patients": summary.patients,
+                    "tiles": summary.tiles,
+                    "slides": {state.value: count for state, count in summary.slides.items()},
+                    "reasons": {code.value: count for code, count in summary.reasons.items()},
+                }
+            )
+        spent = open_ledger(home, store).spent().epsilon
+    policy = home.policy
+    return {
+        "site": home.name,
+        "server": home.server_card.fleet_address,
+        "epsilon_spent": spent,
+        "epsilon_left": max(0.0, policy.max_epsilon - spent),
+        "delta": policy.delta,
+        "plans": plans,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """A site's figures for a live view: cheap, and nothing verified.
+
+    Attributes:
+        slides: slides looked at.
+        usable: slides with tiles and a patient.
+        patients: patients with a usable tile.
+        epsilon_total: what the last ledger entry says.
+    """
+
+    slides: int
+    usable: int
+    patients: int
+    epsilon_total: float
+
+
+def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
+    """Look at a site's database."""
+    from pathfed_client.budget.ledger import last_charge
+    from pathfed_client.io.site_records import SlideStatus
+    from pathfed_client.slides.tiling import scan_key
+
+    with closing(open_store(home)) as store:
+        summary = store.summary(scan_key(cohort))
+        last = last_charge(store)
+    return Glance(
+        slides=sum(summary.slides.values()),
+        usable=summary.slides.get(SlideStatus.USABLE, 0),
+        patients=summary.patients,
+        epsilon_total=0.0 if last is None else last.epsilon_total,
+    )
+
+
+def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
+    """The verified ledger, with epsilon recomputed from its events by three accountants.
+
+    Raises:
+        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other.
+    """
+    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
+
+    ledger = open_ledger(home, store)
+    entries = ledger.verify()
+    events = [entry.event for entry in entries]
+    delta = home.policy.delta
+    bracket = prv_estimate(events, delta)
+    return {
+        "site": home.name,
+        "head": ledger.head,
+        "delta": delta,
+        "epsilon": check_accountants(events, delta),
+        "epsilon_rdp_bound": rdp_epsilon(events, delta),
+        "epsilon_prv": None if bracket is None else list(bracket),
+        "max_epsilon": home.policy.max_epsilon,
+        "entries": [
+            {
+                "sequence": entry.sequence,
+                "run": entry.run,
+                "round": entry.round_index,
+                "plan": entry.plan,
+                "rate": entry.event.sampling_rate,
+                "sigma": entry.event.noise_multiplier,
+                "steps": entry.event.steps,
+                "epsilon_plan": entry.epsilon_plan,
+                "epsilon_total": entry.epsilon_total,
+                "at": entry.at,
+            }
+            for entry in entries
+        ],
+    }
+
+
+def start(home: SiteHome, tell: Callable[[str], None]) -> None:
+    """Run the site's processes until interrupted.
+
+    Raises:
+        HostError: PF903, a process does not start or will not stay up.
+        TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
+        PrivacyError: PF304, the ledger is damaged.
+    """
+    from pathfed_client.transport.site_engine import SiteFiles, start_site
+    from pathfed_common.processes import Supervisor
+
+    for key in (home.flower_key, home.superexec_secret):
+        files.read_secret(key)
+    with closing(open_store(home)) as store:
+        open_ledger(home, store)
+    _greet(home, tell)
+    flower = home.root / "flower"
+    flower.mkdir(exist_ok=True)
+    supervisor = Supervisor()
+    try:
+        start_site(
+            supervisor,
+            SiteFiles(
+                ca=home.ca_file,
+                fleet_address=home.server_card.fleet_address,
+                flower_key=home.flower_key,
+                superexec_secret=home.superexec_secret,
+                flower=flower,
+                logs=home.logs,
+                runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
+                threads=home.policy.threads,
+            ),
+        )
+        while True:
+            for end in supervisor.poll():
+                _tell_end(end, home, tell)
+            time.sleep(_TICK_S)
+    except KeyboardInterrupt:
+        tell(f"site {home.name}: stopping")
+    finally:
+        supervisor.stop()
+
+
+def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
+    """Say whether the server answers. A certificate that is not its own ends the command; a server that is away is waited for."""
+    from pathfed_client.transport.preflight import check_server
+
+    address = home.server_card.fleet_address
+    try:
+        check_server(address, home.ca_file)
+    except TransportError as error:
+        if error.code is not ErrorCode.SERVER_UNREACHABLE:
+            raise
+        tell(f"{error.code.value} {error.what} ({address}); trying again until it answers")
+    else:
+        tell(f"site {home.name}: connecting to {address}")
+
+
+def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) -> None:
+    from pathfed_client.transport.preflight import explain
+
+    error = explain(end, home.server_card.fleet_address) if end.name == "supernode" else end.error()
+    if not end.restarted:
+        raise error
+    tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")
+
+
+def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
+    """The site's Flower app around its answerer."""
+    from pathfed_client.answering import SiteAnswerer
+    from pathfed_client.transport.flower_client import make_app
+
+    return make_app(SiteAnswerer(home, store))
+
+
+def run_resident(home: SiteHome, address: str) -> None:
+    """The runner's process: answer the SuperNode at `address` until ended."""
+    from pathfed_client.transport import resident_runner
+
+    with closing(open_store(home)) as store:
+        app = make_flower_app(home, store)
+        warm_up(home)
+        resident_runner.run(address, home.superexec_secret, app)
+
+
+def warm_up(home: SiteHome) -> None:
+    """Import the accountants and let them work once, so that the first round's deadline does not pay for it."""
+    from pathfed_common.privacy.accounting import PrivacyEvent, check_accountants
+
+    check_accountants([PrivacyEvent(sampling_rate=0.5, noise_multiplier=2.0, steps=1)], home.policy.delta)
+
+
+def __getattr__(name: str) -> Any:
+    """`flower_app`, which the bundle names. Our runner never loads it by that name; Flower's own ClientApp process would."""
+    if name != "flower_app":
+        raise AttributeError(name)
+    home = SiteHome(Path(os.environ[HOME_VARIABLE]))
+    return make_flower_app(home, SiteStore(home.database))
+
+
+if __name__ == "__main__":
+    from pathfed_common.console import log_to_stderr
+
+    log_to_stderr()
+    run_resident(SiteHome(Path(sys.argv[1])), sys.argv[2])

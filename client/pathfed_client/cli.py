@@ -1,0 +1,172 @@
+"""`pathfed-site`: what a hospital's IT does."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pathfed_client.home import SiteHome
+from pathfed_common import console
+from pathfed_common.console import Json, show
+from pathfed_common.digest import short
+
+if TYPE_CHECKING:
+    from pathfed_client.io.scan import ScanReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
+
+Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
+PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
+_HOME = Path("pathfed-site")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
+    slides: Annotated[Path, typer.Option(help="Folder with the slides; it is only ever read.")],
+    patients: Annotated[Path, typer.Option(help="CSV with the columns slide and patient.")],
+    server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
+    max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
+    delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads training may use.")] = 1,
+    reply_slots: Annotated[bool, typer.Option(help="Reply at the plan's public time slots. Off is for demos and benchmarks.")] = True,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Make the site's home, keys and database."""
+    from pathfed_client import app as site
+    from pathfed_client.gate.site_policy import SitePolicy
+    from pathfed_client.home import SiteSettings
+    from pathfed_common.settings import checked
+
+    settings = checked(SiteSettings, {"name": name, "slides": str(slides.resolve()), "patients": str(patients.resolve())})
+    policy = checked(SitePolicy, {"max_epsilon": max_epsilon, "delta": delta, "threads": threads, "reply_slots": reply_slots})
+    made = site.init(home, settings, policy, server_card)
+    show(
+        {"home": str(made.root), "site_card": str(made.card_file), "evidence_key": made.evidence_key.public.to_text()},
+        as_json=as_json,
+        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone.",
+    )
+
+
+@app.command()
+def scan(plan: PlanFile, home: Home = _HOME, as_json: Json = False) -> None:
+    """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
+    from pathfed_client import app as site
+    from pathfed_client.io.scan import CohortEmptyError
+
+    here = SiteHome(home)
+    _, found = site.read_signed_plan(here, plan)
+    columns = (TextColumn("scan"), BarColumn(), MofNCompleteColumn(), TextColumn("slides"), TimeElapsedColumn())
+    with Progress(*columns, console=console.err, transient=True, disable=as_json) as bar:
+        task = bar.add_task("scan", total=None)
+        empty: CohortEmptyError | None = None
+        try:
+            report = site.scan(here, found.cohort, lambda done, total: bar.update(task, completed=done, total=total))
+        except CohortEmptyError as error:
+            report, empty = error.report, error
+    if as_json:
+        show(report.to_dict() if empty is None else {"error": empty.to_dict(), "report": report.to_dict()}, as_json=True)
+        raise typer.Exit(0 if empty is None else empty.exit_status)
+    _show_scan(report)
+    if empty is not None:
+        raise empty
+
+
+def _show_scan(report: "ScanReport") -> None:
+    """What a scan found, for people: counts, then everything that needs a look."""
+    figures = {"slides": len(report.slides), "read": report.slides_read, "patients": report.patients, "tiles": report.tiles}
+    show(figures, as_json=False, title="scan")
+    refused = [{"slide": one.path, "code": one.reason, "why": one.detail} for one in report.slides if one.reason is not None]
+    absent = [{"line": one.line, "slide": one.slide, "code": one.code, "ambiguous": one.ambiguous} for one in report.not_found]
+    without = [{"lines": one.lines, "code": one.code} for one in report.patients_without_tile]
+    twins = [{"slide": first, "same as": second} for first, second in report.same_content]
+    sections = (
+        ("slides that are not used", refused),
+        ("lines of the patient list without one slide", absent),
+        ("patients without a usable tile, by their lines in the list", without),
+        ("WARNING: equal slides listed for different patients; one line of the list may be wrong", twins),
+    )
+    for title, rows in sections:
+        if rows:
+            show(rows, as_json=False, title=title)
+
+
+@app.command()
+def approve(
+    plan: PlanFile,
+    patients_at_least: Annotated[
+        int, typer.Option(min=1, help="A public lower bound of the patients you contribute; it sets the sampling rate.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where the signed approval is written; in the home if not given.")] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Approve a plan by its digest, inside this site's policy, and write the approval for the operator."""
+    from pathfed_client import app as site
+
+    here = SiteHome(home)
+    data, found = site.read_signed_plan(here, plan)
+    del data
+    target = out or home / f"approval-{short(found.digest)}.dsse"
+    given = site.approve(here, plan, patients_at_least, target)
+    epsilon = site.plan_epsilon(found, patients_at_least, here.policy.delta)
+    show(
+        {
+            "plan": given.plan,
+            "declared_patients": given.declared_patients,
+            "epsilon_of_a_whole_run": epsilon,
+            "delta": here.policy.delta,
+            "approval": str(target),
+        },
+        as_json=as_json,
+        title="Approved. Hand the approval to the operator.",
+    )
+
+
+@app.command()
+def start(home: Home = _HOME, as_json: Json = False) -> None:
+    """Connect to the server and answer its offers, until Ctrl-C."""
+    from pathfed_client import app as site
+
+    console.end_on_terminate()
+
+    site.start(SiteHome(home), console.teller(as_json=as_json))
+
+
+@app.command()
+def status(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show plans, slides and budget."""
+    from pathfed_client import app as site
+
+    found = site.status(SiteHome(home))
+    if as_json:
+        show(found, as_json=True)
+        return
+    plans = found.pop("plans")
+    show(found, as_json=False, title=f"site {found['site']}")
+    for plan in plans:
+        show(plan, as_json=False, title=f"plan {plan['plan']}")
+
+
+@app.command()
+def ledger(home: Home = _HOME, as_json: Json = False) -> None:
+    """Verify the privacy ledger and recompute what every plan has cost, by three accountants."""
+    from pathfed_client import app as site
+
+    here = SiteHome(home)
+    with closing(site.open_store(here)) as store:
+        found = site.ledger_report(here, store)
+    if as_json:
+        show(found, as_json=True)
+        return
+    entries = found.pop("entries")
+    show(found, as_json=False, title="The ledger is whole: every entry signed, chained and in order.")
+    show(entries, as_json=False, title="charges")
+
+
+def main() -> None:
+    """The command line."""
+    console.run(app)

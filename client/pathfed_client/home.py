@@ -1,0 +1,174 @@
+"""A site's home folder: settings, policy, keys, database, sealed updates, logs. Everything of a client's is under it but the slides.
+
+site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db
+keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
+secrets/   one chain of secrets per run (pathfed_client.io.run_secrets); leave it out of backups
+updates/   sealed updates, resent as they are
+logs/      one file per process
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import Field
+
+from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.io.run_secrets import RunSecrets
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.ids import SiteName, site_name
+from pathfed_common.provenance.documents import ServerCard, SiteCard
+from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.settings import Settings, read_settings, to_toml
+
+_SECRET_BYTES = 32
+
+
+class SiteSettings(Settings):
+    """`site.toml` of a site."""
+
+    #: The site's name in the consortium: lower-case letters, digits and inner hyphens.
+    name: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")
+    #: Folder with the slides, read recursively and only ever read.
+    slides: str
+    #: CSV export of the lab system with the columns slide and patient.
+    patients: str
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """The home at `root`. Reading a part that is not there raises HostError PF904."""
+
+    root: Path
+
+    @cached_property
+    def settings(self) -> SiteSettings:
+        """`site.toml`."""
+        return read_settings(SiteSettings, self.root / "site.toml")
+
+    @cached_property
+    def policy(self) -> SitePolicy:
+        """`policy.toml`."""
+        return read_settings(SitePolicy, self.root / "policy.toml")
+
+    @property
+    def name(self) -> SiteName:
+        """The site's name."""
+        return site_name(self.settings.name)
+
+    @property
+    def slides(self) -> Path:
+        """The slides' folder."""
+        return Path(self.settings.slides)
+
+    @property
+    def patients(self) -> Path:
+        """The patient list."""
+        return Path(self.settings.patients)
+
+    @property
+    def database(self) -> Path:
+        """The site database."""
+        return self.root / "site.db"
+
+    @property
+    def updates(self) -> Path:
+        """Folder of sealed updates."""
+        return self.root / "updates"
+
+    @property
+    def run_secrets(self) -> Path:
+        """Folder of the runs' secret chains."""
+        return self.root / "secrets"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of logs."""
+        return self.root / "logs"
+
+    @property
+    def ca_file(self) -> Path:
+        """The consortium's CA certificate, pinned at init."""
+        return self.root / "ca.pem"
+
+    @property
+    def flower_key(self) -> Path:
+        """Private Flower node key, OpenSSH form."""
+        return self.root / "keys" / "flower"
+
+    @property
+    def superexec_secret(self) -> Path:
+        """Secret between SuperNode and runner."""
+        return self.root / "keys" / "superexec.secret"
+
+    @cached_property
+    def evidence_key(self) -> SigningKey:
+        """The key that signs what this site states."""
+        return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+
+    @cached_property
+    def pseudonym_key(self) -> bytes:
+        """Key of the patients' pseudonyms. Never leaves the site."""
+        return files.read_secret(self.root / "keys" / "pseudonym.key")
+
+    @cached_property
+    def server_card(self) -> ServerCard:
+        """The server this site belongs to, pinned at init."""
+        return ServerCard.from_bytes(self._read("server-card.dsse"))
+
+    @property
+    def card_file(self) -> Path:
+        """The site's own card, to hand to the operator."""
+        return self.root / "site-card.dsse"
+
+    def _read(self, name: str) -> bytes:
+        path = self.root / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise HostError(
+                ErrorCode.HOME_UNUSABLE,
+                f"cannot be read: {error.strerror}",
+                where=path,
+                remedy="run `pathfed-site init` first, or give the right --home",
+            ) from None
+
+
+def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_card: bytes) -> SiteHome:
+    """Make a site's home with fresh keys; whole or not at all.
+
+    Raises:
+        HostError: PF904, something is there already, or it cannot be written.
+        ProvenanceError: PF602, the server card does not verify.
+    """
+    card = ServerCard.from_bytes(server_card)
+    files.create_folder(root, lambda part: _fill(part, settings, policy, card, server_card))
+    return SiteHome(root)
+
+
+def _fill(part: Path, settings: SiteSettings, policy: SitePolicy, card: ServerCard, server_card: bytes) -> None:
+    for folder in ("keys", "updates", "logs"):
+        (part / folder).mkdir(mode=0o700)
+    RunSecrets.create(part / "secrets")
+    evidence = SigningKey.generate()
+    flower = ec.generate_private_key(ec.SECP384R1())
+    private = flower.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    public = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    secrets = {
+        "evidence.pem": evidence.to_pem(),
+        "flower": private,
+        "pseudonym.key": os.urandom(_SECRET_BYTES),
+        "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode(),
+    }
+    for name, data in secrets.items():
+        files.write_atomic(part / "keys" / name, data, secret=True)
+    own = SiteCard(site=site_name(settings.name), evidence_key=evidence.public, flower_key=public.decode())
+    files.write_atomic(part / "site-card.dsse", own.to_bytes(evidence))
+    files.write_atomic(part / "server-card.dsse", server_card)
+    files.write_atomic(part / "ca.pem", card.ca_pem.encode())
+    files.write_atomic(part / "site.toml", to_toml(settings, "pathfed site; see docs/reference/settings.md").encode())
+    files.write_atomic(part / "policy.toml", to_toml(policy, "This hospital's own limits; see docs/reference/settings.md").encode())

@@ -1,0 +1,467 @@
+"""The site's database: slides, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
+
+The only module of the client that imports a database library. Guarantees:
+
+- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all;
+- ledger entries are append-only and gapless, enforced by triggers inside the database;
+- several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
+- the file is readable by its owner alone: it holds slide names.
+"""
+
+import shutil
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles
+from pathfed_client.io.site_records import (
+    ApprovalState,
+    Event,
+    ScanSummary,
+    SealedUpdate,
+    SlideRecord,
+    SlideStatus,
+    StoredApproval,
+)
+from pathfed_client.slides.tiling import TileGrid
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 60
+#: Below this, bytes, a disk counts as full: SQLite's shared-memory file alone takes half of it.
+_LEAST_FREE = 64 * 1024
+
+_META = sa.MetaData()
+
+_VERSION = sa.Table("schema_version", _META, sa.Column("version", sa.Integer, primary_key=True))
+
+_SLIDE = sa.Table(
+    "slide",
+    _META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("scan_key", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("mtime_ns", sa.Integer, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("detail", sa.Text),
+    sa.Column("patient", sa.Text),
+    sa.Column("mpp", sa.Float),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("tile_count", sa.Integer, nullable=False),
+    sa.Column("grid_side", sa.Integer),
+    sa.Column("grid_level", sa.Integer),
+    sa.Column("grid_level_px", sa.Integer),
+    sa.Column("corners", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("path", "scan_key"),
+    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND grid_side IS NOT NULL)"),
+    sa.Index("slide_cohort", "scan_key", "status", "patient"),
+    sqlite_autoincrement=True,
+)
+
+_APPROVAL = sa.Table(
+    "approval",
+    _META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("plan", sa.Text, nullable=False, index=True),
+    sa.Column("signed_plan", sa.LargeBinary, nullable=False),
+    sa.Column("signed_approval", sa.LargeBinary, nullable=False),
+    sa.Column("declared_patients", sa.Integer, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+_SEALED = sa.Table(
+    "sealed_update",
+    _META,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("round_index", sa.Integer, primary_key=True),
+    sa.Column("statement", sa.LargeBinary, nullable=False),
+    sa.Column("update_path", sa.Text, nullable=False),
+    sa.Column("update", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+_LEDGER = sa.Table(
+    "ledger_entry",
+    _META,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("entry", sa.LargeBinary, nullable=False),
+)
+
+_EVENT = sa.Table(
+    "event",
+    _META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("code", sa.Text),
+    sa.Column("detail", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+# The insert trigger also stops INSERT OR REPLACE, which deletes without firing the delete trigger.
+_TRIGGERS = (
+    "CREATE TRIGGER ledger_entry_no_update BEFORE UPDATE ON ledger_entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER ledger_entry_no_delete BEFORE DELETE ON ledger_entry BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER ledger_entry_gapless BEFORE INSERT ON ledger_entry"
+    " WHEN EXISTS (SELECT 1 FROM ledger_entry) AND NEW.sequence <> (SELECT max(sequence) + 1 FROM ledger_entry)"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is gapless'); END",
+)
+
+
+class SiteStore:
+    """One site's database. Usable as a context manager; `close` gives its connections back.
+
+    Implements the ledger's storage port (`entries`, `append`).
+
+    Raises (every method):
+        HostError: the disk is full (PF901), or the file cannot be opened, locked, read or written (PF904).
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the database, making it if it is not there. Its folder must exist.
+
+        Raises:
+            HostError: made by a newer pathfed (PF905), or see above.
+        """
+        self.path = path
+        try:
+            path.touch(mode=0o600, exist_ok=True)
+        except OSError as error:
+            raise HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be opened: {error.strerror}", where=path) from error
+        self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
+        sa.event.listen(self._engine, "connect", _on_connect)
+        sa.event.listen(self._engine, "begin", _on_begin)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. Safe to call twice."""
+        self._engine.dispose()
+
+    def _prepare(self) -> None:
+        with self._transaction() as connection:
+            if sa.inspect(connection).has_table(_VERSION.name):
+                found = connection.execute(sa.select(_VERSION.c.version)).scalar_one()
+                if found > SCHEMA_VERSION:
+                    raise HostError(
+                        ErrorCode.SETTINGS_INVALID,
+                        "the site database was made by a newer pathfed",
+                        where=self.path,
+                        value=f"schema {found}, this version knows {SCHEMA_VERSION}",
+                        remedy="install that pathfed version again",
+                    )
+                return
+            _META.create_all(connection)
+            for trigger in _TRIGGERS:
+                connection.exec_driver_sql(trigger)
+            connection.execute(sa.insert(_VERSION).values(version=SCHEMA_VERSION))
+
+    @contextmanager
+    def _transaction(self, *, write: bool = True) -> Iterator[sa.Connection]:
+        """One transaction, committed on leaving; database errors become ours."""
+        try:
+            with self._engine.connect().execution_options(pathfed_write=write) as connection, connection.begin():
+                yield connection
+        except sa.exc.DatabaseError as error:
+            raise _host_error(error, self.path) from error
+
+    # Slides
+
+    def upsert_slide(self, record: SlideRecord, corners: NDArray[np.int32] | None = None) -> SlideId:
+        """Store a slide under its path and scan key, replacing what was there.
+
+        A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
+        cohort's digest changes with its slides.
+
+        Args:
+            record: the slide.
+            corners: int32 (n, 2), top-left (x, y) of its tiles, level-0 pixels; None for no tile.
+
+        Returns:
+            The slide's number.
+
+        Raises:
+            ValueError: `record.tile_count` is not the number of corners.
+        """
+        blob = b"" if corners is None else np.ascontiguousarray(corners, "<i4").tobytes()
+        if len(blob) != 8 * record.tile_count:
+            raise ValueError(f"record.tile_count must be the number of corners, got {record.tile_count} and {len(blob) // 8}")
+        values = _slide_values(record) | {"corners": zlib.compress(blob, level=6)}
+        same_place = (_SLIDE.c.path == record.path) & (_SLIDE.c.scan_key == record.scan_key)
+        same_file = (
+            same_place
+            & (_SLIDE.c.fingerprint == record.fingerprint)
+            & (_SLIDE.c.size == record.size)
+            & (_SLIDE.c.mtime_ns == record.mtime_ns)
+        )
+        with self._transaction() as connection:
+            connection.execute(sa.delete(_SLIDE).where(same_place & ~same_file))
+            statement = sqlite_insert(_SLIDE).values(**values)
+            statement = statement.on_conflict_do_update(index_elements=["path", "scan_key"], set_=values)
+            return SlideId(connection.execute(statement.returning(_SLIDE.c.id)).scalar_one())
+
+    def set_slide_state(
+        self,
+        slide: SlideId,
+        *,
+        status: SlideStatus,
+        reason: ErrorCode | None = None,
+        detail: str | None = None,
+        patient: Pseudonym | None = None,
+    ) -> None:
+        """Change who a slide belongs to and whether it counts, without reading it again; its tiles stay.
+
+        Raises:
+            KeyError: there is no such slide.
+        """
+        values = {"status": status.value, "reason": None if reason is None else reason.value, "detail": detail, "patient": patient}
+        with self._transaction() as connection:
+            changed = connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == slide).values(**values)).rowcount
+        if not changed:
+            raise KeyError(f"no slide {slide}")
+
+    def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
+        """All slides scanned under these rules, in order of their paths."""
+        columns = [column for column in _SLIDE.c if column.name != "corners"]
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(sa.select(*columns).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
+        return {SlideId(row.id): _slide_record(row) for row in rows}
+
+    def cohort(self, scan_key: Digest) -> Cohort:
+        """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan."""
+        query = (
+            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.corners)
+            .where((_SLIDE.c.scan_key == scan_key) & (_SLIDE.c.status == SlideStatus.USABLE.value))
+            .order_by(_SLIDE.c.patient, _SLIDE.c.id)
+        )
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(query).all()
+        return Cohort(
+            tuple(
+                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners)) for row in group))
+                for name, group in groupby(rows, key=lambda row: row.patient)
+            )
+        )
+
+    def summary(self, scan_key: Digest) -> ScanSummary:
+        """Counts for `status` and the scan's report. Depends on patients: it stays at the site."""
+        here = _SLIDE.c.scan_key == scan_key
+        usable = here & (_SLIDE.c.status == SlideStatus.USABLE.value)
+        with self._transaction(write=False) as connection:
+            statuses = connection.execute(sa.select(_SLIDE.c.status, sa.func.count()).where(here).group_by(_SLIDE.c.status)).all()
+            reasons = connection.execute(
+                sa.select(_SLIDE.c.reason, sa.func.count()).where(here & _SLIDE.c.reason.is_not(None)).group_by(_SLIDE.c.reason)
+            ).all()
+            totals = sa.select(sa.func.count(sa.distinct(_SLIDE.c.patient)), sa.func.coalesce(sa.func.sum(_SLIDE.c.tile_count), 0))
+            patients, tiles = connection.execute(totals.where(usable)).one()
+        return ScanSummary(
+            slides={SlideStatus(name): count for name, count in statuses},
+            reasons={ErrorCode(code): count for code, count in reasons},
+            patients=patients,
+            tiles=tiles,
+        )
+
+    # The ledger's storage port
+
+    def entries(self) -> list[bytes]:
+        """All ledger entries in order of their sequence numbers."""
+        with self._transaction(write=False) as connection:
+            return list(connection.execute(sa.select(_LEDGER.c.entry).order_by(_LEDGER.c.sequence)).scalars())
+
+    def append(self, sequence: int, entry: bytes) -> None:
+        """Add one ledger entry; on the disk when this returns.
+
+        Raises:
+            PrivacyError: the number is taken or leaves a gap (PF304): another process appended, or the ledger was tampered with.
+        """
+        try:
+            with self._transaction() as connection:
+                connection.execute(sa.insert(_LEDGER).values(sequence=sequence, entry=entry))
+        except HostError as error:
+            if not isinstance(error.__cause__, sa.exc.IntegrityError):
+                raise
+            raise PrivacyError(
+                ErrorCode.LEDGER_DAMAGED,
+                "the ledger takes entries at its end only",
+                where=self.path,
+                value=f"sequence {sequence}",
+                remedy="run one client per site home, then `pathfed-site ledger` to check the ledger",
+            ) from error
+
+    # Sealed updates
+
+    def put_sealed(self, sealed: SealedUpdate) -> None:
+        """Keep a finished round's answer. Storing the same answer twice changes nothing.
+
+        Raises:
+            TransportError: the round was already answered otherwise (PF409).
+        """
+        with self._transaction() as connection:
+            found = connection.execute(_one_sealed(sealed.run, sealed.round_index)).one_or_none()
+            if found is None:
+                connection.execute(sa.insert(_SEALED).values(**asdict(sealed)))
+            elif (found.statement, found.update) != (sealed.statement, sealed.update):
+                raise TransportError(
+                    ErrorCode.ROUND_OUT_OF_ORDER,
+                    "this round was already answered with another update",
+                    where=f"run {sealed.run}, round {sealed.round_index}",
+                )
+
+    def get_sealed(self, run: str, round_index: int) -> SealedUpdate | None:
+        """The answer to a round, or None when it was not answered yet."""
+        with self._transaction(write=False) as connection:
+            row = connection.execute(_one_sealed(run, round_index)).one_or_none()
+        return None if row is None else _sealed(row)
+
+    def last_sealed(self, run: str) -> SealedUpdate | None:
+        """The answer to the latest answered round of a run, or None."""
+        query = sa.select(_SEALED).where(_SEALED.c.run == run).order_by(_SEALED.c.round_index.desc()).limit(1)
+        with self._transaction(write=False) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _sealed(row)
+
+    # Approvals
+
+    def add_approval(self, approval: StoredApproval) -> None:
+        """Record the site's word on a plan; the latest word on a plan counts, earlier ones are kept."""
+        with self._transaction() as connection:
+            connection.execute(sa.insert(_APPROVAL).values(**asdict(approval) | {"state": approval.state.value}))
+
+    def withdraw_approval(self, plan: Digest, *, at: float) -> None:
+        """Take an approval back, from `at` (UTC seconds) on.
+
+        Raises:
+            TransportError: the plan is not approved (PF407).
+        """
+        current = self.approval(plan)
+        if current is None or current.state is not ApprovalState.APPROVED:
+            raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "there is no approval to withdraw", where=plan)
+        self.add_approval(replace(current, at=at, state=ApprovalState.WITHDRAWN))
+
+    def approval(self, plan: Digest) -> StoredApproval | None:
+        """The latest word on a plan, or None."""
+        query = sa.select(_APPROVAL).where(_APPROVAL.c.plan == plan).order_by(_APPROVAL.c.id.desc()).limit(1)
+        with self._transaction(write=False) as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _approval(row)
+
+    def approvals(self) -> list[StoredApproval]:
+        """The latest word on each plan, in order of time."""
+        latest = sa.select(sa.func.max(_APPROVAL.c.id)).group_by(_APPROVAL.c.plan)
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(sa.select(_APPROVAL).where(_APPROVAL.c.id.in_(latest)).order_by(_APPROVAL.c.id)).all()
+        return [_approval(row) for row in rows]
+
+    # Log book
+
+    def add_event(self, event: Event) -> None:
+        """Write one line into the site's log book."""
+        with self._transaction() as connection:
+            connection.execute(sa.insert(_EVENT).values(**asdict(event) | {"code": None if event.code is None else event.code.value}))
+
+    def events(self, limit: int = 100) -> list[Event]:
+        """The latest lines, oldest first."""
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(sa.select(_EVENT).order_by(_EVENT.c.id.desc()).limit(limit)).all()
+        return [
+            Event(at=row.at, kind=row.kind, code=None if row.code is None else ErrorCode(row.code), detail=row.detail)
+            for row in reversed(rows)
+        ]
+
+
+def _on_connect(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # BEGIN is ours (below): the driver would start its transactions too late
+    for pragma in (f"busy_timeout = {BUSY_TIMEOUT_S * 1000}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    # A writer takes the lock at once: a read that later turns into a write may fail without waiting.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("pathfed_write", True) else "BEGIN")
+
+
+def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
+    text = str(error.orig)
+    # SQLite calls it an I/O error where its shared-memory file cannot grow.
+    if "disk is full" in text or ("disk I/O error" in text and shutil.disk_usage(path.parent).free < _LEAST_FREE):
+        return HostError(
+            ErrorCode.DISK_FULL,
+            "the disk is full; nothing was half-written",
+            where=path,
+            remedy="free space there and run the command again",
+        )
+    return HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be used: {text}", where=path)
+
+
+def _slide_values(record: SlideRecord) -> dict[str, Any]:
+    grid = record.grid
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "grid"}
+    return values | {
+        "status": record.status.value,
+        "reason": None if record.reason is None else record.reason.value,
+        "grid_side": None if grid is None else grid.side,
+        "grid_level": None if grid is None else grid.level,
+        "grid_level_px": None if grid is None else grid.level_px,
+    }
+
+
+def _slide_record(row: sa.Row[Any]) -> SlideRecord:
+    return SlideRecord(
+        path=row.path,
+        fingerprint=row.fingerprint,
+        size=row.size,
+        mtime_ns=row.mtime_ns,
+        scan_key=row.scan_key,
+        status=SlideStatus(row.status),
+        reason=None if row.reason is None else ErrorCode(row.reason),
+        detail=row.detail,
+        patient=row.patient,
+        mpp=row.mpp,
+        width=row.width,
+        height=row.height,
+        tile_count=row.tile_count,
+        grid=None if row.grid_side is None else TileGrid(row.grid_side, row.grid_level, row.grid_level_px),
+    )
+
+
+def _corners(blob: bytes) -> NDArray[np.int32]:
+    return np.frombuffer(zlib.decompress(blob), "<i4").astype(np.int32, copy=False).reshape(-1, 2)
+
+
+def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:
+    return sa.select(_SEALED).where((_SEALED.c.run == run) & (_SEALED.c.round_index == round_index))
+
+
+def _sealed(row: sa.Row[Any]) -> SealedUpdate:
+    return SealedUpdate(**row._mapping)
+
+
+def _approval(row: sa.Row[Any]) -> StoredApproval:
+    fields = {name: value for name, value in row._mapping.items() if name not in ("id", "state")}
+    return StoredApproval(**fields, state=ApprovalState(row.state))

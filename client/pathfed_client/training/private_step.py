@@ -1,0 +1,161 @@
+"""The private step: drawn patients in, one noised release out.
+
+Guarantees:
+    - One step is one Poisson-subsampled Gaussian event of `PatientMechanism`, if the caller drew the patients with its rate: each
+      contributes one vector of norm at most C, and every released coordinate carries noise of std sigma * C.
+    - **It releases whatever happens to a patient.** A tile that does not decode, memory that runs out, a loss that is not finite: that
+      patient contributes zero to everything, the count included, and the step goes on. Whether a release comes out therefore depends on
+      public facts only. Only faults of the code or the plan raise, and they do so before the first patient.
+    - An empty step releases noise.
+    - Noise is keyed by the parameter's name: it depends on `random`, the name and the shape, never on data or order.
+    - The sum is divided by the public B. The actual number of patients appears in no divisor, length or key.
+    - Noise is added in fp64 and the sum rounded once to fp32.
+    - Peak memory beside the activations: one gradient, one fp32 accumulator, one chunk of noise.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pathfed_client.training.engines.serial import JointSum, NotContributed, PatientTiles, add_patient, check_objective, clear_gradients
+from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
+
+_log = logging.getLogger(__name__)
+
+#: Reads one drawn patient's tiles when it is called; raises `NotContributed` where there is no readable one.
+PatientLoader = Callable[[], PatientTiles]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedFigures:
+    """Noised figures and the std of their noise. They add up, over steps and over sites.
+
+    Attributes:
+        loss_sum: noised sum over patients of the clamped loss.
+        loss_sum_std: std of its noise.
+        patients: noised number of patients who contributed.
+        patients_std: std of its noise.
+    """
+
+    loss_sum: float
+    loss_sum_std: float
+    patients: float
+    patients_std: float
+
+    def __add__(self, other: "ReleasedFigures") -> "ReleasedFigures":
+        return ReleasedFigures(
+            loss_sum=self.loss_sum + other.loss_sum,
+            loss_sum_std=math.hypot(self.loss_sum_std, other.loss_sum_std),
+            patients=self.patients + other.patients,
+            patients_std=math.hypot(self.patients_std, other.patients_std),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """What one private step gives away.
+
+    Attributes:
+        gradients: name to (noised sum of clipped gradients) / B, fp32.
+        figures: noised loss and patient count.
+    """
+
+    gradients: dict[str, Tensor]
+    figures: ReleasedFigures
+
+
+@dataclass
+class SiteNotes:
+    """What happened to patients in a step or round. Sensitive: it stays at the site, in its own log at most.
+
+    Attributes:
+        patients_drawn: patients the steps drew.
+        failures: why a drawn patient contributed zero, one short text each.
+    """
+
+    patients_drawn: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def private_step(
+    objective: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    drawn: Iterable[PatientLoader],
+    mechanism: PatientMechanism,
+    random: KeyedRandom,
+    *,
+    notes: SiteNotes | None = None,
+) -> Release:
+    """Sum the drawn patients' clipped vectors, add noise, divide by B.
+
+    Args:
+        objective: the model with its loss; see `engines.serial.Objective`.
+        parameters: its trainable parameters by name. They are read, never changed.
+        drawn: one loader for each drawn patient.
+        mechanism: the public constants.
+        random: the step's own source; never used for another step.
+        notes: filled in with what stays at the site.
+
+    Raises:
+        ValueError: the objective would couple patients (`engines.serial.check_objective`).
+    """
+    check_objective(objective, parameters)
+    notes = SiteNotes() if notes is None else notes
+    total = JointSum(parameters)
+    for load in drawn:
+        notes.patients_drawn += 1
+        failure = _contribute(objective, parameters, load, mechanism, total)
+        if failure is not None:
+            notes.failures.append(failure)
+            _log.info("a drawn patient contributes zero: %s", failure)
+    clear_gradients(parameters)
+    return _release(total, mechanism, random)
+
+
+def _contribute(
+    objective: nn.Module, parameters: Mapping[str, nn.Parameter], load: PatientLoader, mechanism: PatientMechanism, total: JointSum
+) -> str | None:
+    """Add one patient; the reason where that patient contributes zero."""
+    try:
+        add_patient(objective, parameters, load(), mechanism, total)
+    except NotContributed as reason:
+        return str(reason)
+    except Exception as error:
+        # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
+        # The type alone is kept: the text could name a slide, and the traceback would keep the patient's gradient in memory.
+        return type(error).__name__
+    finally:
+        clear_gradients(parameters)
+    return None
+
+
+def _release(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> Release:
+    """Noise on every coordinate of the joint sum; its gradients are turned into the release in place."""
+    for name in sorted(total.gradients):
+        _add_noise(total.gradients[name], mechanism.noise_std, random.child("noise", name))
+        total.gradients[name].div_(mechanism.expected_patients)
+    noise = next(random.child("figure noise").normal_chunks(2)) * mechanism.noise_std
+    loss_joint = total.loss_shares * mechanism.figure_scale + float(noise[0])
+    patients_joint = total.patients * mechanism.figure_scale + float(noise[1])
+    figures = ReleasedFigures(
+        loss_sum=loss_joint / mechanism.figure_scale * mechanism.loss_bound,
+        loss_sum_std=mechanism.loss_sum_std,
+        patients=patients_joint / mechanism.figure_scale,
+        patients_std=mechanism.patients_std,
+    )
+    return Release(gradients=total.gradients, figures=figures)
+
+
+def _add_noise(values: Tensor, std: float, random: KeyedRandom) -> None:
+    """Add N(0, std^2) to every number of an fp32 tensor in place, chunk by chunk, each sum computed in fp64 and rounded once."""
+    flat = values.view(-1)
+    start = 0
+    for chunk in random.normal_chunks(len(flat)):
+        part = flat[start : start + len(chunk)]
+        part.copy_(part.double().add_(torch.from_numpy(chunk).to(part.device), alpha=std))
+        start += len(chunk)

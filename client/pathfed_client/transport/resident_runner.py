@@ -1,0 +1,94 @@
+"""A resident runner: takes Flower's ClientApp tasks from the SuperNode and answers them with the installed app.
+
+Flower starts a fresh process for every message and puts the bundle's folder first on sys.path, where it could shadow installed code. The
+runner does neither: it uses Flower's own runtime client and message functions, never unpacks a bundle, refuses any whose digest is not the
+one this version ships, and stays warm between rounds. These are private functions of Flower; flwr is pinned exactly, and
+tests/client/transport/test_flower_contract.py fails when they move.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode as FlowerErrorCode
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from pathfed_common.bundle import bundle_hash
+from pathfed_common.errors import ErrorCode
+
+_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+_POLL_S = 0.25
+_AWAY_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+def run(address: str, secret_file: Path, app: ClientApp, *, running: Callable[[], bool] = lambda: True) -> None:
+    """Take and answer tasks from the SuperNode at `address` (loopback HOST:PORT) for as long as `running()` holds.
+
+    A SuperNode that is away is waited for: its supervisor brings it back.
+    """
+    poller = _client(address, SuperExecAuthHttpInterceptor(master_secret=secret_file.read_bytes(), protected_methods=_ACQUIRE))
+    while running():
+        try:
+            task = poller.AcquireTask(AcquireTaskRequest(supported_task_types={TaskType.CLIENT_APP}))
+        except httpx.HTTPError as error:
+            _log.info("the SuperNode does not answer yet: %s", type(error).__name__)
+            time.sleep(_AWAY_S)
+            continue
+        if not (task.HasField("task") and task.token):
+            time.sleep(_POLL_S)
+            continue
+        try:
+            _serve(_client(address, RuntimeTokenHttpInterceptor(task.token)), app)
+        except (httpx.HTTPError, ObjectPushError, ObjectPullError, RuntimeError) as error:
+            _log.warning("a task was lost with its SuperNode: %s", type(error).__name__)
+
+
+def _serve(client: RuntimeHttpClient, app: ClientApp) -> None:
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        message, context, _, bundle = pull_task_input(client)
+        reply = _answered(app, message, context, bundle)
+        push_message(client, reply, context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+    finally:
+        heartbeat.stop()
+        client.close()
+
+
+def _answered(app: ClientApp, message: Message, context: Context, bundle: Fab) -> Message:
+    """The installed app's answer, or a refusal of a bundle that is not ours."""
+    if hashlib.sha256(bundle.content).hexdigest() != bundle_hash() or bundle.hash_str != bundle_hash():
+        _log.error("refused a bundle with digest %s, expected %s", bundle.hash_str[:12], bundle_hash()[:12])
+        return Message(Error(code=FlowerErrorCode.INVALID_FAB, reason=ErrorCode.BUNDLE_REFUSED.value), reply_to=message)
+    try:
+        return app(message, context)
+    except Exception:
+        # The edge of the process: an exception's text must not leave the site (Flower would send it), so a code does.
+        _log.exception("the site's app failed")
+        return Message(Error(code=FlowerErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=ErrorCode.SITE_INTERNAL.value), reply_to=message)
+
+
+def _client(address: str, interceptor: RuntimeTokenHttpInterceptor | SuperExecAuthHttpInterceptor) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), interceptor],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )

@@ -1,0 +1,72 @@
+"""A site's two processes: Flower's SuperNode, which keeps the connection out, and our resident runner, which does the work."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathfed_common.flower_environment import flower_environment
+from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, free_port
+
+LOOPBACK = "127.0.0.1"
+_RESTARTS = 1000
+#: SuperLink refuses a SuperNode's return until it has noticed that the old one is gone (exit status 305, up to a minute).
+_SUPERNODE_DELAY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFiles:
+    """Files and settings a site's processes use.
+
+    Attributes:
+        ca: the consortium's CA certificate, pinned.
+        fleet_address: HOST:PORT of the server's fleet door: the only address the site connects to.
+        flower_key: the site's private Flower node key.
+        superexec_secret: secret between SuperNode and runner.
+        flower: folder of Flower's own state.
+        logs: folder of logs.
+        runner: command of the runner; the SuperNode's address is appended.
+        threads: CPU threads the runner's libraries may use.
+    """
+
+    ca: Path
+    fleet_address: str
+    flower_key: Path
+    superexec_secret: Path
+    flower: Path
+    logs: Path
+    runner: Sequence[str]
+    threads: int
+
+
+def start_site(supervisor: Supervisor, files: SiteFiles) -> None:
+    """Start SuperNode and runner.
+
+    Raises:
+        HostError: PF903, a process ended or did not become ready; PF907, a command is missing.
+    """
+    port = free_port()
+    environment = flower_environment(files.flower)
+    supernode = [
+        *(sys.executable, "-m", "pathfed_client.transport.supernode"),
+        *("--root-certificates", str(files.ca), "--superlink", files.fleet_address),
+        *("--auth-supernode-private-key", str(files.flower_key)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(files.superexec_secret)),
+        *("--host", LOOPBACK, "--port", str(port)),
+    ]
+    supervisor.start(
+        ProcessSpec(
+            name="supernode",
+            argv=supernode,
+            log=files.logs / "supernode.log",
+            environment=environment,
+            ready=lambda: accepts_connections(LOOPBACK, port),
+            restarts=_RESTARTS,
+            restart_delay_s=_SUPERNODE_DELAY_S,
+        )
+    )
+    runner = [*files.runner, f"{LOOPBACK}:{port}"]
+    threads = {name: str(files.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    supervisor.start(
+        ProcessSpec(name="runner", argv=runner, log=files.logs / "runner.log", environment=environment | threads, restarts=_RESTARTS)
+    )

@@ -1,0 +1,525 @@
+"""What each error code means, and what to do about it: the words behind `docs/errors/`.
+
+Kept apart from errors.py so that raising an error costs no text, and so that the two can be compared: a test holds that every code has an
+entry. After a change here run `make reference`, which writes the pages again.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from pathfed_common.errors import ErrorCode as Code
+
+#: Who can act on it: the hospital's IT, the consortium's operator, or either.
+Audience = Literal["site", "operator", "both"]
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One code's page.
+
+    Attributes:
+        title: a few words, without the code.
+        meaning: what has happened, what it says about the data or the run, and what pathfed has done about it already.
+        remedy: what to do, the likeliest cause first.
+        audience: who can act on it.
+    """
+
+    title: str
+    meaning: str
+    remedy: str
+    audience: Audience
+
+
+_PLANS: dict[Code, CatalogEntry] = {
+    Code.PLAN_UNREADABLE: CatalogEntry(
+        "The plan cannot be read",
+        "The plan's file is missing, is not UTF-8, or is not TOML; or the bytes of a signed plan are not JSON. Nothing was stored.",
+        "Correct the file at the line that the message names. Start from one of the ready plans under `deploy/` if in doubt. A "
+        "signed plan is never edited: ask the operator for it again.",
+        "operator",
+    ),
+    Code.PLAN_UNKNOWN_KEY: CatalogEntry(
+        "The plan holds an unknown key",
+        "A key is not one that plans have. A misspelt key would silently leave a default in force, so it is refused, and the "
+        "whole plan with it.",
+        "Compare the key with the [plan reference](../reference/plan.md). A plan written for a newer pathfed needs that version "
+        "at the server and at every site.",
+        "operator",
+    ),
+    Code.PLAN_WRONG_TYPE: CatalogEntry(
+        "A plan value has the wrong type",
+        "A value is of another type than its key takes (text in place of a number, say), or a required key is missing. Nothing is"
+        " converted silently.",
+        "Write the value as the [plan reference](../reference/plan.md) gives it; `4` is a whole number, `4.0` is not, and text "
+        "stands in quotes.",
+        "operator",
+    ),
+    Code.PLAN_OUT_OF_BOUNDS: CatalogEntry(
+        "A plan value is out of bounds",
+        "A value lies outside the range its key allows, such as a noise multiplier of 0, which would mean no privacy at all. The "
+        "message holds the key, the value and the bound.",
+        "Choose a value inside the bound. The bounds and their reasons are in the [plan reference](../reference/plan.md).",
+        "operator",
+    ),
+    Code.PLAN_IMPOSSIBLE: CatalogEntry(
+        "Plan values do not fit together",
+        "Each value is allowed by itself, but not in this combination: a tile side that is no multiple of the patch size, a reply"
+        " slot beyond the deadline, or more expected patients a step than a site declares.",
+        "The message names both keys. If a site declares fewer patients than `privacy.expected_patients`, lower that value or "
+        "leave the site out: a sampling rate above 1 does not exist.",
+        "operator",
+    ),
+    Code.PLAN_NOT_AUTHENTIC: CatalogEntry(
+        "The plan is not authentic",
+        "The plan's bytes are not in canonical form, its digest is not the one named, or the signature is not that of the server "
+        "this site knows. The site has not stored it.",
+        "Ask the operator for the signed plan again, and compare its digest over a second channel (telephone, signed mail). If it"
+        " still fails, treat it as tampering and do not approve it.",
+        "both",
+    ),
+}
+
+_SITE_DATA: dict[Code, CatalogEntry] = {
+    Code.SLIDE_FOLDER_EMPTY: CatalogEntry(
+        "No slide folder, or no slide in it",
+        "The slide folder does not exist, cannot be listed, or holds no file that looks like a slide.",
+        "Check the path in the site's settings, that the network share is mounted, and that the service's user may read it.",
+        "site",
+    ),
+    Code.PATIENT_LIST_UNREADABLE: CatalogEntry(
+        "The patient list cannot be read",
+        "The CSV that maps slides to patients is missing, is not UTF-8, lacks a required column, or has a row that cannot be "
+        "read. Without it no slide belongs to anybody, so nothing can be trained on.",
+        "Export the list again with a header row. The message names the column or the line. Slides are named as they are in the "
+        "slide folder.",
+        "site",
+    ),
+    Code.SLIDE_LISTED_TWICE: CatalogEntry(
+        "A slide is listed for two patients",
+        "One slide stands in the patient list more than once. If it counted for two patients, taking out one of them would not "
+        "take out all that depends on that person, and the privacy guarantee would not hold. The list is refused as a whole.",
+        "Find out whose slide it is and leave one row. If one slide truly carries tissue of two people, leave it out.",
+        "site",
+    ),
+    Code.SLIDE_UNMAPPED: CatalogEntry(
+        "A slide belongs to no patient",
+        "The slide is in the folder but not in the patient list. It is listed as refused and is never trained on.",
+        "Add a row for it to the patient list and scan again, or leave it.",
+        "site",
+    ),
+    Code.SLIDE_UNOPENABLE: CatalogEntry(
+        "A slide does not open",
+        "OpenSlide does not recognise the file, or the file is broken. The slide is set aside; all others go on.",
+        "Check that the copy is complete (size, checksum) and that its format is one OpenSlide reads. Copy it again and scan again.",
+        "site",
+    ),
+    Code.SLIDE_UNREADABLE: CatalogEntry(
+        "A slide opens, but does not read",
+        "Reading pixels failed, or gave constant or transparent tiles, which is how damaged slides often look. Such tiles are "
+        "never replaced by white: the slide is set aside.",
+        "Look at the slide in a viewer. Copy it again from the scanner or the archive, then scan again.",
+        "site",
+    ),
+    Code.SLIDE_MPP_UNUSABLE: CatalogEntry(
+        "A slide has no usable resolution",
+        "The slide states no micrometres per pixel (mpp), states an absurd value, or is coarser than the plan's mpp allows. A "
+        "guess would mix scales, so the slide is set aside.",
+        "Where the scanner's true resolution is known, have the file's metadata corrected, or convert the slide with it. A slide "
+        "scanned too coarsely cannot serve this plan.",
+        "site",
+    ),
+    Code.SLIDE_NOT_BRIGHTFIELD: CatalogEntry(
+        "A slide is not a brightfield slide",
+        "The background is not bright: a fluorescence image, an inverted one, or no slide at all. Tissue cannot be told from "
+        "glass, so it is set aside.",
+        "Leave it out of the folder. If it is an ordinary stained slide, look at it in a viewer: a wrong colour profile may have "
+        "inverted it.",
+        "site",
+    ),
+    Code.SLIDE_WITHOUT_TISSUE: CatalogEntry(
+        "A slide shows no tissue",
+        "No tile reaches the plan's `cohort.tissue_share`. The slide is valid but contributes nothing.",
+        "Nothing needs doing for empty or faint slides. If many slides end here, look at one, and ask the operator whether the "
+        "plan's tissue share suits your material.",
+        "site",
+    ),
+    Code.PATIENT_WITHOUT_TILE: CatalogEntry(
+        "A patient has no usable tile",
+        "All slides of the patient were refused or show no tissue. The patient is not part of the cohort.",
+        "See the reason of each slide with `pathfed-site scan --json`; mend those you can and scan again.",
+        "site",
+    ),
+    Code.COHORT_EMPTY: CatalogEntry(
+        "No patient is left",
+        "After the scan, no patient has a usable tile. There is nothing this site could contribute.",
+        "The scan lists a code for every slide. Many `PF204` point to a patient list that does not fit the folder; many `PF207` "
+        "to a plan at another resolution than your scanner's.",
+        "site",
+    ),
+    Code.SLIDE_MISSING: CatalogEntry(
+        "A listed slide is not there",
+        "The patient list names a slide that is not in the slide folder, or one that was scanned before is gone.",
+        "Check whether the share is mounted in full. Remove the row if the slide was withdrawn.",
+        "site",
+    ),
+    Code.NOT_SCANNED: CatalogEntry(
+        "The slides are not scanned for this plan",
+        "The site database holds no tiles laid for this plan's cohort rules (mpp, tile size, tissue share).",
+        "Run `pathfed-site scan` with the plan. A stopped scan resumes where it was.",
+        "site",
+    ),
+}
+
+_PRIVACY: dict[Code, CatalogEntry] = {
+    Code.BUDGET_SPENT: CatalogEntry(
+        "The hospital's privacy budget is spent",
+        "The next round would bring the epsilon of everything this site has ever released above the largest one its policy "
+        "allows. The site has refused the round **before** anything was computed or sent, and it will refuse every later one.",
+        "This is the guard working. The budget is a decision of the hospital, not of the operator: whoever answers for it may "
+        "raise the policy's largest epsilon, knowing that what was spent stays spent. `pathfed-site ledger` shows what was spent,"
+        " on which plans.",
+        "site",
+    ),
+    Code.PLAN_LIMIT_REACHED: CatalogEntry(
+        "The plan's own limit is reached",
+        "The next round would bring this plan's epsilon above `privacy.epsilon_limit`. The site has refused it; other plans are "
+        "not touched.",
+        "The plan asks for more rounds than its limit pays for at this site's sampling rate. The operator can publish a plan with"
+        " more noise, fewer expected patients or fewer rounds, which sites must approve again.",
+        "operator",
+    ),
+    Code.COHORT_TOO_SMALL: CatalogEntry(
+        "The cohort is smaller than declared",
+        "The site has fewer usable patients than the number it declared publicly. The sampling rate, and with it the accounting, "
+        "follows from the declared number, which must be a true lower bound.",
+        "Approve the plan again with a declared number at or below the patients that `pathfed-site status` counts. Leave a margin"
+        " for withdrawals.",
+        "site",
+    ),
+    Code.LEDGER_DAMAGED: CatalogEntry(
+        "The privacy ledger does not verify",
+        "An entry of the ledger is missing, changed, out of order or wrongly signed. The site refuses to release anything, "
+        "because what was spent is no longer certain.",
+        "Do not edit the database. Find out what happened to the disk. Restoring an older copy would forget what was spent since;"
+        " that is not a remedy. Keep the damaged database as evidence and ask the operator which statements of this site the "
+        "record holds.",
+        "site",
+    ),
+    Code.ACCOUNTANTS_DISAGREE: CatalogEntry(
+        "The two accountants disagree",
+        "The epsilon computed by dp_accounting and the bounds computed by opacus differ by more than their stated tolerances. "
+        "Since one of them must be wrong, the site has refused to charge.",
+        "Report it with the plan's privacy section and the versions of both packages. Do not raise the tolerance.",
+        "both",
+    ),
+    Code.BASE_STATE_UNTRAINABLE: CatalogEntry(
+        "The base state does not train",
+        "Tried on synthetic tiles, before any budget was spent, the encoder sent by the server gave a loss or a gradient that is "
+        "not finite. The site has refused it.",
+        "The operator should look at the last server steps: a learning rate that is too high is the common cause. Nothing was charged.",
+        "operator",
+    ),
+    Code.POLICY_FORBIDS: CatalogEntry(
+        "The hospital's policy forbids it",
+        "The hospital's own policy rules out this plan or this encoder. The site obeys its policy first.",
+        "Compare the plan with the site's policy file. Whoever answers for the policy decides whether to change it.",
+        "site",
+    ),
+}
+
+_TRANSPORT: dict[Code, CatalogEntry] = {
+    Code.CERTIFICATE_REFUSED: CatalogEntry(
+        "A certificate is refused",
+        "The certificate of the other side is expired, not yet valid, for another name, or not signed by the authority this side "
+        "trusts. No data was exchanged.",
+        "Check the clock of both machines first. Then compare the authority's certificate with the one in the server's card, and "
+        "renew what has expired. A TLS-inspecting proxy on the way also looks like this: exempt the server's address.",
+        "both",
+    ),
+    Code.NODE_KEY_UNKNOWN: CatalogEntry(
+        "The site's Flower key is not registered",
+        "The server does not know the key with which this site's SuperNode signs in, so it is turned away.",
+        "The operator adds the site with `pathfed-server sites`, from the card which `pathfed-site init` wrote. After a new "
+        "`init`, the card must be handed over again.",
+        "operator",
+    ),
+    Code.SERVER_UNREACHABLE: CatalogEntry(
+        "The server cannot be reached",
+        "No connection to the server's fleet address. The site keeps trying; a round whose deadline passes meanwhile goes on without it.",
+        "Check name, port and firewall: sites need outbound HTTPS to that one address. Where a proxy is needed set HTTPS_PROXY, "
+        "never HTTP_PROXY, and keep 127.0.0.1 and localhost in NO_PROXY.",
+        "both",
+    ),
+    Code.BUNDLE_REFUSED: CatalogEntry(
+        "An app bundle is refused",
+        "The server's Flower run names another app bundle than the one this version of pathfed ships. A site runs only the code "
+        "installed on it, so the bundle was neither unpacked nor run.",
+        "Bring server and site to the same version of pathfed. If they are, treat it as an attempt to run foreign code and tell "
+        "the operator.",
+        "both",
+    ),
+    Code.MESSAGE_MALFORMED: CatalogEntry(
+        "A message is malformed",
+        "A message does not have the form of this protocol version: keys missing or unknown, numbers out of range, or not "
+        "readable at all. It was dropped.",
+        "Compare the versions of pathfed at both ends.",
+        "both",
+    ),
+    Code.OFFER_NOT_AUTHENTIC: CatalogEntry(
+        "A round offer is not authentic",
+        "The offer's signature is not that of the server this site knows, or the offer is for another site. The site has not "
+        "answered it with data.",
+        "If the server was set up anew, its new card must reach every site. Otherwise find out who sent the offer.",
+        "both",
+    ),
+    Code.PLAN_NOT_APPROVED: CatalogEntry(
+        "The plan is not approved at this site",
+        "A round was offered for a plan that this hospital has not approved. A site trains for approved plans only.",
+        "Read the plan (`pathfed-site approve` shows it and its cost before it asks) and approve it, or let it be: the round goes"
+        " on without this site.",
+        "site",
+    ),
+    Code.BASE_STATE_MISMATCH: CatalogEntry(
+        "The base state is not the one offered",
+        "The encoder that arrived does not have the digest, the size or the tensors that the signed offer names. It was discarded"
+        " before any budget was spent.",
+        "A damaged transfer heals with the next offer. If it repeats, something between server and site changes data.",
+        "both",
+    ),
+    Code.ROUND_OUT_OF_ORDER: CatalogEntry(
+        "A round is out of order",
+        "The offer names an earlier round than one this site has already answered, or a round the plan does not have. It was "
+        "refused, so that no round is answered twice with different noise.",
+        "After the server was restored from a backup it may offer old rounds: continue from the last round that the record holds.",
+        "operator",
+    ),
+    Code.SITE_INTERNAL: CatalogEntry(
+        "The site failed inside",
+        "Something went wrong at the site which has no code of its own. By design the server learns no more than this; the "
+        "details are in the site's log.",
+        "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
+        "site",
+    ),
+}
+
+_ROUNDS: dict[Code, CatalogEntry] = {
+    Code.SITE_UNKNOWN: CatalogEntry(
+        "The site is not known",
+        "No site of that name is in the server's database.",
+        "`pathfed-server sites` lists the names. Add the site from its card first.",
+        "operator",
+    ),
+    Code.SITE_EXISTS: CatalogEntry(
+        "The site is known already",
+        "A site of that name, or with one of these keys, is in the database already. Keys are not replaced silently.",
+        "Choose another name, or check which hospital holds it.",
+        "operator",
+    ),
+    Code.QUORUM_LOST: CatalogEntry(
+        "Too few updates for the round to count",
+        "By the round's deadline fewer updates were admitted than `rounds.quorum`. The encoder is unchanged, and the run has "
+        "stopped. What the sites were charged for this round stays charged.",
+        "`pathfed-server rounds` shows each site's code. Bring enough sites back, then continue the run.",
+        "operator",
+    ),
+    Code.UPDATE_SIGNATURE: CatalogEntry(
+        "An update's statement is not signed by its site",
+        "The statement that came with an update is unsigned, signed by another key, or names another site, run or plan. The "
+        "update is quarantined and does not count.",
+        "If the site made new keys, it must hand over its new card. Otherwise treat it as an attempt to speak for that hospital.",
+        "operator",
+    ),
+    Code.UPDATE_DIGEST: CatalogEntry(
+        "An update is not the one signed",
+        "The bytes of the update do not have the digest or the length that its signed statement names. It is quarantined and does"
+        " not count.",
+        "A single case points to a damaged transfer. If it repeats for one site, look at what lies between.",
+        "operator",
+    ),
+    Code.UPDATE_SHAPE: CatalogEntry(
+        "An update has the wrong tensors",
+        "Names, shapes or number type of the update differ from what the plan trains and sends. It is quarantined and does not count.",
+        "Compare the site's version of pathfed with the server's.",
+        "operator",
+    ),
+    Code.UPDATE_NOT_FINITE: CatalogEntry(
+        "An update holds NaN or infinity",
+        "At least one number of the update is not finite; one such update would ruin the encoder for everyone. It is quarantined "
+        "and does not count.",
+        "Noise and clipping cannot give this on sound hardware. The site's IT should check memory and GPU.",
+        "both",
+    ),
+    Code.UPDATE_NORM: CatalogEntry(
+        "An update is larger or smaller than clipping and noise allow",
+        "The update's norm is above the bound that follows from the plan's clip norm, noise and number of parameters, or below "
+        "the norm of the noise that its statement promises. It is quarantined and does not count.",
+        "An honest site exceeds the bound practically never. Compare versions and plan digests; then talk to the site.",
+        "operator",
+    ),
+    Code.UPDATE_STALE: CatalogEntry(
+        "An update is for another round or base state",
+        "The statement names another round, base state or predecessor than the server expects, or the reply came after the "
+        "deadline. It is quarantined and does not count.",
+        "Late replies: give the plan a longer `rounds.deadline_s`. Otherwise the site restarted in between, and the next round "
+        "will be in order.",
+        "operator",
+    ),
+    Code.RUN_UNKNOWN: CatalogEntry(
+        "The run is not known",
+        "No run of that name is in the server's database.",
+        "`pathfed-server rounds` without a name lists the runs.",
+        "operator",
+    ),
+    Code.RUN_STATE: CatalogEntry(
+        "The run is in another state",
+        "What was asked is not possible in the run's present state: a finished run cannot be continued, a running one not started again.",
+        "`pathfed-server rounds` shows the state.",
+        "operator",
+    ),
+    Code.DATABASE_UNAVAILABLE: CatalogEntry(
+        "The database cannot be used",
+        "The database cannot be opened, does not answer, or stayed locked for too long. What was not committed has not happened; "
+        "the run continues from the last committed round.",
+        "Check the URL, the password file, the service, and free disk space. SQLite files must lie on a local disk, not on a "
+        "network share.",
+        "operator",
+    ),
+    Code.DATABASE_SCHEMA: CatalogEntry(
+        "The database has another schema",
+        "The database was written by a newer pathfed, or is not one of ours. It was not touched.",
+        "Use the version that wrote it, or name another database. Older schemas are upgraded when the server starts.",
+        "operator",
+    ),
+    Code.RUN_FAILED: CatalogEntry(
+        "The run has failed",
+        "The Flower run that drives the rounds ended without finishing them. Everything up to the last committed round is safe.",
+        "The message names the log. Start the run again once the cause is gone: it continues after the last committed round.",
+        "operator",
+    ),
+    Code.SITE_SILENT: CatalogEntry(
+        "A site did not answer",
+        "No reply came from the site before the round's deadline. The round went on with the others if the quorum held.",
+        "Ask the site's IT whether its client runs (`pathfed-site status`) and reaches the server. A site that is merely slow "
+        "needs a longer `rounds.deadline_s` in a new plan.",
+        "both",
+    ),
+    Code.PLAN_UNKNOWN: CatalogEntry(
+        "The plan is not known",
+        "No plan of that name or digest is in the database.",
+        "`pathfed-server plan` lists the published plans with their digests.",
+        "operator",
+    ),
+    Code.UPDATE_PRIVACY: CatalogEntry(
+        "The update's stated mechanism is not the plan's",
+        "The site signed a statement whose sampling rate, noise, clip norm, number of steps or delta differ from those the plan "
+        "gives for the patients it declared, or that leaves one of them out. The update is in quarantine and did not count.",
+        "Compare the site's declared patients in its approval with the plan. A site with changed software states another "
+        "mechanism: check its version, and revoke it if nobody can explain the difference.",
+        "operator",
+    ),
+    Code.SITE_REVOKED: CatalogEntry(
+        "The site is revoked",
+        "The site was enrolled once and has been revoked since. It is asked for no round, and what it sends counts for nothing.",
+        "If it is to take part again, enrol it under a new name with new keys.",
+        "operator",
+    ),
+    Code.APPROVAL_DIFFERS: CatalogEntry(
+        "The site has approved this plan with other figures",
+        "A second approval of the same plan declares another number of patients or another way of replying than the first. Noise "
+        "and budget rest on those figures, so the first approval stands.",
+        "Publish a plan with another name and let the site approve that one with the new figures.",
+        "both",
+    ),
+    Code.RUN_EXISTS: CatalogEntry(
+        "A run of that name exists",
+        "Run names are never reused: the record and the sites' budgets refer to them.",
+        "Choose another name; `pathfed-server rounds` shows the runs there are.",
+        "operator",
+    ),
+}
+
+_PROVENANCE: dict[Code, CatalogEntry] = {
+    Code.RECORD_CHANGED: CatalogEntry(
+        "A file of the record was changed",
+        "A file no longer has the digest that the signed record gives for it. The record does not prove what this file says.",
+        "Get the record again from its source. If the copy at the source fails too, do not use the encoder, and tell the sites "
+        "whose statements it holds.",
+        "both",
+    ),
+    Code.RECORD_SIGNATURE: CatalogEntry(
+        "A signature of the record is wrong",
+        "An envelope in the record is not signed by the key it claims, is signed by a key the record does not introduce, or is "
+        "not in its one exact form.",
+        "Get the record again. If it still fails, somebody has changed or forged a part of it.",
+        "both",
+    ),
+    Code.STATEMENT_CHAIN: CatalogEntry(
+        "A site's statements do not follow each other",
+        "Each statement of a site names the one before it, and the rounds' base states name each other likewise. In this record a"
+        " link is missing, doubled or reordered.",
+        "Get the record again, whole. If it still fails, a round was left out, added or replaced.",
+        "both",
+    ),
+    Code.IDENTITY_UNPROVEN: CatalogEntry(
+        "The record is consistent, but names prove nothing",
+        "Everything fits together, but no trusted key was given, so whoever made the record may have invented the hospitals too.",
+        "Give the sites' public evidence keys, obtained from the hospitals themselves, with `--trust`.",
+        "both",
+    ),
+    Code.RECORD_INCOMPLETE: CatalogEntry(
+        "The record is incomplete",
+        "A file which the record lists is not there, or a part that every record has is missing.",
+        "Copy the whole folder again. A run that is still going has no complete record yet.",
+        "both",
+    ),
+}
+
+_HOST: dict[Code, CatalogEntry] = {
+    Code.DISK_FULL: CatalogEntry(
+        "The disk is full",
+        "Writing failed for want of space or quota. Files are written whole or not at all: nothing is left half-written.",
+        "Free space at the path which the message names, and run the command again; it resumes.",
+        "both",
+    ),
+    Code.PORT_IN_USE: CatalogEntry(
+        "A port is in use",
+        "Another program listens on the address and port that was asked for, or it may not be listened on.",
+        "Stop that program (`ss -ltnp` names it), or choose another port. Ports below 1024 need rights of their own.",
+        "both",
+    ),
+    Code.PROCESS_ENDED: CatalogEntry(
+        "A process ended by itself",
+        "One of the processes that pathfed started and watches has ended, or did not come up in time. Where restarting is safe it"
+        " was tried; the others were shut down in order.",
+        "The message names the process and its log; the last lines there say why.",
+        "both",
+    ),
+    Code.HOME_UNUSABLE: CatalogEntry(
+        "The home folder cannot be used",
+        "The folder of this site, server or run is missing, not ours, in use by another process, not empty where it must be, or "
+        "not writable.",
+        "Check the path, its owner and its rights. One home serves one process at a time.",
+        "both",
+    ),
+    Code.SETTINGS_INVALID: CatalogEntry(
+        "The settings are invalid",
+        "A settings or policy file, or an option of the command, has an unknown key, a wrong type, or a value out of bounds.",
+        "The message names the file and the key, or the option. `--help` shows what each option takes.",
+        "both",
+    ),
+    Code.KEY_FILE: CatalogEntry(
+        "A key file cannot be used",
+        "A key file is missing, is not a key of the right kind, or may be read by others than its owner.",
+        "Give it back to its owner alone (`chmod 600`). A key that others could read should be replaced, not just hidden again.",
+        "both",
+    ),
+    Code.TOOL_MISSING: CatalogEntry(
+        "A program is missing",
+        "A program that pathfed starts is not installed, or is not on the path.",
+        "Install pathfed with the extra for this role, for instance `pip install 'pathfed[client]'`, and start it from the same "
+        "environment.",
+        "both",
+    ),
+}
+
+CATALOG: Final[dict[Code, CatalogEntry]] = {**_PLANS, **_SITE_DATA, **_PRIVACY, **_TRANSPORT, **_ROUNDS, **_PROVENANCE, **_HOST}

@@ -1,0 +1,85 @@
+"""What a plan trains: the model, its first weights, and the encoder that comes out of it.
+
+A *base state* is the set of all trained tensors, float32, named ``encoder.<timm name>`` and ``head.<name>``.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape, preset
+from pathfed_common.objectives import mae
+from pathfed_common.plan import Plan
+
+#: What an encoder tensor's name in a base state starts with.
+ENCODER_PREFIX = "encoder."
+
+
+def encoder_spec(plan: Plan) -> EncoderSpec:
+    """The plan's encoder, for tiles of the plan's size."""
+    return preset(plan.encoder.preset, img_size=plan.cohort.tile_px)
+
+
+def build_model(plan: Plan) -> mae.MaskedAutoencoder:
+    """The plan's model with its first weights, on the CPU. Never touches torch's global generator."""
+    objective = plan.objective
+    return mae.MaskedAutoencoder(
+        encoder_spec(plan),
+        mask_ratio=objective.mask_ratio,
+        decoder_dim=objective.decoder_dim,
+        decoder_depth=objective.decoder_depth,
+        decoder_heads=objective.decoder_heads,
+        normalise_target=objective.normalise_target,
+        seed=plan.encoder.init_seed,
+    )
+
+
+def initial_state(plan: Plan) -> dict[str, Tensor]:
+    """The first base state: drawn from `encoder.init_seed`, the same each time with the same torch release."""
+    return {name: tensor.detach().clone() for name, tensor in build_model(plan).state_dict().items()}
+
+
+def trained_shapes(plan: Plan) -> dict[str, Shape]:
+    """Shape of every tensor of the plan's base states and updates, by name."""
+    objective = plan.objective
+    return mae.trained_shapes(
+        encoder_spec(plan),
+        decoder_dim=objective.decoder_dim,
+        decoder_depth=objective.decoder_depth,
+        decoder_heads=objective.decoder_heads,
+    )
+
+
+def encoder_state(base_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's tensors of a base state, under timm's names."""
+    return {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in base_state.items() if name.startswith(ENCODER_PREFIX)}
+
+
+def timm_config(plan: Plan) -> dict[str, object]:
+    """The exported encoder's config.json, as timm reads it.
+
+    With `model.safetensors` beside it in a folder, ``timm.create_model("local-dir:<folder>", pretrained=True)`` gives the encoder; so does
+    ``timm.create_model(config["architecture"], **config["model_args"])`` followed by a strict `load_state_dict`.
+    """
+    spec = encoder_spec(plan)
+    return {
+        "architecture": spec.name,
+        "num_classes": 0,
+        "num_features": spec.embed_dim,
+        "global_pool": "token",
+        "model_args": {"img_size": spec.img_size, "num_classes": 0},
+        "mean": list(PIXEL_MEAN),
+        "std": list(PIXEL_STD),
+        "mpp": plan.cohort.mpp,
+        "pretrained_cfg": {
+            "input_size": [3, spec.img_size, spec.img_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": list(PIXEL_MEAN),
+            "std": list(PIXEL_STD),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }

@@ -1,0 +1,274 @@
+"""The plan: one frozen, validated value with everything that shapes training or privacy.
+
+An operator writes a plan as TOML. `load_plan` turns it into a `Plan`; `Plan.canonical_bytes` and `Plan.digest` name it for good. A site
+approves a plan by its digest and trains for no other. Nothing that shapes training or privacy lives outside the plan, but for two public
+facts of each site: its declared lower bound of patients, and whether it replies at time slots (both are stated in the records).
+"""
+
+import json
+import math
+import tomllib
+from pathlib import PurePath
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pathfed_common import digest
+from pathfed_common.errors import ErrorCode, PlanError
+from pathfed_common.ids import site_name
+from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.validation import Fault, first_finding
+
+PLAN_VERSION = 1
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _one_zero(cls, value: object) -> object:
+        """-0.0 equals 0.0 but is spelled otherwise, and equal plans have equal bytes."""
+        return 0.0 if isinstance(value, float) and value == 0 else value
+
+
+class EncoderPlan(_Section):
+    """Which encoder is trained, and from what."""
+
+    #: Shape of the encoder, by timm's name for it.
+    preset: Literal["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"] = "vit_tiny_patch16_224"
+    #: Public seed of the first encoder's random weights.
+    init_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class ObjectivePlan(_Section):
+    """The self-supervised objective. Masked autoencoding (He et al. 2022) is separable: a tile's loss depends on that tile alone."""
+
+    #: Masked autoencoding.
+    name: Literal["mae"] = "mae"
+    #: Share of a tile's patches that the encoder does not see.
+    mask_ratio: Annotated[float, Field(ge=0.1, le=0.95)] = 0.75
+    #: Width of the small decoder that predicts the hidden patches. It is trained with the encoder but is no part of it.
+    decoder_dim: Annotated[int, Field(ge=32, le=2048, multiple_of=32)] = 128
+    #: Transformer blocks of the decoder.
+    decoder_depth: Annotated[int, Field(ge=1, le=16)] = 2
+    #: Attention heads of the decoder.
+    decoder_heads: Annotated[int, Field(ge=1, le=64)] = 4
+    #: Normalise each patch's target pixels by their own mean and variance, as the paper does.
+    normalise_target: bool = True
+
+
+class CohortPlan(_Section):
+    """Which tiles of which slides a site contributes."""
+
+    #: Resolution at which tiles are read, um/px.
+    mpp: Annotated[float, Field(ge=0.1, le=8)] = 0.5
+    #: A slide level within this share of `mpp` needs no upsampling; a slide coarser than `mpp * (1 + tolerance)` is refused.
+    mpp_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    #: Side of a square tile at `mpp`, pixels.
+    tile_px: Annotated[int, Field(ge=32, le=1024)] = 224
+    #: Tiles drawn for a drawn patient (k), across all slides of that patient.
+    tiles_per_patient: Annotated[int, Field(ge=1, le=1024)] = 4
+    #: Smallest share of a tile's area that must be tissue.
+    tissue_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+
+
+class PrivacyPlan(_Section):
+    """What leaves a site is differentially private for each patient under add-or-remove of one patient."""
+
+    #: Whose presence is protected: one patient, with all slides and tiles.
+    unit: Literal["patient"] = "patient"
+    #: Expected patients in one step at one site (B): the public denominator.
+    expected_patients: Annotated[float, Field(ge=1, le=1e7)]
+    #: Noise standard deviation in units of the clip norm (sigma).
+    noise_multiplier: Annotated[float, Field(gt=0, le=1e4)]
+    #: Bound on the L2 norm of one patient's whole contribution (C).
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)]
+    #: Share a of the clip norm that loss and patient count ride in; the gradient keeps sqrt(1 - a^2).
+    figure_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    #: Losses are clamped to [0, loss_bound] before release.
+    loss_bound: Positive = 2.0
+    #: The delta at which the plan's limit is stated.
+    delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-6
+    #: A site stops when this plan's own releases would cost a patient more than this epsilon.
+    epsilon_limit: Positive
+
+
+class RoundsPlan(_Section):
+    """How many rounds, and when one counts."""
+
+    #: Rounds of the run.
+    count: Annotated[int, Field(ge=1, le=1_000_000)]
+    #: Private steps a site takes in one round. One: the noised sum is the update. Several: the site steps locally, each step charged.
+    steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    #: Step size of a site's own SGD when `steps` is above one.
+    local_learning_rate: Positive = 0.1
+    #: A round is closed this long after its offer, seconds.
+    deadline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 600
+    #: Fewest admitted updates with which a round counts.
+    quorum: Annotated[int, Field(ge=1, le=10_000)] = 2
+    #: Replies leave at whole multiples of this time after the offer, seconds, so that their time tells nothing of the patients drawn.
+    reply_slot_s: Annotated[float, Field(ge=0.5, le=86400)] = 5.0
+
+
+class ServerOptimiserPlan(_Section):
+    """How the server turns the averaged update into the next encoder."""
+
+    #: Momentum SGD, or Adam with decoupled weight decay.
+    name: Literal["sgd", "adamw"] = "adamw"
+    #: Step size of the server.
+    learning_rate: Positive = 1e-3
+    #: Decay of the running mean of updates (beta1 of AdamW).
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    #: Decay of AdamW's running mean of squares; SGD has none.
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    #: Added to AdamW's root mean square, so that it is never divided by zero.
+    epsilon: Positive = 1e-8
+    #: Decoupled weight decay a round.
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class WirePlan(_Section):
+    """How an update's numbers travel. Rounding happens after the noise, so it costs no privacy."""
+
+    #: Number type of a sent update.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Plan(_Section):
+    """A whole plan. Equal plans have equal canonical bytes and digests."""
+
+    #: Version of the plan format.
+    version: Literal[1] = 1
+    #: What people call the plan; its digest is what names it for good.
+    name: Name
+    encoder: EncoderPlan = EncoderPlan()
+    objective: ObjectivePlan = ObjectivePlan()
+    cohort: CohortPlan = CohortPlan()
+    privacy: PrivacyPlan
+    rounds: RoundsPlan
+    server_optimiser: ServerOptimiserPlan = ServerOptimiserPlan()
+    wire: WirePlan = WirePlan()
+    #: Public weight of each site in the average; sites not named here weigh 1.
+    site_weights: dict[str, Positive] = {}
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.objective.decoder_dim % self.objective.decoder_heads:
+            raise ValueError(
+                "objective.decoder_dim must be a multiple of objective.decoder_heads, "
+                f"got {self.objective.decoder_dim} and {self.objective.decoder_heads}"
+            )
+        if self.cohort.tile_px % 16:
+            raise ValueError(f"cohort.tile_px must be a multiple of the encoder's patch size 16, got {self.cohort.tile_px}")
+        patches = (self.cohort.tile_px // 16) ** 2
+        if not 1 <= patches - int(patches * self.objective.mask_ratio) < patches:
+            raise ValueError(
+                f"objective.mask_ratio {self.objective.mask_ratio} must hide some but not all of the {patches} patches of a tile"
+            )
+        if self.rounds.reply_slot_s > self.rounds.deadline_s:
+            raise ValueError(
+                f"rounds.reply_slot_s must be at most rounds.deadline_s, got {self.rounds.reply_slot_s} and {self.rounds.deadline_s}"
+            )
+        for name in self.site_weights:
+            site_name(name)
+        return self
+
+    def canonical_bytes(self) -> bytes:
+        """Canonical JSON of the whole plan, defaults written out."""
+        return digest.canonical(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> digest.Digest:
+        """Digest of the canonical bytes: the plan's name for good."""
+        return digest.of_bytes(self.canonical_bytes())
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps of a site that takes part in every round."""
+        return self.rounds.count * self.rounds.steps
+
+    def sampling_rate(self, declared_patients: int) -> float:
+        """q = B / N_public for a site that declares at least `declared_patients` patients.
+
+        Raises:
+            PlanError: B is above the declared number; the site cannot take part.
+        """
+        rate = self.privacy.expected_patients / declared_patients if declared_patients > 0 else math.inf
+        if rate > 1:
+            raise PlanError(
+                ErrorCode.PLAN_IMPOSSIBLE,
+                "the plan expects more patients a step than the site declares",
+                where="privacy.expected_patients",
+                value=f"{self.privacy.expected_patients:g} > {declared_patients}",
+                remedy="lower privacy.expected_patients, or leave this site out",
+            )
+        return rate
+
+    def mechanism(self, declared_patients: int) -> PatientMechanism:
+        """The private step's public constants at a site that declares at least `declared_patients` patients.
+
+        Raises:
+            PlanError: PF105, see `sampling_rate`.
+        """
+        return PatientMechanism(
+            sampling_rate=self.sampling_rate(declared_patients),
+            noise_multiplier=self.privacy.noise_multiplier,
+            clip_norm=self.privacy.clip_norm,
+            expected_patients=self.privacy.expected_patients,
+            figure_share=self.privacy.figure_share,
+            loss_bound=self.privacy.loss_bound,
+        )
+
+
+def load_plan(text: str, *, where: PurePath | str) -> Plan:
+    """Read a plan from TOML text; `where` names its source in errors.
+
+    Raises:
+        PlanError: not TOML, an unknown key, a wrong type, a value out of bounds, or an impossible combination.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(ErrorCode.PLAN_UNREADABLE, f"not TOML: {error}", where=where) from None
+    return _validated(raw, where=where)
+
+
+def plan_from_bytes(data: bytes, *, where: str) -> Plan:
+    """Read a plan back from its canonical bytes.
+
+    Raises:
+        PlanError: the bytes are not the canonical form of a valid plan.
+    """
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise PlanError(ErrorCode.PLAN_UNREADABLE, f"not JSON: {error}", where=where) from None
+    plan = _validated(raw, where=where)
+    if plan.canonical_bytes() != data:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, "the plan's bytes are not in canonical form", where=where)
+    return plan
+
+
+def _validated(raw: object, *, where: PurePath | str) -> Plan:
+    try:
+        return Plan.model_validate(raw)
+    except ValidationError as error:
+        raise _plan_error(error, where) from None
+
+
+_CODES = {
+    Fault.UNKNOWN_KEY: ErrorCode.PLAN_UNKNOWN_KEY,
+    Fault.WRONG_TYPE: ErrorCode.PLAN_WRONG_TYPE,
+    Fault.OUT_OF_BOUNDS: ErrorCode.PLAN_OUT_OF_BOUNDS,
+    Fault.IMPOSSIBLE: ErrorCode.PLAN_IMPOSSIBLE,
+}
+
+
+def _plan_error(error: ValidationError, where: PurePath | str) -> PlanError:
+    finding = first_finding(error)
+    place = f"{where}, key {finding.key}" if finding.key else str(where)
+    return PlanError(_CODES[finding.fault], finding.sentence, where=place, value=finding.value)

@@ -1,0 +1,153 @@
+"""Signed documents that pass between people before a run: cards, the signed plan, and approvals.
+
+A card introduces a site or the server by its keys and is signed by its own evidence key, which proves that whoever made it holds the key,
+and nothing more: whose card it is, people settle by comparing key texts over another channel.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from pathfed_common import digest
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, PlanError, ProvenanceError
+from pathfed_common.ids import SiteName
+from pathfed_common.plan import Plan, plan_from_bytes
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
+from pathfed_common.provenance.values import Value, decode_value
+from pathfed_common.units import UtcSeconds
+
+SITE_CARD_TYPE = "application/vnd.pathfed.site-card.v1+json"
+SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
+APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
+PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCard(Value):
+    """A site introduces itself.
+
+    Attributes:
+        site: its name.
+        evidence_key: the public key its statements are signed with.
+        flower_key: the public key of its Flower node, OpenSSH text.
+    """
+
+    site: SiteName
+    evidence_key: VerifyKey
+    flower_key: str
+
+    def to_bytes(self, key: SigningKey) -> bytes:
+        """The card, signed by its own evidence key.
+
+        Raises:
+            ValueError: `key` is not the private half of `evidence_key`.
+        """
+        return _seal_card(self, self.evidence_key, SITE_CARD_TYPE, key)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str = "site card") -> Self:
+        """Read a card and check that its own key signed it.
+
+        Raises:
+            ProvenanceError: PF602, it did not; PF601, not a site card.
+        """
+        card = decode_value(cls, dsse.parse(data, where=where).payload, where)
+        dsse.open_envelope(data, payload_type=SITE_CARD_TYPE, keys=card.evidence_key, where=where)
+        return card
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCard(Value):
+    """The server introduces itself.
+
+    Attributes:
+        name: the consortium's name.
+        evidence_key: the public key its plans, offers and round records are signed with.
+        ca_pem: the consortium's CA certificate, PEM.
+        fleet_address: HOST:PORT that sites connect to.
+    """
+
+    name: str
+    evidence_key: VerifyKey
+    ca_pem: str
+    fleet_address: str
+
+    def to_bytes(self, key: SigningKey) -> bytes:
+        """The card, signed by its own evidence key.
+
+        Raises:
+            ValueError: `key` is not the private half of `evidence_key`.
+        """
+        return _seal_card(self, self.evidence_key, SERVER_CARD_TYPE, key)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str = "server card") -> Self:
+        """Read a card and check that its own key signed it.
+
+        Raises:
+            ProvenanceError: PF602, it did not; PF601, not a server card.
+        """
+        card = decode_value(cls, dsse.parse(data, where=where).payload, where)
+        dsse.open_envelope(data, payload_type=SERVER_CARD_TYPE, keys=card.evidence_key, where=where)
+        return card
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approval(Value):
+    """A site approves a plan by its digest.
+
+    Attributes:
+        site: the site.
+        plan: digest of the plan.
+        declared_patients: the public lower bound of its cohort, N_public.
+        reply_slots: whether its replies wait for public time slots.
+        approved_at: UTC seconds.
+    """
+
+    site: SiteName
+    plan: Digest
+    declared_patients: int
+    reply_slots: bool
+    approved_at: UtcSeconds
+
+    def _check(self) -> None:
+        if self.declared_patients < 1:
+            raise ValueError(f"declared_patients must be at least 1, got {self.declared_patients}")
+
+    def to_bytes(self, key: SigningKey) -> bytes:
+        """The approval, signed by the site's evidence key."""
+        return dsse.seal(digest.canonical(self.plain()), APPROVAL_TYPE, key)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: VerifyKey, *, where: str = "approval") -> Self:
+        """Verify and read an approval.
+
+        Raises:
+            ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
+        """
+        return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
+
+
+def seal_plan(plan: Plan, key: SigningKey) -> bytes:
+    """The plan signed by the server: an envelope over its canonical bytes."""
+    return dsse.seal(plan.canonical_bytes(), PLAN_TYPE, key)
+
+
+def open_plan(data: bytes, key: VerifyKey, *, where: str = "signed plan") -> Plan:
+    """Verify and read a signed plan.
+
+    Raises:
+        PlanError: PF106, not signed by `key`; other PF1xx, not a valid plan of this version.
+    """
+    try:
+        payload = dsse.open_envelope(data, payload_type=PLAN_TYPE, keys=key, where=where)
+    except ProvenanceError as error:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, error.what, where=where, value=error.value) from error
+    return plan_from_bytes(payload, where=where)
+
+
+def _seal_card(card: Value, evidence_key: VerifyKey, payload_type: str, key: SigningKey) -> bytes:
+    if key.public != evidence_key:
+        raise ValueError("a card is signed by the evidence key it names")
+    return dsse.seal(digest.canonical(card.plain()), payload_type, key)

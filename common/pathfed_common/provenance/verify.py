@@ -1,0 +1,277 @@
+"""Check the record of a run offline, trusting nobody but the keys you give.
+
+What holds when a record verifies:
+    - Every file is byte for byte the one the server's manifest lists.
+    - Server documents are signed by one server key; each site's approval and statements by the key in that site's card.
+    - The plan is the one every admitted site approved, by its digest.
+    - Each admitted update was stated by its site for this run, round, plan and base state, with the plan's privacy event; statements,
+      round records and base states follow each other without a break.
+    - No site states a smaller epsilon for the plan than its recorded releases cost.
+    - The exported encoder is the last state's, bit for bit.
+
+What does not follow:
+    - Without trusted keys, whose keys these are: anyone can make a consistent record with keys of their own. The verdict then says
+      `identities_proven = False`.
+    - That the states are the aggregate of the updates: recomputing them needs the updates. The verdict says `aggregation_proven = False`.
+    - That these are all rounds: the record as it stood after an earlier round is consistent, too. Compare the number of rounds.
+
+This module and `record_reader` read files, through pathlib and `encoder.weights`; nothing else of `provenance` does.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pathfed_common import digest, model
+from pathfed_common.digest import Digest
+from pathfed_common.encoder import weights
+from pathfed_common.errors import ErrorCode, ProvenanceError
+from pathfed_common.ids import RunName, SiteName, site_name
+from pathfed_common.provenance import consistency, record
+from pathfed_common.provenance.consistency import Contents
+from pathfed_common.provenance.documents import SiteCard
+from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.record import Manifest
+from pathfed_common.provenance.record_reader import RecordReader, TrustedKeys, check_trusted, file_faults, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteVerdict:
+    """What the record proves of one site.
+
+    Attributes:
+        site: the site.
+        key: the evidence key its statements are signed with.
+        key_trusted: whether that is the key you gave for it.
+        rounds: rounds in which its update counted.
+        epsilon_stated: the plan's epsilon in its last statement, at the plan's delta.
+        epsilon_recomputed: what its recorded releases cost at least.
+        codes: digests of the code it ran.
+    """
+
+    site: SiteName
+    key: VerifyKey
+    key_trusted: bool
+    rounds: int
+    epsilon_stated: float
+    epsilon_recomputed: float
+    codes: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome of a verification.
+
+    Attributes:
+        findings: everything that is wrong; empty for a record that verifies.
+        notes: what is not wrong and worth knowing.
+        identities_proven: whether the server's key and every admitted site's key are trusted ones.
+        aggregation_proven: whether the states were recomputed from retained updates; not done by this version.
+        run: the run, or None without a readable manifest.
+        plan: digest of its plan, likewise.
+        server_key: the key that signed the record, likewise.
+        rounds: rounds recorded.
+        delta: the plan's delta, or None without a readable plan.
+        sites: the admitted sites in order of their names; empty unless the documents could be read.
+    """
+
+    findings: tuple[ProvenanceError, ...]
+    notes: tuple[str, ...] = ()
+    identities_proven: bool = False
+    aggregation_proven: bool = False
+    run: RunName | None = None
+    plan: Digest | None = None
+    server_key: VerifyKey | None = None
+    rounds: int = 0
+    delta: float | None = None
+    sites: tuple[SiteVerdict, ...] = ()
+
+    @property
+    def consistent(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def require(self, *, identities: bool = False) -> None:
+        """Raise unless the record verifies.
+
+        Args:
+            identities: also demand that identities are proven.
+
+        Raises:
+            ProvenanceError: the first finding; PF604 where identities are demanded and not proven.
+        """
+        if self.findings:
+            raise self.findings[0]
+        if identities and not self.identities_proven:
+            raise ProvenanceError(
+                ErrorCode.IDENTITY_UNPROVEN,
+                "the record is consistent, but nothing shows whose keys signed it",
+                remedy="give the keys you know, by name, with --trust",
+            )
+
+
+def read_trust(text: str, *, where: object) -> TrustedKeys:
+    """Read trusted keys: JSON ``{"server": key text, "sites": {name: key text}}``, either of the two may be missing.
+
+    Raises:
+        ProvenanceError: PF604, not of that form.
+    """
+    try:
+        raw = json.loads(text)
+        if not isinstance(raw, dict) or not set(raw) <= {"server", "sites"} or not isinstance(raw.get("sites", {}), dict):
+            raise ValueError("an object with 'server' and 'sites' is expected")
+        server = raw.get("server")
+        return TrustedKeys(
+            server=None if server is None else VerifyKey.from_text(server),
+            sites={site_name(name): VerifyKey.from_text(key) for name, key in raw.get("sites", {}).items()},
+        )
+    except ValueError as error:
+        raise ProvenanceError(
+            ErrorCode.IDENTITY_UNPROVEN,
+            f"not a file of trusted keys: {error}",
+            where=where,
+            remedy='write {"server": "ed25519:...", "sites": {"<name>": "ed25519:..."}}',
+        ) from None
+
+
+def verify_record(folder: Path, trusted: TrustedKeys | None = None) -> Verdict:
+    """Check the record in a folder.
+
+    Args:
+        folder: the record.
+        trusted: the keys you know; None for none.
+
+    Returns:
+        The verdict. Faults of the record are findings in it, never exceptions.
+    """
+    trusted = trusted or TrustedKeys()
+    try:
+        manifest = Manifest.from_bytes(read(folder, record.MANIFEST))
+        check_trusted(manifest.server_key, trusted.server, record.MANIFEST)
+    except ProvenanceError as error:
+        return Verdict(findings=(error,))
+    verdict = Verdict(findings=(), run=manifest.run, plan=manifest.plan, server_key=manifest.server_key, rounds=manifest.rounds)
+    # All below rests on the files being the listed ones: a changed file is reported as that, not as what it then seems to say.
+    changed = tuple(file_faults(folder, manifest))
+    if changed:
+        return replace(verdict, findings=changed)
+    try:
+        reader = RecordReader(folder, manifest, trusted)
+        contents = reader.contents()
+    except ProvenanceError as error:
+        return replace(verdict, findings=(error,))
+    findings = (*_content_faults(contents), *_tensor_faults(folder, contents), *_retained_faults(contents))
+    sites = () if findings else _site_verdicts(contents, reader.cards, trusted)
+    return replace(
+        verdict,
+        findings=findings,
+        notes=tuple(_notes(folder, contents)),
+        identities_proven=not findings and trusted.server is not None and all(site.key_trusted for site in sites),
+        delta=contents.plan.privacy.delta,
+        sites=sites,
+    )
+
+
+def _content_faults(contents: Contents) -> Iterator[ProvenanceError]:
+    faults = [
+        fault for check in (consistency.check_rounds, consistency.check_statements, consistency.check_chains) for fault in check(contents)
+    ]
+    # Composing what the documents above do not agree on would prove nothing, and costs seconds.
+    yield from faults or consistency.check_epsilons(contents)
+
+
+def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    shapes = model.trained_shapes(contents.plan)
+    expected = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
+    listed = {entry.path for entry in contents.manifest.files}
+    for index in range(contents.manifest.rounds + 1):
+        path = record.state_path(index)
+        if path not in listed:
+            yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "a round's state is missing", where=path)
+        elif _header(folder / path) != expected:
+            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
+    exported = listed & {record.ENCODER, record.ENCODER_CONFIG}
+    if len(exported) == 1:
+        yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "weights or configuration of the exported encoder is missing", where="encoder")
+    elif exported:
+        yield from _encoder_faults(folder, contents)
+
+
+def _encoder_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
+    names = {
+        name.removeprefix(model.ENCODER_PREFIX): name
+        for name in model.trained_shapes(contents.plan)
+        if name.startswith(model.ENCODER_PREFIX)
+    }
+    header, base = _header(encoder), _header(state)
+    if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
+        yield ProvenanceError(
+            ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
+        )
+        return
+    for name, full in names.items():
+        # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
+        ours, theirs = (weights.read_tensor(path, key).view(torch.uint8) for path, key in ((encoder, name), (state, full)))
+        if not torch.equal(ours, theirs):
+            yield ProvenanceError(
+                ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
+            )
+    if (folder / record.ENCODER_CONFIG).read_bytes() != digest.canonical(model.timm_config(contents.plan)):
+        yield ProvenanceError(
+            ErrorCode.RECORD_CHANGED, "the exported encoder's configuration is not the plan's", where=record.ENCODER_CONFIG
+        )
+
+
+def _header(path: Path) -> dict[str, tuple[torch.dtype, weights.Shape]] | None:
+    try:
+        return weights.header(path)
+    except ValueError:
+        return None
+
+
+def _retained_faults(contents: Contents) -> Iterator[ProvenanceError]:
+    """Retained updates are the stated ones; their bytes were checked against the manifest already."""
+    for (index, site), sealed in contents.statements.items():
+        entry = contents.manifest.entry(record.update_path(index, site))
+        if entry is not None and entry.digest != sealed.statement.update:
+            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "a retained update is not the one its site stated", where=entry.path)
+
+
+def _site_verdicts(contents: Contents, cards: Mapping[SiteName, SiteCard], trusted: TrustedKeys) -> tuple[SiteVerdict, ...]:
+    verdicts = []
+    for site, recomputed in consistency.recomputed_epsilons(contents).items():
+        statements = [
+            sealed.statement for (_, name), sealed in sorted(contents.statements.items(), key=lambda item: item[0]) if name == site
+        ]
+        verdicts.append(
+            SiteVerdict(
+                site=site,
+                key=cards[site].evidence_key,
+                key_trusted=site in trusted.sites,
+                rounds=len(statements),
+                epsilon_stated=statements[-1].epsilon_plan,
+                epsilon_recomputed=recomputed,
+                codes=tuple(sorted({statement.code for statement in statements})),
+            )
+        )
+    return tuple(verdicts)
+
+
+def _notes(folder: Path, contents: Contents) -> Iterator[str]:
+    listed = {entry.path for entry in contents.manifest.files} | {record.MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in listed:
+            yield f"not part of the record: {name}"
+    if record.ENCODER not in listed:
+        yield "no encoder is exported: the run is not finished"
+    for site, index in consistency.chain_gaps(contents):
+        yield f"{site}: the statement of round {index} follows one that did not count and is not in the record"
+    for site, rounds in consistency.without_slots(contents).items():
+        yield f"{site}: replies did not wait for the plan's time slots in {rounds} round(s)"
+    retained = sum(entry.path.startswith("updates/") for entry in contents.manifest.files)
+    yield f"aggregation not proven: {retained} of {len(contents.statements)} admitted updates are retained, and none was replayed"

@@ -1,0 +1,81 @@
+"""`pathfed`: what belongs to neither side: the demo, and checking a run's record."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathfed_common import console
+from pathfed_common.console import Json, show
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Try pathfed, and check what others made with it.", pretty_exceptions_enable=False
+)
+
+#: Exit status of `verify` when everything is consistent but nobody's identity was checked.
+UNPROVEN = 3
+
+
+@app.command()
+def demo(
+    slides: Annotated[
+        Path | None, typer.Option(help="Folder with <hospital>/slides/* and <hospital>/patients.csv; painted if not given.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the plan's if not given.")] = None,
+    sites: Annotated[int, typer.Option(min=1, max=16, help="Hospitals at most.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")] = Path("pathfed-demo"),
+    plan: Annotated[Path | None, typer.Option(help="Another plan, TOML.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave server and sites running afterwards, until Ctrl-C.")] = False,
+    reply_slots: Annotated[bool, typer.Option(help="Sites reply at public time slots.")] = True,
+) -> None:
+    """Run a whole consortium on this machine: slides, private rounds over Flower, a verified encoder."""
+    from pathfed_local.demo import Demo, DemoOptions
+    from pathfed_local.plans import demo_plan
+    from pathfed_local.view import View
+
+    console.end_on_terminate()
+    options = DemoOptions(out=out, slides=slides, plan=plan or demo_plan(), rounds=rounds, sites=sites, keep=keep, reply_slots=reply_slots)
+    Demo(options, View(console.out)).run()
+    _where(out)
+
+
+def _where(out: Path) -> None:
+    places = {
+        "encoder": out / "record" / "encoder" / "model.safetensors",
+        "report": out / "report.html",
+        "database": out / "server" / "pathfed.db",
+        "logs": out / "logs",
+        "commands": out / "commands.log",
+        "next": f"pathfed verify {out} --trust {out / 'trust.json'}",
+    }
+    show(places, as_json=False, title="Done.")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run's record, or the folder of a demo.")],
+    trust: Annotated[Path | None, typer.Option(help="JSON file with the keys you got by another way; `pathfed demo` writes one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a run's record offline: every byte, signature, chain and epsilon.
+
+    Exit status 0: proven. 3: consistent, but without --trust nobody's identity is proven. 16: something does not verify.
+    """
+    from pathfed_common.provenance.verify import verify_record
+    from pathfed_local.verifying import find_record, summary, trusted_keys
+
+    verdict = verify_record(find_record(folder), trusted_keys(trust))
+    if verdict.findings:
+        for finding in verdict.findings[1:]:
+            console.show_error(finding)
+        raise verdict.findings[0]
+    title = "consistent, identities proven" if verdict.identities_proven else "consistent, IDENTITIES UNPROVEN (PF604)"
+    show(summary(verdict), as_json=as_json, title=title)
+    if not verdict.identities_proven:
+        sys.exit(UNPROVEN)
+
+
+def main() -> None:
+    """The command line."""
+    console.run(app)

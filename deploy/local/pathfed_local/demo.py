@@ -1,0 +1,304 @@
+"""`pathfed demo`: a whole consortium on this machine, from slides to a verified encoder, in a few minutes.
+
+Every step is a command that a hospital or operator would give, carried out by processes of their own (consortium.py). This module only
+gives them in order, watches, and shows.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pathfed_client.app import glance
+from pathfed_client.cohort.patient_list import decode_patient_list, parse_patient_list
+from pathfed_client.home import SiteHome
+from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
+from pathfed_common.ids import RunName
+from pathfed_common.plan import CohortPlan, Plan, load_plan
+from pathfed_common.provenance.documents import ServerCard, SiteCard
+from pathfed_local.consortium import Consortium, Hospital, find_hospitals
+from pathfed_local.memory import MemoryWatch
+from pathfed_local.view import SiteLine, View
+from pathfed_server.app import read_plan
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.home import ServerHome
+from pathfed_server.rounds.state import ParticipationState, RunState
+
+RUN = RunName("demo")
+MARK = ".pathfed-demo"
+_MAX_EPSILON = 10.0
+_POLL_S = 1.0
+_DECLARE_TO = 4
+_PATIENTS = 40
+_SIDE_PX = (768, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What `pathfed demo` was asked for.
+
+    Attributes:
+        out: the folder everything goes into; an earlier demo there is replaced.
+        slides: folder of hospitals, or None to paint some.
+        plan: the plan file.
+        rounds: rounds, or None for the plan's.
+        sites: hospitals at most.
+        keep: leave the consortium running afterwards, until Ctrl-C.
+        reply_slots: whether sites reply at time slots.
+        seed: of the painted slides.
+    """
+
+    out: Path
+    slides: Path | None
+    plan: Path
+    rounds: int | None
+    sites: int
+    keep: bool
+    reply_slots: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Demo:
+    """One run of the demo. `phases` has each phase's seconds, `patients` what each scan found."""
+
+    options: DemoOptions
+    view: View
+    phases: dict[str, float] = field(default_factory=dict)
+    memory: MemoryWatch = field(default_factory=MemoryWatch)
+    patients: dict[str, int] = field(default_factory=dict)
+    plan: Plan = field(init=False)
+
+    def run(self) -> None:
+        """Do it all; end every process whatever happens.
+
+        Raises:
+            PathfedError: what went wrong first.
+        """
+        out = _fresh(self.options.out)
+        consortium = Consortium(out, self._hospitals(out))
+        try:
+            plan = self._timed("set up", self._set_up, consortium)
+            self._timed("scan", self._scan, consortium, plan)
+            self._timed("approve", self._approve, consortium, plan)
+            self._timed("start", self._start, consortium)
+            self._timed("rounds", self._rounds, consortium, plan)
+            self._timed("report", self._report, consortium)
+            if self.options.keep:
+                self._keep(consortium)
+        finally:
+            with self.view.phase("every process is ended"):
+                consortium.stop()
+
+    def _timed(self, name: str, step: Any, *arguments: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return step(*arguments)
+        finally:
+            self.phases[name] = time.monotonic() - began
+
+    def _hospitals(self, out: Path) -> list[Hospital]:
+        if self.options.slides is not None:
+            return find_hospitals(self.options.slides, self.options.sites)
+        from pathfed_local.generator import generate_hospitals
+
+        began = time.monotonic()
+        with self.view.phase(f"painting slides of {self.options.sites} hospitals"):
+            generate_hospitals(out / "data", hospitals=self.options.sites, patients=_PATIENTS, seed=self.options.seed, side_px=_SIDE_PX)
+        self.phases["paint"] = time.monotonic() - began
+        return find_hospitals(out / "data", self.options.sites)
+
+    def _set_up(self, consortium: Consortium) -> Path:
+        """Server and site homes, the plan published and signed; the signed plan's path."""
+        with self.view.phase("homes and keys: one server, one for each hospital"):
+            consortium.server_command("init", "--consortium", "demo")
+            card = consortium.server / "server-card.dsse"
+            begun = [
+                consortium.begin_site(hospital.name, "init", *_init_options(hospital, card, reply_slots=self.options.reply_slots))
+                for hospital in consortium.hospitals
+            ]
+            for process in begun:
+                consortium.finish(process)
+            for hospital in consortium.hospitals:
+                consortium.server_command("sites", "add", consortium.site(hospital.name) / "site-card.dsse")
+        with self.view.phase("the plan is signed"):
+            file = consortium.out / "plan.toml"
+            file.write_text(_plan_text(self.options, consortium.hospitals), encoding="utf-8")
+            self.plan = load_plan(file.read_text(encoding="utf-8"), where=file)
+            signed = consortium.out / "plan.dsse"
+            consortium.server_command("plan", "publish", file, "--out", signed)
+        return signed
+
+    def _scan(self, consortium: Consortium, plan: Path) -> None:
+        with self.view.phase("scanning slides: tissue, quality, tiles"):
+            begun = {hospital.name: consortium.begin_site(hospital.name, "scan", plan) for hospital in consortium.hospitals}
+            with self.view.table():
+                while any(process.poll() is None for process in begun.values()):
+                    self.view.update("scan", self._lines(consortium, {}))
+                    time.sleep(_POLL_S / 2)
+                self.view.update("scan", self._lines(consortium, {}))
+            reports = {name: consortium.finish(process) for name, process in begun.items()}
+        for name, report in reports.items():
+            self.patients[name] = report["patients"]
+            refused = ", ".join(f"{code} x{count}" for code, count in report["by_reason"].items())
+            self.view.event(
+                f"{name}: {report['patients']} patients, {report['tiles']} tiles" + (f"; not used: {refused}" if refused else "")
+            )
+
+    def _approve(self, consortium: Consortium, plan: Path) -> None:
+        with self.view.phase("each hospital approves the plan by its digest"):
+            begun = []
+            for hospital in consortium.hospitals:
+                # A lower bound, rounded down: a real hospital chooses it without looking.
+                declared = str(max(1, self.patients[hospital.name] // _DECLARE_TO * _DECLARE_TO))
+                given = consortium.out / f"approval-{hospital.name}.dsse"
+                begun.append(
+                    (consortium.begin_site(hospital.name, "approve", plan, "--patients-at-least", declared, "--out", given), given)
+                )
+            for process, given in begun:
+                consortium.finish(process)
+                consortium.server_command("sites", "approval", given)
+        _write_trust(consortium)
+
+    def _start(self, consortium: Consortium) -> None:
+        with self.view.phase("server and sites are up, each in processes of its own"):
+            consortium.start_server()
+            consortium.start_sites()
+
+    def _rounds(self, consortium: Consortium, plan: Path) -> None:
+        digest = consortium.server_command("plan", "list")[0]["plan"]
+        consortium.server_command("run", "start", digest, "--name", RUN)
+        home = ServerHome(consortium.server)
+        with self.view.phase("rounds"), self.view.table(), SqlStore(home.database_url) as store:
+            while True:
+                consortium.watch(self.view.event)
+                self.memory.sample(consortium.pids())
+                run = store.run(RUN)
+                states = self._site_states(store)
+                done = len(store.checkpoints(RUN)) - 1
+                self.view.update(f"run {RUN}: {run.state.value}, {max(0, done)} rounds committed", self._lines(consortium, states))
+                if run.state not in (RunState.PLANNED, RunState.RUNNING):
+                    break
+                time.sleep(_POLL_S)
+        if run.state is not RunState.FINISHED:
+            raise RoundError(
+                ErrorCode.RUN_FAILED,
+                f"the run {run.state.value} with code {run.code}",
+                where=home.logs,
+                remedy=f"pathfed-server rounds {RUN} --home {consortium.server}",
+            )
+
+    def _site_states(self, store: SqlStore) -> dict[str, tuple[str, int]]:
+        """Each site's state in the latest round, and the rounds it was admitted in."""
+        rows = [(row, store.participations(RUN, row.round_index)) for row in store.rounds(RUN)]
+        states: dict[str, tuple[str, int]] = {}
+        for row, participations in rows:
+            for one in participations:
+                admitted = states.get(one.site, ("", 0))[1] + (one.state is ParticipationState.ADMITTED)
+                code = f" {one.code}" if one.code else ""
+                states[one.site] = (f"round {row.round_index}: {one.state.value}{code}", admitted)
+        return states
+
+    def _lines(self, consortium: Consortium, states: dict[str, tuple[str, int]]) -> list[SiteLine]:
+        return [
+            _line(SiteHome(consortium.site(hospital.name)), self.plan.cohort, *states.get(hospital.name, ("", 0)))
+            for hospital in consortium.hospitals
+        ]
+
+    def _report(self, consortium: Consortium) -> None:
+        from pathfed_server.reporting import write_report
+
+        record = consortium.out / "record"
+        record.symlink_to(Path("server/runs") / RUN / "record")
+        with self.view.phase("report"):
+            write_report(ServerHome(consortium.server), RUN, consortium.out / "report.html", memory=self.memory.peaks())
+        facts = {"phases_s": self.phases, "memory_peak_mb": self.memory.together}
+        (consortium.out / "demo.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def _keep(self, consortium: Consortium) -> None:
+        self.view.say("the consortium stays up: Ctrl-C ends it")
+        while True:
+            consortium.watch(self.view.event)
+            time.sleep(_POLL_S)
+
+
+def _fresh(out: Path) -> Path:
+    """An empty folder, in place of an earlier demo.
+
+    Raises:
+        HostError: PF904, something else is there.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise HostError(
+                ErrorCode.HOME_UNUSABLE,
+                "the folder holds something that is not a demo, and is left as it is",
+                where=out,
+                remedy="choose another --out",
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+    return out.resolve()
+
+
+def _init_options(hospital: Hospital, card: Path, *, reply_slots: bool) -> list[str]:
+    slots = "--reply-slots" if reply_slots else "--no-reply-slots"
+    paths = ["--slides", str(hospital.slides), "--patients", str(hospital.patients), "--server-card", str(card)]
+    return ["--name", hospital.name, *paths, "--max-epsilon", str(_MAX_EPSILON), "--delta", "1e-5", slots]
+
+
+def _plan_text(options: DemoOptions, hospitals: Sequence[Hospital]) -> str:
+    """The demo's plan, with the rounds asked for, and steps and a quorum that its hospitals can take part in.
+
+    Raises:
+        PlanError, HostError: the plan file cannot be used or read.
+    """
+    raw = read_plan(options.plan).model_dump(mode="json")
+    smallest = min(_listed_patients(hospital.patients) for hospital in hospitals)
+    raw["privacy"]["expected_patients"] = min(raw["privacy"]["expected_patients"], max(1.0, float(smallest * 2 // 5)))
+    raw["rounds"]["quorum"] = min(raw["rounds"]["quorum"], len(hospitals))
+    if options.rounds is not None:
+        raw["rounds"]["count"] = options.rounds
+    lines = [f"# {options.plan.name}, fitted to the hospitals of this demo."]
+    # JSON's spelling of texts, numbers and truths is TOML's.
+    lines += [f"{key} = {json.dumps(value)}" for key, value in raw.items() if not isinstance(value, dict)]
+    for section, keys in raw.items():
+        if isinstance(keys, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _listed_patients(patient_list: Path) -> int:
+    """Patients of a list; 0 for one that cannot be used: the scan says what is wrong with it."""
+    try:
+        rows = parse_patient_list(decode_patient_list(patient_list.read_bytes(), where=str(patient_list)), where=str(patient_list))
+    except (OSError, SiteDataError):
+        return 0
+    return len({row.patient for row in rows})
+
+
+def _write_trust(consortium: Consortium) -> None:
+    """The keys a verifier would have got by another way: read from the cards here."""
+    server = ServerCard.from_bytes((consortium.server / "server-card.dsse").read_bytes())
+    sites = [SiteCard.from_bytes(SiteHome(consortium.site(hospital.name)).card_file.read_bytes()) for hospital in consortium.hospitals]
+    trust = {"server": server.evidence_key.to_text(), "sites": {card.site: card.evidence_key.to_text() for card in sites}}
+    (consortium.out / "trust.json").write_text(json.dumps(trust, indent=1), encoding="utf-8")
+
+
+def _line(home: SiteHome, cohort: CohortPlan, state: str, rounds: int) -> SiteLine:
+    seen = glance(home, cohort)
+    left = max(0.0, _MAX_EPSILON - seen.epsilon_total)
+    slides = f"{seen.slides} ({seen.usable})"
+    return SiteLine(
+        site=home.name,
+        state=state,
+        slides=slides,
+        patients=seen.patients,
+        rounds=rounds,
+        epsilon_spent=seen.epsilon_total,
+        epsilon_left=left,
+    )

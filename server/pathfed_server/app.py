@@ -1,0 +1,243 @@
+"""The server's only wiring place: what each command does, from the parts.
+
+Heavy libraries (torch, Flower, the accountants) are imported by the function that needs them, so that light commands start at once.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode, PathfedError, RoundError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_common.plan import Plan, load_plan
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
+from pathfed_common.provenance.keys import VerifyKey
+from pathfed_server.db.rows import ApprovalRow, PlanRow, RunRow
+from pathfed_server.db.sql_store import SqlStore, migrate
+from pathfed_server.home import ServerHome, create_home
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+HOME_VARIABLE = "PATHFED_SERVER_HOME"
+
+
+def init(root: Path, *, consortium: str, host: str, listen: str, fleet_port: int | None, database: str) -> ServerHome:
+    """Make the server's home, and bring its database to this version's schema.
+
+    Raises:
+        HostError: PF904, something is there already; PF905, a setting is out of bounds.
+        RoundError: PF512, PF513: the database cannot be reached or migrated; no home is left then.
+    """
+    home = create_home(root, consortium=consortium, host=host, listen=listen, fleet_port=fleet_port, database=database)
+    try:
+        migrate(home.database_url)
+    except PathfedError:
+        shutil.rmtree(home.root)
+        raise
+    return home
+
+
+def opened(root: Path) -> AbstractContextManager[SqlStore]:
+    """The store of a server's home, as a context manager."""
+    return SqlStore(ServerHome(root).database_url)
+
+
+def serve(root: Path, tell: Callable[[str], None]) -> None:
+    """`pathfed-server start`; see daemon.serve."""
+    from pathfed_server.daemon import serve as run_daemon
+
+    run_daemon(ServerHome(root), tell)
+
+
+def add_site(root: Path, card_file: Path) -> SiteCard:
+    """Enrol a site by its card.
+
+    Raises:
+        ProvenanceError: PF602, the card does not verify.
+        TransportError: PF402, its Flower node key is not one.
+        RoundError: PF502, the name or a key is taken.
+    """
+    from pathfed_server.transport.flower_control import node_key
+
+    data = files.read_given(card_file)
+    card = SiteCard.from_bytes(data, where=str(card_file))
+    node_key(card.flower_key)
+    place = ServerHome(root).site_card_file(card.site)
+    written = place.with_suffix(".new")
+    with opened(root) as store:
+        files.write_atomic(written, data)
+        try:
+            store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time())
+            written.replace(place)
+        finally:
+            written.unlink(missing_ok=True)
+    return card
+
+
+def add_approval(root: Path, file: Path) -> Approval:
+    """Record a site's approval, signed with the key it enrolled with.
+
+    Raises:
+        ProvenanceError: PF602, signed with another key.
+        RoundError: PF501, no such site; PF516, no such plan.
+    """
+    envelope = files.read_given(file)
+    key_id = dsse.parse(envelope, where=str(file)).key_id
+    with opened(root) as store:
+        keys = {key.key_id: key for key in (VerifyKey.from_text(site.evidence_key) for site in store.sites())}
+        if key_id not in keys:
+            raise RoundError(
+                ErrorCode.SITE_UNKNOWN,
+                "signed with the key of no enrolled site",
+                where=file,
+                value=key_id,
+                remedy="add the site's card first",
+            )
+        approval = Approval.from_bytes(envelope, keys[key_id], where=str(file))
+        if store.site(approval.site).evidence_key != keys[key_id].to_text():
+            raise RoundError(
+                ErrorCode.SITE_UNKNOWN, "the approval names another site than the one that signed it", where=file, value=approval.site
+            )
+        row = ApprovalRow(
+            site=approval.site,
+            plan=approval.plan,
+            declared_patients=approval.declared_patients,
+            reply_slots=approval.reply_slots,
+            envelope=envelope,
+            approved_at=approval.approved_at,
+        )
+        store.add_approval(row, at=time.time())
+    return approval
+
+
+def read_plan(file: Path) -> Plan:
+    """Read and validate a plan.
+
+    Raises:
+        PlanError: PF1xx, what is wrong with it.
+        HostError: PF904, it cannot be read.
+    """
+    try:
+        return load_plan(files.read_given(file).decode("utf-8"), where=file)
+    except UnicodeDecodeError as error:
+        from pathfed_common.errors import PlanError
+
+        raise PlanError(ErrorCode.PLAN_UNREADABLE, f"not UTF-8 text: {error.reason}", where=file) from None
+
+
+def describe_plan(plan: Plan, patients: int | None) -> dict[str, Any]:
+    """A plan in a few figures; with a declared number of patients, also what it costs each of them.
+
+    Raises:
+        PlanError: PF105, the plan expects more patients a step than that.
+    """
+    described: dict[str, Any] = {
+        "plan": plan.digest,
+        "name": plan.name,
+        "encoder": plan.encoder.preset,
+        "rounds": plan.rounds.count,
+        "private_steps": plan.total_steps,
+        "expected_patients": plan.privacy.expected_patients,
+        "noise_multiplier": plan.privacy.noise_multiplier,
+        "delta": plan.privacy.delta,
+        "epsilon_limit": plan.privacy.epsilon_limit,
+    }
+    if patients is not None:
+        from pathfed_common.privacy.accounting import PrivacyEvent, multi_site_epsilon
+
+        rate = plan.sampling_rate(patients)
+        event = PrivacyEvent(sampling_rate=rate, noise_multiplier=plan.privacy.noise_multiplier, steps=plan.total_steps)
+        described["sampling_rate"] = rate
+        for sites in (1, 2, 3):
+            described[f"epsilon_at_{sites}_sites"] = multi_site_epsilon(event, sites=sites, delta=plan.privacy.delta)
+    return described
+
+
+def publish_plan(root: Path, file: Path, out: Path) -> Plan:
+    """Sign a plan, keep it, and write it for the sites.
+
+    Raises:
+        PlanError: PF1xx, what is wrong with it.
+    """
+    plan = read_plan(file)
+    signed = seal_plan(plan, ServerHome(root).evidence_key)
+    with opened(root) as store:
+        store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time())
+    files.write_atomic(out, signed)
+    return plan
+
+
+def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -> RunRow:
+    """Plan a run over the given sites, or over all that approved the plan.
+
+    Raises:
+        RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum.
+    """
+    with opened(root) as store:
+        row = _find_plan(store, plan)
+        chosen = list(sites) or [given.site for given in store.approvals(row.digest)]
+        quorum = row.plan().rounds.quorum
+        if len(chosen) < quorum:
+            raise RoundError(
+                ErrorCode.QUORUM_LOST,
+                "the run has fewer sites than the plan's quorum",
+                value=f"{len(chosen)} of {quorum}",
+                remedy="record more approvals (`pathfed-server sites approval`) or name more sites",
+            )
+        store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time())
+        return store.run(name)
+
+
+def _find_plan(store: SqlStore, text: str) -> PlanRow:
+    wanted = text.removeprefix("sha256:")
+    found = [row for row in store.plans() if row.digest.removeprefix("sha256:").startswith(wanted) and wanted]
+    if len(found) != 1:
+        raise RoundError(
+            ErrorCode.PLAN_UNKNOWN,
+            f"{len(found)} published plans begin with this digest",
+            value=text,
+            remedy="see `pathfed-server plan list`",
+        )
+    return found[0]
+
+
+def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
+    """A run's rounds, with what became of each site."""
+    with opened(root) as store:
+        store.run(run)
+        return [
+            {
+                "round": row.round_index,
+                "state": row.state.value,
+                "code": row.code,
+                "sites": {
+                    one.site: one.state.value + (f" {one.code}" if one.code else "") for one in store.participations(run, row.round_index)
+                },
+                "next_state": row.next_state,
+                "committed_at": row.committed_at,
+            }
+            for row in store.rounds(run)
+        ]
+
+
+def drive_run(name: str, grid: "Grid") -> None:
+    """The ServerApp's main: drive one run over Flower. Runs in the process that Flower's superexec starts."""
+    from pathfed_server.driving import drive
+
+    drive(ServerHome(Path(os.environ[HOME_VARIABLE])), RunName(name), grid)
+
+
+def __getattr__(name: str) -> Any:
+    """`flower_app`, the ServerApp that the bundle names."""
+    if name != "flower_app":
+        raise AttributeError(name)
+    from pathfed_server.transport.flower_server import make_app
+
+    return make_app(drive_run)

@@ -1,0 +1,291 @@
+"""`pathfed-server`: what a consortium's operator does."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathfed_common import console
+from pathfed_common.console import Json, show
+from pathfed_common.digest import short
+from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_common.ids import run_name as check_run_name
+from pathfed_common.ids import site_name as check_site_name
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
+)
+sites_app = typer.Typer(no_args_is_help=True, help="Enrol sites and record their approvals.")
+plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
+run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
+app.add_typer(sites_app, name="sites")
+app.add_typer(plan_app, name="plan")
+app.add_typer(run_app, name="run")
+
+Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
+_HOME = Path("pathfed-server")
+
+
+def run_name(text: str) -> RunName:
+    """A run's name as a person gave it.
+
+    Raises:
+        HostError: PF905, it cannot be one.
+    """
+    try:
+        return check_run_name(text)
+    except ValueError as error:
+        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="the run's name") from None
+
+
+def site_name(text: str) -> SiteName:
+    """A site's name as a person gave it.
+
+    Raises:
+        HostError: PF905, it cannot be one.
+    """
+    try:
+        return check_site_name(text)
+    except ValueError as error:
+        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="the site's name") from None
+
+
+@app.command()
+def init(
+    home: Home = _HOME,
+    consortium: Annotated[str, typer.Option(help="The consortium's name: lower-case letters, digits, inner hyphens.")] = "consortium",
+    host: Annotated[str, typer.Option(help="Name or address that sites connect to.")] = "127.0.0.1",
+    listen: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    fleet_port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")] = None,
+    database: Annotated[
+        str,
+        typer.Option(
+            help="SQLAlchemy URL of the metadata database, such as postgresql://user@host/pathfed; SQLite in the home if not given."
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Make the server's home, keys, certificates and database."""
+    from pathfed_server import app as server
+
+    made = server.init(home, consortium=consortium, host=host, listen=listen, fleet_port=fleet_port, database=database)
+    show(
+        {
+            "home": str(made.root),
+            "server_card": str(made.card_file),
+            "evidence_key": made.evidence_key.public.to_text(),
+            "fleet_address": f"{made.settings.host}:{made.settings.fleet_port}",
+        },
+        as_json=as_json,
+        title="The server's home is made. Hand the server card to every site, and compare the key by telephone.",
+    )
+
+
+@app.command()
+def start(home: Home = _HOME, as_json: Json = False) -> None:
+    """Serve sites and carry out runs, until Ctrl-C."""
+    from pathfed_server import app as server
+
+    console.end_on_terminate()
+    server.serve(
+        home,
+        lambda line: (
+            show({"at": time.strftime("%H:%M:%S"), "event": line}, as_json=True)
+            if as_json
+            else console.out.print(line, soft_wrap=True, markup=False)
+        ),
+    )
+
+
+@sites_app.command("add")
+def sites_add(
+    card: Annotated[Path, typer.Argument(help="The site card the hospital handed over.")], home: Home = _HOME, as_json: Json = False
+) -> None:
+    """Enrol a site by its card."""
+    from pathfed_server import app as server
+
+    site = server.add_site(home, card)
+    show(
+        {"site": site.site, "evidence_key": site.evidence_key.to_text()},
+        as_json=as_json,
+        title="Enrolled. Compare the key with the hospital's by telephone.",
+    )
+
+
+@sites_app.command("approval")
+def sites_approval(
+    file: Annotated[Path, typer.Argument(help="The approval the hospital handed over.")], home: Home = _HOME, as_json: Json = False
+) -> None:
+    """Record a site's signed approval of a plan."""
+    from pathfed_server import app as server
+
+    given = server.add_approval(home, file)
+    show({"site": given.site, "plan": given.plan, "declared_patients": given.declared_patients}, as_json=as_json, title="Recorded.")
+
+
+@sites_app.command("revoke")
+def sites_revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+    """Take a site out: it gets no further offer and its node is removed."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        store.revoke_site(site_name(site), at=time.time())
+    show({"site": site, "state": "revoked"}, as_json=as_json)
+
+
+@sites_app.command("list")
+def sites_list(home: Home = _HOME, as_json: Json = False) -> None:
+    """List the sites."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        rows = [
+            {"site": row.name, "state": row.state.value, "evidence_key": row.evidence_key, "enrolled_at": row.enrolled_at}
+            for row in store.sites()
+        ]
+    show(rows, as_json=as_json, title="sites")
+
+
+@plan_app.command("check")
+def plan_check(
+    file: Annotated[Path, typer.Argument(help="A plan, TOML.")],
+    patients: Annotated[int | None, typer.Option(min=1, help="A site's declared lower bound of patients, for the epsilon.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Validate a plan and say what it costs a patient."""
+    from pathfed_server import app as server
+
+    show(server.describe_plan(server.read_plan(file), patients), as_json=as_json, title=f"{file} is a valid plan")
+
+
+@plan_app.command("publish")
+def plan_publish(
+    file: Annotated[Path, typer.Argument(help="A plan, TOML.")],
+    out: Annotated[Path | None, typer.Option(help="Where the signed plan for the sites is written; beside the plan if not given.")] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Sign a plan and write the file that sites approve."""
+    from pathfed_server import app as server
+
+    target = out or file.with_suffix(".plan.dsse")
+    plan = server.publish_plan(home, file, target)
+    show(
+        {"plan": plan.digest, "name": plan.name, "signed_plan": str(target)},
+        as_json=as_json,
+        title="Published. Hand the signed plan to every site.",
+    )
+
+
+@plan_app.command("list")
+def plan_list(home: Home = _HOME, as_json: Json = False) -> None:
+    """List the published plans."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        rows = [
+            {
+                "plan": row.digest,
+                "name": row.name,
+                "published_at": row.published_at,
+                "approved_by": [given.site for given in store.approvals(row.digest)],
+            }
+            for row in store.plans()
+        ]
+    show(rows, as_json=as_json, title="plans")
+
+
+@run_app.command("start")
+def run_start(
+    plan: Annotated[str, typer.Argument(help="The plan's digest, or enough of its start to be unambiguous.")],
+    name: Annotated[str, typer.Option(help="The run's name: lower-case letters, digits, inner hyphens.")],
+    site: Annotated[
+        list[str] | None, typer.Option(help="A site to ask; repeat it. Every site that approved the plan if not given.")
+    ] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Plan a run; a running `pathfed-server start` takes it up at once."""
+    from pathfed_server import app as server
+
+    run = server.start_run(home, plan, run_name(name), [site_name(text) for text in site or []])
+    show(
+        {"run": run.name, "plan": run.plan, "sites": list(run.sites), "state": run.state.value},
+        as_json=as_json,
+        title="The run is planned.",
+    )
+
+
+@run_app.command("stop")
+def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+    """Stop a run before its next round. What is committed stays."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        store.stop_run(run_name(run), at=time.time())
+    show({"run": run, "state": "stopped"}, as_json=as_json)
+
+
+@run_app.command("resume")
+def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+    """Let a failed or stopped run go on from its last committed round."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        store.reopen_run(run_name(run), at=time.time())
+    show({"run": run, "state": "planned"}, as_json=as_json)
+
+
+@run_app.command("status")
+def run_status(
+    run: Annotated[str | None, typer.Argument(help="The run's name; all runs if not given.")] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Show where runs stand."""
+    from pathfed_server import app as server
+
+    with server.opened(home) as store:
+        runs = store.runs() if run is None else [store.run(run_name(run))]
+        rows = [
+            {
+                "run": row.name,
+                "state": row.state.value,
+                "code": row.code,
+                "plan": short(row.plan),
+                "rounds": len(store.checkpoints(row.name)) - 1,
+                "sites": list(row.sites),
+            }
+            for row in runs
+        ]
+    show(rows, as_json=as_json, title="runs")
+
+
+@run_app.command("report")
+def run_report(
+    run: Annotated[str, typer.Argument(help="The run's name.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report: one self-contained HTML page."""
+    from pathfed_server import reporting
+    from pathfed_server.home import ServerHome
+
+    reporting.write_report(ServerHome(home), run_name(run), out)
+    show({"run": run, "report": str(out)}, as_json=as_json)
+
+
+@app.command()
+def rounds(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+    """Show a run's rounds and who took part."""
+    from pathfed_server import app as server
+
+    show(server.round_rows(home, run_name(run)), as_json=as_json, title=f"rounds of {run}")
+
+
+def main() -> None:
+    """The command line."""
+    console.run(app)

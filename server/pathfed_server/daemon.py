@@ -1,0 +1,218 @@
+"""`pathfed-server start`: owns Flower's processes and opens a Flower run for every run of ours that should go on.
+
+The truth about runs is in the metadata database; Flower is an engine that may be restarted at will. The daemon compares the two once a
+second: a planned or running run without a living Flower run gets one (an attempt), and the round loop inside it goes on from the last
+committed round. A run whose attempts keep ending early is marked failed, visibly.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode
+from pathfed_common.ids import RunName
+from pathfed_common.processes import ProcessEnd, Supervisor
+from pathfed_server.db.rows import RunRow
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.home import ServerHome
+from pathfed_server.rounds.state import RunState, SiteState
+from pathfed_server.transport.engine import LOOPBACK, EngineFiles, start_engine
+from pathfed_server.transport.flower_control import FlowerControl, node_key
+
+HOME_VARIABLE = "PATHFED_SERVER_HOME"
+#: Flower runs opened for one run of ours before it is given up, counted since its last committed round.
+ATTEMPTS = 3
+_TICK_S = 0.25
+_RECONCILE_S = 1.0  # each asks SuperLink, which has rounds to carry
+_OPEN = (RunState.PLANNED, RunState.RUNNING)
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class _Attempt:
+    flower_run: int
+    opened: int = 1
+    committed: int = 0
+
+
+@dataclass
+class _Daemon:
+    home: ServerHome
+    store: SqlStore
+    control: FlowerControl
+    tell: Tell
+    attempts: dict[RunName, _Attempt] = field(default_factory=dict)
+
+    def reconcile(self) -> None:
+        """Bring SuperLink's node keys and runs in line with the database."""
+        enrolled = [site for site in self.store.sites() if site.state is SiteState.ENROLLED]
+        self.control.ensure_nodes(node_key(site.flower_key) for site in enrolled)
+        for run in self.store.runs():
+            if run.state in _OPEN:
+                self._keep_going(run)
+            elif run.name in self.attempts:
+                self._close(run)
+
+    def _keep_going(self, run: RunRow) -> None:
+        attempt = self.attempts.get(run.name)
+        if attempt is None:
+            self.attempts[run.name] = _Attempt(self._open(run))
+            self.tell(f"run {run.name}: started")
+            return
+        status, sub_status = self.control.run_status(attempt.flower_run)
+        alive = server_app_alive(self.home, run.name)
+        if status in ("pending", "starting") or (status == "running" and alive is not False):
+            return
+        if status == "running":
+            self.control.stop_run(attempt.flower_run)
+            sub_status = "its process ended"
+        self._again(run, attempt, sub_status)
+
+    def _again(self, run: RunRow, attempt: _Attempt, why: str) -> None:
+        run = self.store.run(run.name)
+        if run.state not in _OPEN:
+            return
+        committed = len(self.store.checkpoints(run.name))
+        attempt.opened = 1 if committed > attempt.committed else attempt.opened + 1
+        attempt.committed = committed
+        if attempt.opened > ATTEMPTS:
+            why = f"given up after {ATTEMPTS} attempts without a committed round; see logs/server-app.log"
+            self.tell(f"{ErrorCode.RUN_FAILED.value} run {run.name}: {why}")
+            self.store.fail_run(run.name, run.attempt, code=ErrorCode.RUN_FAILED.value, at=time.time())
+            return
+        self.tell(
+            f"{ErrorCode.PROCESS_ENDED.value} run {run.name}: the round loop ended early ({why}); it goes on from the last committed round"
+        )
+        forget_server_app(self.home, run.name)
+        attempt.flower_run = self._open(run)
+
+    def _open(self, run: RunRow) -> int:
+        return self.control.start_run({"pathfed-run": run.name})
+
+    def _close(self, run: RunRow) -> None:
+        attempt = self.attempts.pop(run.name)
+        if run.state is RunState.STOPPED and self.control.run_status(attempt.flower_run)[0] not in ("finished", "unknown"):
+            self.control.stop_run(attempt.flower_run)
+        self.tell(f"run {run.name}: {run.state.value}" + (f" ({run.code})" if run.code else ""))
+
+
+def serve(home: ServerHome, tell: Tell) -> None:
+    """Serve until interrupted (Ctrl-C, SIGTERM); then end every process that was started.
+
+    Raises:
+        RoundError: the database cannot be reached, or is not at this version's schema.
+        HostError: PF902, the fleet port is taken; PF903, a process does not start or will not stay up; PF906, others may read a key file.
+    """
+    for key in (home.tls_key, home.superexec_secret):
+        files.read_secret(key)
+    supervisor = Supervisor()
+    with SqlStore(home.database_url) as store:
+        try:
+            port = start_engine(supervisor, _engine_files(home))
+            files.write_atomic(
+                home.ports_file, json.dumps({"superlink": port, "fleet": home.settings.fleet_port, "pid": os.getpid()}).encode()
+            )
+            tell(f"serving sites on {home.settings.host}:{home.settings.fleet_port}")
+            with FlowerControl(f"{LOOPBACK}:{port}", home.ca_file) as control:
+                _loop(_Daemon(home, store, control, tell), supervisor)
+        except KeyboardInterrupt:
+            tell("stopping")
+        finally:
+            supervisor.stop()
+            _forget_ports(home)
+
+
+def _forget_ports(home: ServerHome) -> None:
+    """Take back what this process wrote, and nothing that another server of this home, which holds the port, wrote."""
+    try:
+        mine = json.loads(home.ports_file.read_bytes())["pid"] == os.getpid()
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if mine:
+        home.ports_file.unlink(missing_ok=True)
+
+
+def _loop(daemon: _Daemon, supervisor: Supervisor) -> None:
+    away = False
+    while True:
+        try:
+            daemon.reconcile()
+            away = False
+        except httpx.HTTPError as error:
+            if not away:
+                daemon.tell(f"SuperLink does not answer ({type(error).__name__}); waiting for it")
+            away = True
+        until = time.monotonic() + _RECONCILE_S
+        while time.monotonic() < until:
+            time.sleep(_TICK_S)
+            tell_ends(supervisor.poll(), daemon.tell)
+
+
+def tell_ends(ends: Iterable[ProcessEnd], tell: Tell) -> None:
+    """Say which processes ended; raise when one will not be started again.
+
+    Raises:
+        HostError: PF903, a process ended for good.
+    """
+    for end in ends:
+        if not end.restarted:
+            raise end.error()
+        tell(f"{ErrorCode.PROCESS_ENDED.value} {end.name} ended ({end.status}) and is started again; see {end.log}")
+
+
+def _engine_files(home: ServerHome) -> EngineFiles:
+    return EngineFiles(
+        ca=home.ca_file,
+        certificate=home.tls_certificate,
+        key=home.tls_key,
+        superexec_secret=home.superexec_secret,
+        flower=home.flower,
+        logs=home.logs,
+        listen=home.settings.listen,
+        fleet_port=home.settings.fleet_port,
+        app_environment={HOME_VARIABLE: str(home.root.resolve())},
+    )
+
+
+def _server_app_file(home: ServerHome, run: RunName) -> Path:
+    return home.run_folder(run) / "server-app.pid"
+
+
+def note_server_app(home: ServerHome, run: RunName) -> None:
+    """Write this process's id, so that the daemon notices at once when the round loop's process ends."""
+    home.run_folder(run).mkdir(parents=True, exist_ok=True)
+    files.write_atomic(_server_app_file(home, run), str(os.getpid()).encode())
+
+
+def forget_server_app(home: ServerHome, run: RunName) -> None:
+    """Forget the process id of a round loop that ended."""
+    _server_app_file(home, run).unlink(missing_ok=True)
+
+
+def server_app_alive(home: ServerHome, run: RunName) -> bool | None:
+    """Whether the round loop's process lives; None: it has not said so yet."""
+    try:
+        pid = int(_server_app_file(home, run).read_text())
+        os.kill(pid, 0)
+    except (FileNotFoundError, ValueError):
+        return None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """A killed child that its parent has not waited for (superexec does not) still has a process id."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False

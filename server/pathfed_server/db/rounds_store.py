@@ -1,0 +1,220 @@
+"""Rounds in the server database: offers, what became of each site, and the commit that makes a round count."""
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Connection, RowMapping, and_, delete, insert, select, update
+
+from pathfed_common import digest
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_server.db.audit_store import add_event
+from pathfed_server.db.rows import RoundRow, StatementRow
+from pathfed_server.db.runs_store import RunsStore, demand_attempt, demand_run, progress_of
+from pathfed_server.db.schema import approval, checkpoint, participation, quarantine, round_, run, run_site, site, update_statement
+from pathfed_server.rounds.state import (
+    Candidate,
+    Checkpoint,
+    Participation,
+    ParticipationState,
+    Quarantined,
+    RoundOpening,
+    RoundResult,
+    RoundState,
+    RoundTimes,
+    SiteState,
+)
+
+_FIGURES = ("loss_sum", "loss_sum_std", "patients", "patients_std")
+
+
+class RoundsStore(RunsStore):
+    """Implements `rounds.ports.RoundStore` together with `RunsStore`."""
+
+    def candidates(self, run_name: RunName) -> list[Candidate]:
+        """See `rounds.ports.RoundStore`."""
+        with self._read() as connection:
+            plan_digest = demand_run(connection, run_name)["plan"]
+            given = and_(approval.c.site == site.c.name, approval.c.plan == plan_digest)
+            columns = (
+                site.c.name.label("site"),
+                site.c.state,
+                site.c.evidence_key,
+                approval.c.declared_patients,
+                approval.c.reply_slots,
+                approval.c.envelope.label("approval"),
+            )
+            joined = run_site.join(site, run_site.c.site == site.c.name).outerjoin(approval, given)
+            rows = connection.execute(select(*columns).select_from(joined).where(run_site.c.run == run_name)).mappings().all()
+        found = (Candidate(**{**row, "state": SiteState(row["state"])}) for row in rows)
+        return sorted(found, key=lambda candidate: candidate.site)
+
+    def commit_initial(self, run_name: RunName, attempt: int, initial: Checkpoint, *, at: float) -> None:
+        """See `rounds.ports.RoundStore`."""
+        if initial.round_index != 0:
+            raise ValueError(f"the initial state is round 0's, got {initial.round_index}")
+        with self._write() as connection:
+            demand_attempt(connection, run_name, attempt)
+            if progress_of(connection, run_name).last is not None:
+                raise RoundError(ErrorCode.RUN_STATE, "the run has an initial state already", where=run_name)
+            connection.execute(insert(checkpoint).values(run=run_name, committed_at=at, **vars(initial)))
+            add_event(connection, actor="server", action="run.initial_state", subject=run_name, at=at, detail={"state": initial.state})
+
+    def open_round(self, opening: RoundOpening) -> None:
+        """See `rounds.ports.RoundStore`."""
+        with self._write() as connection:
+            demand_attempt(connection, opening.run, opening.attempt)
+            _demand_next(connection, opening.run, opening.round_index, opening.base_state)
+            here = and_(round_.c.run == opening.run, round_.c.round_index == opening.round_index)
+            times = {"offered_at": opening.offered_at, "deadline": opening.deadline, "state": RoundState.OFFERED}
+            before = connection.execute(select(round_.c.attempt).where(here)).scalar()
+            if before is None:
+                fresh = {"run": opening.run, "round_index": opening.round_index, "base_state": opening.base_state, "attempt": 1}
+                connection.execute(insert(round_).values({**fresh, **times}))
+            else:
+                connection.execute(update(round_).where(here).values(attempt=before + 1, **times))
+            _write_participations(connection, opening.run, opening.round_index, opening.participations, {})
+
+    def note_participation(self, run_name: RunName, attempt: int, round_index: int, noted: Participation) -> None:
+        """See `rounds.ports.RoundStore`."""
+        with self._write() as connection:
+            demand_attempt(connection, run_name, attempt)
+            _set_round(connection, run_name, round_index, state=RoundState.COLLECTING)
+            _write_participations(connection, run_name, round_index, [noted], {}, only=noted.site)
+
+    def note_quarantine(self, attempt: int, quarantined: Quarantined) -> None:
+        """See `rounds.ports.RoundStore`."""
+        values = {**vars(quarantined), "update_digest": quarantined.update}
+        del values["update"]
+        key = ("run", "round_index", "site", "update_digest", "code")
+        with self._write() as connection:
+            demand_attempt(connection, quarantined.run, attempt)
+            same = and_(*(quarantine.c[column] == values[column] for column in key))
+            if connection.execute(select(quarantine.c.seq).where(same)).scalar() is not None:
+                return
+            connection.execute(insert(quarantine).values(values))
+            detail = {"run": quarantined.run, "round": quarantined.round_index, "code": quarantined.code, "update": quarantined.update}
+            add_event(connection, actor="server", action="update.quarantined", subject=quarantined.site, at=quarantined.at, detail=detail)
+
+    def commit_round(self, result: RoundResult, statements: Mapping[SiteName, bytes]) -> None:
+        """See `rounds.ports.RoundStore`."""
+        admitted = [each.site for each in result.participations if each.state is ParticipationState.ADMITTED]
+        if sorted(admitted) != sorted(statements) or sorted(admitted) != sorted(result.weights):
+            raise ValueError(f"statements and weights are those of the admitted sites {admitted}")
+        with self._write() as connection:
+            demand_attempt(connection, result.run, result.attempt)
+            _demand_next(connection, result.run, result.round_index, result.base_state)
+            closing = {
+                "state": RoundState.COMMITTED,
+                "next_state": result.checkpoint.state,
+                "committed_at": result.committed_at,
+                "code": None,
+            }
+            _set_round(connection, result.run, result.round_index, **closing, **vars(result.times))
+            _write_participations(connection, result.run, result.round_index, result.participations, result.weights)
+            for name, envelope in sorted(statements.items()):
+                values = {"run": result.run, "round_index": result.round_index, "site": name, "digest": digest.of_bytes(envelope)}
+                connection.execute(insert(update_statement).values(**values, envelope=envelope))
+            connection.execute(insert(checkpoint).values(run=result.run, committed_at=result.committed_at, **vars(result.checkpoint)))
+            connection.execute(update(run).where(run.c.name == result.run).values(failures=0))
+            detail = {"round": result.round_index, "state": result.checkpoint.state, "sites": sorted(admitted)}
+            add_event(connection, actor="server", action="round.committed", subject=result.run, at=result.committed_at, detail=detail)
+
+    def fail_round(
+        self, run_name: RunName, attempt: int, round_index: int, participations: Sequence[Participation], *, code: str, at: float
+    ) -> int:
+        """See `rounds.ports.RoundStore`."""
+        with self._write() as connection:
+            demand_attempt(connection, run_name, attempt)
+            failures = 1 + int(demand_run(connection, run_name)["failures"])
+            _set_round(connection, run_name, round_index, state=RoundState.FAILED, code=code)
+            _write_participations(connection, run_name, round_index, participations, {})
+            connection.execute(update(run).where(run.c.name == run_name).values(failures=failures))
+            reasons = {each.site: each.code or each.state.value for each in participations}
+            detail = {"round": round_index, "code": code, "failures": failures, "sites": reasons}
+            add_event(connection, actor="server", action="round.failed", subject=run_name, at=at, detail=detail)
+        return failures
+
+    def rounds(self, run_name: RunName) -> list[RoundRow]:
+        """The rounds of a run, in order."""
+        query = select(round_).where(round_.c.run == run_name).order_by(round_.c.round_index)
+        with self._read() as connection:
+            return [_round_row(row) for row in connection.execute(query).mappings()]
+
+    def participations(self, run_name: RunName, round_index: int) -> list[Participation]:
+        """What became of each site in a round, in site order."""
+        query = select(participation).where(participation.c.run == run_name, participation.c.round_index == round_index)
+        with self._read() as connection:
+            rows = connection.execute(query).mappings().all()
+        return sorted((_participation(row) for row in rows), key=lambda each: each.site)
+
+    def statements(self, run_name: RunName) -> list[StatementRow]:
+        """The admitted statements of a run, by round and site."""
+        query = select(update_statement).where(update_statement.c.run == run_name)
+        with self._read() as connection:
+            rows = [StatementRow(**dict(row)) for row in connection.execute(query).mappings()]
+        return sorted(rows, key=lambda row: (row.round_index, row.site))
+
+    def quarantined(self, run_name: RunName) -> list[Quarantined]:
+        """The updates of a run that were set aside, in order of arrival."""
+        query = select(quarantine).where(quarantine.c.run == run_name).order_by(quarantine.c.seq)
+        with self._read() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [_quarantined(row) for row in rows]
+
+
+def _demand_next(connection: Connection, run_name: RunName, round_index: int, base_state: Digest) -> None:
+    last = progress_of(connection, run_name).last
+    if last is None or (last.round_index + 1, last.state) != (round_index, base_state):
+        stands = "no initial state" if last is None else f"round {last.round_index}"
+        raise RoundError(
+            ErrorCode.RUN_STATE,
+            "a round follows the last committed one and starts from its state",
+            where=run_name,
+            value=f"{round_index} after {stands}",
+        )
+
+
+def _set_round(connection: Connection, run_name: RunName, round_index: int, **values: object) -> None:
+    done = connection.execute(update(round_).where(round_.c.run == run_name, round_.c.round_index == round_index).values(**values))
+    if done.rowcount != 1:
+        raise RoundError(ErrorCode.RUN_STATE, "the round was never opened", where=run_name, value=round_index)
+
+
+def _write_participations(
+    connection: Connection,
+    run_name: RunName,
+    round_index: int,
+    rows: Sequence[Participation],
+    weights: Mapping[SiteName, float],
+    *,
+    only: SiteName | None = None,
+) -> None:
+    """Replace the round's rows, or one site's."""
+    here = and_(participation.c.run == run_name, participation.c.round_index == round_index)
+    connection.execute(delete(participation).where(here if only is None else and_(here, participation.c.site == only)))
+    for each in rows:
+        values = {**vars(each), "update_digest": each.update, "weight": weights.get(each.site)}
+        del values["update"], values["figures"]
+        figures = {name: each.figures.get(name) for name in _FIGURES}
+        connection.execute(insert(participation).values(run=run_name, round_index=round_index, **values, **figures))
+
+
+def _participation(row: RowMapping) -> Participation:
+    values = {**row, "update": row["update_digest"], "state": ParticipationState(row["state"])}
+    figures = {name: values.pop(name) for name in _FIGURES}
+    for name in ("run", "round_index", "update_digest", "weight"):
+        del values[name]
+    return Participation(**values, figures={name: value for name, value in figures.items() if value is not None})
+
+
+def _round_row(row: RowMapping) -> RoundRow:
+    values = {**row, "state": RoundState(row["state"])}
+    durations = {name: values.pop(name) for name in RoundTimes.__dataclass_fields__}
+    return RoundRow(**values, times=RoundTimes(**durations) if row["exchange_s"] is not None else None)
+
+
+def _quarantined(row: RowMapping) -> Quarantined:
+    values = {**row, "update": row["update_digest"]}
+    del values["seq"], values["update_digest"]
+    return Quarantined(**values)

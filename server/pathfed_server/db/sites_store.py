@@ -1,0 +1,149 @@
+"""Sites, plans and approvals in the server database."""
+
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, insert, or_, select, update
+
+from pathfed_common.digest import Digest, short
+from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_common.ids import SiteName
+from pathfed_server.db.audit_store import AuditStore, add_event
+from pathfed_server.db.rows import ApprovalRow, PlanRow, SiteRow
+from pathfed_server.db.schema import approval, plan, site
+from pathfed_server.rounds.state import SiteState
+
+
+class SitesStore(AuditStore):
+    """Who may take part, in what."""
+
+    def add_site(self, name: SiteName, *, evidence_key: str, flower_key: str, at: float) -> None:
+        """Enrol a site.
+
+        Raises:
+            RoundError: PF502, the name or one of the keys is taken; revoked sites keep theirs.
+        """
+        taken = or_(site.c.name == name, site.c.evidence_key == evidence_key, site.c.flower_key == flower_key)
+        with self._write() as connection:
+            _lock(connection, "site")
+            holder = connection.execute(select(site.c.name).where(taken)).scalar()
+            if holder is not None:
+                raise RoundError(
+                    ErrorCode.SITE_EXISTS,
+                    "a site has this name or one of these keys already",
+                    value=holder,
+                    remedy="use a new name and new keys",
+                )
+            values = {"name": name, "evidence_key": evidence_key, "flower_key": flower_key, "state": SiteState.ENROLLED, "enrolled_at": at}
+            connection.execute(insert(site).values(values))
+            add_event(connection, actor="operator", action="site.enrolled", subject=name, at=at, detail={"evidence_key": evidence_key})
+
+    def revoke_site(self, name: SiteName, *, at: float) -> None:
+        """Revoke a site for good; revoking it again changes nothing.
+
+        Raises:
+            RoundError: PF501, no such site.
+        """
+        with self._write() as connection:
+            found = _site(connection.execute(select(site).where(site.c.name == name).with_for_update()).mappings().first(), name)
+            if found.state is SiteState.REVOKED:
+                return
+            connection.execute(update(site).where(site.c.name == name).values(state=SiteState.REVOKED, revoked_at=at))
+            add_event(connection, actor="operator", action="site.revoked", subject=name, at=at)
+
+    def site(self, name: SiteName) -> SiteRow:
+        """One site.
+
+        Raises:
+            RoundError: PF501, no such site.
+        """
+        with self._read() as connection:
+            return _site(connection.execute(select(site).where(site.c.name == name)).mappings().first(), name)
+
+    def sites(self) -> list[SiteRow]:
+        """Every site, revoked ones too, in name order."""
+        with self._read() as connection:
+            return sorted((_site(row, "") for row in connection.execute(select(site)).mappings()), key=lambda row: row.name)
+
+    def add_plan(self, plan_digest: Digest, *, name: str, canonical: bytes, signed: bytes, at: float) -> None:
+        """Publish a plan; publishing it again changes nothing."""
+        with self._write() as connection:
+            _lock(connection, "plan")
+            if connection.execute(select(plan.c.digest).where(plan.c.digest == plan_digest)).scalar() is not None:
+                return
+            connection.execute(insert(plan).values(digest=plan_digest, name=name, canonical=canonical, signed=signed, published_at=at))
+            add_event(connection, actor="operator", action="plan.published", subject=plan_digest, at=at, detail={"name": name})
+
+    def plan(self, plan_digest: Digest) -> PlanRow:
+        """One plan.
+
+        Raises:
+            RoundError: PF516, no such plan.
+        """
+        with self._read() as connection:
+            row = connection.execute(select(plan).where(plan.c.digest == plan_digest)).mappings().first()
+        if row is None:
+            raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=plan_digest)
+        return PlanRow(**_plain(row))
+
+    def plans(self) -> list[PlanRow]:
+        """Every plan, the oldest first."""
+        with self._read() as connection:
+            rows = connection.execute(select(plan).order_by(plan.c.published_at, plan.c.digest)).mappings().all()
+        return [PlanRow(**_plain(row)) for row in rows]
+
+    def add_approval(self, given: ApprovalRow, *, at: float) -> None:
+        """Keep a site's approval of a plan. The same figures again change nothing: the first approval stays, as evidence.
+
+        Raises:
+            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF519, it approved the plan with other figures.
+        """
+        with self._write() as connection:
+            found = _site(
+                connection.execute(select(site).where(site.c.name == given.site).with_for_update()).mappings().first(), given.site
+            )
+            if found.state is not SiteState.ENROLLED:
+                raise RoundError(ErrorCode.SITE_REVOKED, "a revoked site approves no plan", value=given.site)
+            if connection.execute(select(plan.c.digest).where(plan.c.digest == given.plan)).scalar() is None:
+                raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=given.plan)
+            row = (
+                connection.execute(select(approval).where(approval.c.site == given.site, approval.c.plan == given.plan)).mappings().first()
+            )
+            if row is not None:
+                _demand_same(ApprovalRow(**_plain(row)), given)
+                return
+            connection.execute(insert(approval).values(vars(given)))
+            detail = {"plan": given.plan, "declared_patients": given.declared_patients, "reply_slots": given.reply_slots}
+            add_event(connection, actor=f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
+
+    def approvals(self, plan_digest: Digest) -> list[ApprovalRow]:
+        """The approvals of a plan, in site order."""
+        with self._read() as connection:
+            rows = connection.execute(select(approval).where(approval.c.plan == plan_digest)).mappings().all()
+        return sorted((ApprovalRow(**_plain(row)) for row in rows), key=lambda row: row.site)
+
+
+def _site(row: RowMapping | None, name: str) -> SiteRow:
+    if row is None:
+        raise RoundError(ErrorCode.SITE_UNKNOWN, "no site of this name is enrolled", value=name, remedy="`pathfed-server sites` lists them")
+    return SiteRow(**{**row, "state": SiteState(row["state"])})
+
+
+def _demand_same(stands: ApprovalRow, given: ApprovalRow) -> None:
+    if (stands.declared_patients, stands.reply_slots) != (given.declared_patients, given.reply_slots):
+        raise RoundError(
+            ErrorCode.APPROVAL_DIFFERS,
+            "the site has approved this plan with other figures",
+            where=f"{given.site}, plan {short(given.plan)}",
+            value=f"{given.declared_patients}, slots {given.reply_slots}; stands: {stands.declared_patients}, {stands.reply_slots}",
+            remedy="publish a plan of another name for the new figures",
+        )
+
+
+def _lock(connection: Connection, table: str) -> None:
+    """On PostgreSQL, let one writer of the table at a time look and then insert. SQLite's transactions do so by themselves."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+
+
+def _plain(row: RowMapping) -> dict[str, Any]:
+    return dict(row)

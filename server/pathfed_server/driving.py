@@ -1,0 +1,87 @@
+"""The round loop's process: wires the loop to Flower, the database and the record, and runs it to the end of a run."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+
+from pathfed_common.errors import PathfedError
+from pathfed_common.ids import RunName
+from pathfed_common.model import initial_state, trained_shapes
+from pathfed_server.daemon import note_server_app
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.home import ServerHome
+from pathfed_server.provenance.recorder import Recorder
+from pathfed_server.rounds.loop import RunSettings, run_rounds
+from pathfed_server.rounds.progress import Progress
+from pathfed_server.rounds.state import SiteState
+from pathfed_server.transport.flower_control import node_key
+from pathfed_server.transport.flower_server import FlowerSites
+
+_log = logging.getLogger(__name__)
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> float:
+        """UTC seconds."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
+    """Drive a run from its last committed round to its end.
+
+    Raises:
+        PathfedError: the run cannot go on; the database says so too where that is possible.
+    """
+    _log_to(home.logs / "server-app.log")
+    # The server's arithmetic is bound by memory, tensor by tensor; more threads would only wait for each other beside other processes.
+    torch.set_num_threads(1)
+    note_server_app(home, run)
+    try:
+        with SqlStore(home.database_url) as store:
+            plan = store.plan(store.run(run).plan).plan()
+            nodes = {site.name: node_key(site.flower_key) for site in store.sites() if site.state is SiteState.ENROLLED}
+            cards = {site: home.site_card(site) for site in store.run(run).sites}
+            settings = RunSettings(
+                run=run,
+                plan=plan,
+                shapes=trained_shapes(plan),
+                initial_state=lambda: initial_state(plan),
+                key=home.evidence_key,
+                home=home.root,
+            )
+            outcome = run_rounds(
+                settings,
+                sites=FlowerSites(grid, nodes),
+                store=store,
+                recorder=Recorder(home.record(run), home.evidence_key, cards),
+                clock=SystemClock(),
+                progress=_tell,
+            )
+            _log.info("run %s: %s", run, outcome.state.value)
+    except PathfedError as error:
+        _log.error("%s", error)
+        raise
+
+
+def _tell(progress: Progress) -> None:
+    parts = [f"run {progress.run}: round {progress.round_index} of {progress.rounds} {progress.stage.value}"]
+    parts += [str(part) for part in (progress.site, progress.outcome, progress.code) if part]
+    _log.info(" ".join(parts))
+
+
+def _log_to(path: Path) -> None:
+    """Log into a file of our own: superexec throws the ServerApp's output away."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("pathfed_server")
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)

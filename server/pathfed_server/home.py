@@ -1,0 +1,167 @@
+"""The server's home folder: settings, keys, database, runs, Flower's own state, logs.
+
+server.toml  server-card.dsse  ca.pem  tls.pem  ports.json (while it runs)  pathfed.db (unless a database URL is set)
+keys/        evidence.pem  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
+runs/<run>/  states/ optimiser/ spool/ quarantine/ record/
+flower/      SuperLink's database and bundles: an engine's state, not the truth
+logs/        one file per process
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field
+
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_common.processes import free_port
+from pathfed_common.provenance.documents import ServerCard
+from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.settings import Settings, checked, read_settings, to_toml
+from pathfed_server.transport.certificates import make_tls
+
+_SECRET_BYTES = 32
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class ServerSettings(Settings):
+    """`server.toml` of a server."""
+
+    #: The consortium's name, in the server card and the certificates.
+    consortium: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")
+    #: Name or address that sites connect to.
+    host: str = "127.0.0.1"
+    #: Address the fleet door listens on.
+    listen: str = "127.0.0.1"
+    #: TCP port of the fleet door: the only port sites reach.
+    fleet_port: int = Field(ge=1, le=65535)
+    #: SQLAlchemy URL of the metadata database; empty: a SQLite file in the home.
+    database: str = ""
+
+
+@dataclass(frozen=True)
+class ServerHome:
+    """The home at `root`."""
+
+    root: Path
+
+    @cached_property
+    def settings(self) -> ServerSettings:
+        """`server.toml`."""
+        return read_settings(ServerSettings, self.root / "server.toml")
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the metadata database."""
+        return self.settings.database or f"sqlite:///{self.root.resolve() / 'pathfed.db'}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of logs."""
+        return self.root / "logs"
+
+    @property
+    def flower(self) -> Path:
+        """Folder of Flower's own state."""
+        return self.root / "flower"
+
+    @property
+    def ca_file(self) -> Path:
+        """The consortium's CA certificate."""
+        return self.root / "ca.pem"
+
+    @property
+    def tls_certificate(self) -> Path:
+        """The server's TLS certificate."""
+        return self.root / "tls.pem"
+
+    @property
+    def tls_key(self) -> Path:
+        """The server's TLS key."""
+        return self.root / "keys" / "tls.key"
+
+    @property
+    def superexec_secret(self) -> Path:
+        """Secret between SuperLink and superexec."""
+        return self.root / "keys" / "superexec.secret"
+
+    @property
+    def card_file(self) -> Path:
+        """The server's card, to hand to sites."""
+        return self.root / "server-card.dsse"
+
+    @property
+    def ports_file(self) -> Path:
+        """Ports and process id of a running `pathfed-server start`; absent when none runs."""
+        return self.root / "ports.json"
+
+    @cached_property
+    def evidence_key(self) -> SigningKey:
+        """The key that signs plans, offers and round records."""
+        return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+
+    def run_folder(self, run: RunName) -> Path:
+        """Folder of one run."""
+        return self.root / "runs" / run
+
+    def record(self, run: RunName) -> Path:
+        """Folder of a run's record."""
+        return self.run_folder(run) / "record"
+
+    def site_card_file(self, site: SiteName) -> Path:
+        """Where an enrolled site's card is kept."""
+        return self.root / "sites" / f"{site}.dsse"
+
+    def site_card(self, site: SiteName) -> bytes:
+        """An enrolled site's card.
+
+        Raises:
+            HostError: PF904, it is not there.
+        """
+        path = self.site_card_file(site)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise HostError(ErrorCode.HOME_UNUSABLE, f"the site's card cannot be read: {error.strerror}", where=path) from None
+
+
+def create_home(root: Path, *, consortium: str, host: str, listen: str, fleet_port: int | None, database: str) -> ServerHome:
+    """Make a server's home with fresh keys and certificates; whole or not at all. The database is not touched here.
+
+    Raises:
+        HostError: PF904, something is there already, or it cannot be written; PF905, a setting is out of bounds.
+    """
+    raw = {"consortium": consortium, "host": host, "listen": listen, "fleet_port": fleet_port or free_port(), "database": database}
+    settings = checked(ServerSettings, raw)
+    files.create_folder(root, lambda part: _fill(part, settings))
+    return ServerHome(root)
+
+
+def _fill(part: Path, settings: ServerSettings) -> None:
+    for folder in ("keys", "sites", "runs", "flower", "logs"):
+        (part / folder).mkdir(mode=0o700)
+    hosts = list(dict.fromkeys([settings.host, *_LOOPBACK]))
+    tls = make_tls(settings.consortium, hosts, now=datetime.datetime.now(datetime.UTC))
+    evidence = SigningKey.generate()
+    secrets = {
+        "evidence.pem": evidence.to_pem(),
+        "ca.key": tls.ca_key,
+        "tls.key": tls.key,
+        "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode(),
+    }
+    for name, data in secrets.items():
+        files.write_atomic(part / "keys" / name, data, secret=True)
+    card = ServerCard(
+        name=settings.consortium,
+        evidence_key=evidence.public,
+        ca_pem=tls.ca_certificate.decode(),
+        fleet_address=f"{settings.host}:{settings.fleet_port}",
+    )
+    files.write_atomic(part / "server-card.dsse", card.to_bytes(evidence))
+    files.write_atomic(part / "ca.pem", tls.ca_certificate)
+    files.write_atomic(part / "tls.pem", tls.certificate)
+    files.write_atomic(part / "server.toml", to_toml(settings, "pathfed server; see docs/reference/settings.md").encode())

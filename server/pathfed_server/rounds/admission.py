@@ -1,0 +1,235 @@
+"""Admission: what an update must be before it counts. Cheap checks first, then one pass over the bytes and one over the tensors.
+
+| in this order | otherwise |
+| --- | --- |
+| the statement is signed by the site's evidence key and can be read | PF504, PF405 |
+| it names this site, run and plan | PF504 |
+| it names this round and base state | PF509 |
+| it states the plan's mechanism for the site's declared patients: rate, noise, clip norm, steps, delta, noise of the figures | PF517 |
+| the file has the stated length and digest | PF505 |
+| it holds exactly the plan's tensors: names, shapes, wire dtype | PF506 |
+| every number is finite | PF507 |
+| its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
+
+That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one tensor.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pathfed_common import digest
+from pathfed_common.digest import Digest
+from pathfed_common.encoder import weights as tensor_files
+from pathfed_common.errors import ErrorCode, ProvenanceError
+from pathfed_common.ids import RunName
+from pathfed_common.plan import Plan
+from pathfed_common.provenance.statement import UpdateStatement
+from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
+from pathfed_server.rounds.participants import Participant
+
+_CHUNK = 4 * 2**20
+#: Room for the header of an update, beside its numbers: 512 bytes a tensor and 64 kB.
+_HEADER_PER_TENSOR, _HEADER_FIXED = 512, 65_536
+#: Stated stds of figures are computed in float64 by sites, step by step.
+_STD_TOLERANCE = 1e-9
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTerms:
+    """What every update of a round must fit.
+
+    Attributes:
+        run: the run.
+        round_index: 1 for the first.
+        plan: the plan.
+        plan_digest: its digest.
+        base_state: digest of the round's base state.
+        base_norm: L2 norm of the base state.
+        layout: dtype and shape of each of the update's tensors, by name.
+    """
+
+    run: RunName
+    round_index: int
+    plan: Plan
+    plan_digest: Digest
+    base_state: Digest
+    base_norm: float
+    layout: Layout
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers an update has."""
+        return sum(math.prod(shape) for _, shape in self.layout.values())
+
+    def bounds(self, participant: Participant) -> NormBounds:
+        """The norms an honest update of this site may have."""
+        rounds = self.plan.rounds
+        return norm_bounds(
+            participant.mechanism,
+            steps=rounds.steps,
+            dimension=self.dimension,
+            bfloat16=self.plan.wire.dtype == "bfloat16",
+            base_norm=self.base_norm,
+            local_learning_rate=rounds.local_learning_rate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """An update that counts.
+
+    Attributes:
+        statement: what the site states of it.
+        envelope: the signed statement's bytes.
+        norm: its L2 norm.
+    """
+
+    statement: UpdateStatement
+    envelope: bytes
+    norm: float
+
+    @property
+    def statement_digest(self) -> Digest:
+        """Digest of the envelope, which names the statement."""
+        return digest.of_bytes(self.envelope)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An update that does not count.
+
+    Attributes:
+        code: why.
+        detail: more about it, for the server's own log.
+    """
+
+    code: ErrorCode
+    detail: str
+
+
+class _RefusalError(Exception):
+    """Carries a refusal out of the checks."""
+
+    def __init__(self, code: ErrorCode, detail: str) -> None:
+        super().__init__(detail)
+        self.refused = Refused(code, detail)
+
+
+def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, update: Path) -> Admitted | Refused:
+    """Decide on one update.
+
+    Args:
+        terms: what the round's updates must fit.
+        participant: the site, as the transport authenticated it and as it was asked.
+        envelope: the signed statement (DSSE bytes).
+        update: the spooled file.
+
+    Raises:
+        OSError: the spooled file cannot be read, a fault of ours and not the site's.
+    """
+    try:
+        statement = _open(participant, envelope)
+        _check_names(terms, participant, statement)
+        _check_privacy(terms, participant, statement)
+        _check_bytes(terms, statement, update)
+        norm = _check_numbers(terms, terms.bounds(participant), update)
+    except _RefusalError as refusal:
+        return refusal.refused
+    return Admitted(statement=statement, envelope=envelope, norm=norm)
+
+
+def _open(participant: Participant, envelope: bytes) -> UpdateStatement:
+    try:
+        return UpdateStatement.from_envelope(envelope, participant.key)
+    except ProvenanceError as error:
+        code = ErrorCode.UPDATE_SIGNATURE if error.code is ErrorCode.RECORD_SIGNATURE else ErrorCode.MESSAGE_MALFORMED
+        raise _RefusalError(code, error.what) from None
+
+
+def _check_names(terms: RoundTerms, participant: Participant, statement: UpdateStatement) -> None:
+    signed_for = (statement.site, statement.run, statement.plan)
+    if signed_for != (participant.site, terms.run, terms.plan_digest):
+        raise _RefusalError(ErrorCode.UPDATE_SIGNATURE, f"signed for {signed_for}")
+    if statement.round_index != terms.round_index:
+        raise _RefusalError(ErrorCode.UPDATE_STALE, f"for round {statement.round_index}, this is {terms.round_index}")
+    if not digest.equal(statement.base_state, terms.base_state):
+        raise _RefusalError(ErrorCode.UPDATE_STALE, f"made on base state {statement.base_state}")
+
+
+def _check_privacy(terms: RoundTerms, participant: Participant, statement: UpdateStatement) -> None:
+    stated, mechanism, steps = statement.privacy, participant.mechanism, terms.plan.rounds.steps
+    wanted = {
+        "sampling_rate": (stated.sampling_rate, mechanism.sampling_rate),
+        "noise_multiplier": (stated.noise_multiplier, mechanism.noise_multiplier),
+        "clip_norm": (stated.clip_norm, mechanism.clip_norm),
+        "steps": (stated.steps, steps),
+        "delta": (stated.delta, terms.plan.privacy.delta),
+    }
+    for name, (found, due) in wanted.items():
+        if found != due:
+            raise _RefusalError(ErrorCode.UPDATE_PRIVACY, f"states {name} {found}, the plan gives {due}")
+    stds = {
+        "loss_sum_std": (statement.figures.loss_sum_std, mechanism.loss_sum_std),
+        "patients_std": (statement.figures.patients_std, mechanism.patients_std),
+    }
+    for name, (found, one_step) in stds.items():
+        if not math.isclose(found, one_step * math.sqrt(steps), rel_tol=_STD_TOLERANCE):
+            raise _RefusalError(ErrorCode.UPDATE_PRIVACY, f"states {name} {found}, the plan gives {one_step * math.sqrt(steps)}")
+
+
+def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) -> None:
+    size = update.stat().st_size
+    if size != statement.update_bytes:
+        raise _RefusalError(ErrorCode.UPDATE_DIGEST, f"{size} bytes came, {statement.update_bytes} were signed")
+    numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in terms.layout.values())
+    if size > numbers + _HEADER_FIXED + _HEADER_PER_TENSOR * len(terms.layout):
+        raise _RefusalError(ErrorCode.UPDATE_SHAPE, f"{size} bytes are more than the plan's tensors need")
+    if not digest.equal(digest.of_chunks(read_chunks(update)), statement.update):
+        raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")
+
+
+def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float:
+    try:
+        found = tensor_files.header(update)
+    except ValueError as error:
+        raise _RefusalError(ErrorCode.UPDATE_SHAPE, str(error)) from None
+    if found != terms.layout:
+        different = sorted(name for name in {*found, *terms.layout} if found.get(name) != terms.layout.get(name))
+        raise _RefusalError(ErrorCode.UPDATE_SHAPE, f"{len(different)} tensors differ from the plan's, the first is {different[0][:80]!r}")
+    norm = file_norm(update)
+    if not math.isfinite(norm):
+        raise _RefusalError(ErrorCode.UPDATE_NOT_FINITE, "a number is not finite")
+    if not bounds.least <= norm <= bounds.most:
+        raise _RefusalError(ErrorCode.UPDATE_NORM, f"norm {norm:.6g} is outside [{bounds.least:.6g}, {bounds.most:.6g}]")
+    return norm
+
+
+def file_norm(path: Path) -> float:
+    """L2 norm over all tensors of a safetensors file, summed in float64; not finite exactly when a number of the file is not.
+
+    float32 and bfloat16 numbers are below 3.5e38, so no sum of fewer than 10^200 of their squares overflows float64.
+
+    Raises:
+        ValueError: not a file as `weights.dump` writes it.
+        OSError: the file cannot be read.
+    """
+    squares = []
+    read = tensor_files.reader(path)
+    for name in sorted(tensor_files.header(path)):
+        values = read(name).to(torch.float64)
+        squares.append(float(values.mul_(values).sum()))
+    # fsum raises on infinities of both signs; squares have one.
+    return math.sqrt(math.fsum(squares)) if all(math.isfinite(square) for square in squares) else math.inf
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes in pieces, for `digest.of_chunks`."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk

@@ -1,0 +1,201 @@
+"""One attempt at a round: who is asked, and what becomes of each reply as it arrives."""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pathfed_common.errors import ErrorCode
+from pathfed_common.ids import SiteName
+from pathfed_server.rounds.admission import Admitted, Refused, RoundTerms, admit
+from pathfed_server.rounds.files import RunFiles
+from pathfed_server.rounds.participants import Choice, Participant
+from pathfed_server.rounds.ports import Reply, RoundStore
+from pathfed_server.rounds.state import Participation, ParticipationState, Quarantined
+
+_CODE = re.compile(r"PF[0-9]{3}")
+
+#: Told of each site whose outcome is decided.
+Told = Callable[[Participation], None]
+
+
+@dataclass(kw_only=True)
+class Collection:
+    """Gathers one attempt's replies.
+
+    Attributes:
+        terms: what the round's updates must fit.
+        choice: who is asked, and who is not.
+        attempt: the run's attempt.
+        offered_at: UTC seconds.
+        deadline: UTC seconds.
+        files: the run's files.
+        store: the truth about rounds.
+        told: called after each site's outcome is noted.
+        admitted: each admitted site's update file and what it states.
+        transfer_s: summed over the replies.
+        admission_s: seconds spent on checking them.
+    """
+
+    terms: RoundTerms
+    choice: Choice
+    attempt: int
+    offered_at: float
+    deadline: float
+    files: RunFiles
+    store: RoundStore
+    told: Told
+    admitted: dict[SiteName, tuple[Path, Admitted]] = field(default_factory=dict)
+    transfer_s: float = 0.0
+    admission_s: float = 0.0
+    _outcomes: dict[SiteName, Participation] = field(default_factory=dict)
+
+    @property
+    def participations(self) -> tuple[Participation, ...]:
+        """Every candidate's row as things stand, in site order."""
+        asked = (self._outcomes.get(each.site, self._offered(each.site)) for each in self.choice.participants)
+        return tuple(sorted((*asked, *self.choice.excluded), key=lambda each: each.site))
+
+    @property
+    def open(self) -> tuple[Participant, ...]:
+        """Those asked whose outcome is not decided."""
+        return tuple(each for each in self.choice.participants if each.site not in self._outcomes)
+
+    def recall(self) -> None:
+        """Take up the replies that an earlier attempt at this round admitted, with all checks again."""
+        for participant in self.open:
+            reply = self.files.kept(self.terms.round_index, participant.site)
+            if reply is None or reply.statement is None or reply.update is None:
+                continue
+            verdict = self._admit(participant, reply.statement, reply.update)
+            if isinstance(verdict, Admitted):
+                self._count(reply, verdict)
+            else:
+                # Admitted before, so it is our copy that changed; the site is asked again and sends the same bytes.
+                self.files.discard(self.terms.round_index, participant.site)
+
+    def take(self, reply: Reply) -> None:
+        """Decide on one reply.
+
+        | reply | outcome |
+        | --- | --- |
+        | from a site that was not asked | its file is dropped |
+        | a second one from a site | quarantined as PF509; the first one's outcome stands |
+        | a code | silent for PF515, refused otherwise; the code is kept if it is one, else PF405 |
+        | neither code nor statement with update | refused, PF405 |
+        | after the deadline | quarantined, PF509 |
+        | any other | `admission.admit` decides |
+        """
+        participant = next((each for each in self.choice.participants if each.site == reply.site), None)
+        if participant is None:
+            _drop(reply)
+            return
+        if reply.site in self._outcomes:
+            self._set_aside(reply, Refused(ErrorCode.UPDATE_STALE, "a second reply"))
+            return
+        self.transfer_s += reply.transfer_s
+        verdict = self._verdict(participant, reply)
+        if isinstance(verdict, Admitted):
+            self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict)
+        else:
+            self._refuse(reply, verdict)
+
+    def close(self) -> None:
+        """Those that have not answered are silent."""
+        for participant in self.open:
+            self._decide(replace(self._offered(participant.site), state=ParticipationState.SILENT, code=ErrorCode.SITE_SILENT.value))
+
+    def abandon(self, code: ErrorCode) -> None:
+        """Nobody is asked after all, for the same reason."""
+        for participant in self.open:
+            self._decide(Participation(site=participant.site, state=ParticipationState.EXCLUDED, code=code.value))
+
+    def _verdict(self, participant: Participant, reply: Reply) -> Admitted | Refused:
+        if reply.code is not None:
+            known = _CODE.fullmatch(reply.code) is not None and reply.code in set(ErrorCode)
+            return Refused(ErrorCode(reply.code) if known else ErrorCode.MESSAGE_MALFORMED, "the site's own code")
+        if reply.statement is None or reply.update is None:
+            return Refused(ErrorCode.MESSAGE_MALFORMED, "a reply without statement or update")
+        if reply.received_at > self.deadline:
+            return Refused(ErrorCode.UPDATE_STALE, f"{reply.received_at - self.deadline:.3f} s after the deadline")
+        return self._admit(participant, reply.statement, reply.update)
+
+    def _admit(self, participant: Participant, envelope: bytes, update: Path) -> Admitted | Refused:
+        started = time.perf_counter()
+        try:
+            return admit(self.terms, participant, envelope=envelope, update=update)
+        finally:
+            self.admission_s += time.perf_counter() - started
+
+    def _count(self, reply: Reply, verdict: Admitted) -> None:
+        if reply.update is None:
+            raise ValueError("an admitted reply has an update")
+        self.admitted[reply.site] = (reply.update, verdict)
+        stated = verdict.statement
+        self._decide(
+            Participation(
+                site=reply.site,
+                state=ParticipationState.ADMITTED,
+                update=stated.update,
+                update_bytes=stated.update_bytes,
+                statement=verdict.statement_digest,
+                epsilon_plan=stated.epsilon_plan,
+                epsilon_total=stated.epsilon_total,
+                figures={
+                    "loss_sum": stated.figures.loss_sum,
+                    "loss_sum_std": stated.figures.loss_sum_std,
+                    "patients": stated.figures.patients,
+                    "patients_std": stated.figures.patients_std,
+                },
+                reply_slot_s=stated.reply_slot_s,
+                offered_at=self.offered_at,
+                received_at=reply.received_at,
+                transfer_s=reply.transfer_s,
+            )
+        )
+
+    def _refuse(self, reply: Reply, refused: Refused) -> None:
+        state = ParticipationState.SILENT if refused.code is ErrorCode.SITE_SILENT else ParticipationState.REFUSED
+        row = replace(
+            self._offered(reply.site), state=state, code=refused.code.value, received_at=reply.received_at, transfer_s=reply.transfer_s
+        )
+        aside = self._set_aside(reply, refused)
+        if aside is not None:
+            row = replace(row, update=aside.update, update_bytes=aside.update_bytes)
+        self._decide(row)
+
+    def _set_aside(self, reply: Reply, refused: Refused) -> Quarantined | None:
+        if reply.update is None:
+            return None
+        path, found, size = self.files.set_aside(self.terms.round_index, reply)
+        aside = Quarantined(
+            run=self.terms.run,
+            round_index=self.terms.round_index,
+            site=reply.site,
+            code=refused.code.value,
+            update=found,
+            update_bytes=size,
+            path=self.files.relative(path),
+            at=reply.received_at,
+        )
+        self.store.note_quarantine(self.attempt, aside)
+        return aside
+
+    def _decide(self, row: Participation) -> None:
+        self._outcomes[row.site] = row
+        self.store.note_participation(self.terms.run, self.attempt, self.terms.round_index, row)
+        self.told(row)
+
+    def _offered(self, site: SiteName) -> Participation:
+        return Participation(site=site, state=ParticipationState.OFFERED, offered_at=self.offered_at)
+
+
+def reasons(rows: Iterable[Participation]) -> str:
+    """What became of each site, as text for people: ``a-hospital admitted, b-hospital PF508``."""
+    return ", ".join(f"{each.site} {each.code or each.state.value}" for each in rows)
+
+
+def _drop(reply: Reply) -> None:
+    if reply.update is not None:
+        reply.update.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""Rounds over Flower's messages: the `SitePort` that the round loop talks through, and the ServerApp that Flower starts.
+
+The loop is ours, not Flower's strategy: offers go to an explicit list of sites (a stock strategy takes every connected node), each with a
+time to live near the round's deadline, and replies are pulled one by one and written to disk as they come.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode
+from pathfed_common.ids import SiteName
+from pathfed_common.protocol import wire
+from pathfed_server.rounds.ports import Offer, Reply
+
+RUN_KEY = "pathfed-run"
+_POLL_S = 0.25
+#: Replies pulled at the same time: one stalled upload does not hold up the others, and memory stays that of so many updates.
+_AT_ONCE = 2
+_CODES = frozenset(code.value for code in ErrorCode)
+
+
+class FlowerSites:
+    """`SitePort` over Flower's grid.
+
+    Args:
+        grid: Flower's connection from the ServerApp to SuperLink.
+        node_keys: Flower node key of each enrolled site, as SuperLink stores it. It ties a node to a site: a node whose key is not here
+            gets no message.
+    """
+
+    def __init__(self, grid: Grid, node_keys: Mapping[SiteName, bytes]) -> None:
+        self._grid = grid
+        self._sites = {key: site for site, key in node_keys.items()}
+
+    def exchange(self, offers: Sequence[Offer], spool: Path) -> Iterator[Reply]:
+        """Send offers, yield replies as they come; see `SitePort`."""
+        waiting = {offer.site: offer for offer in offers}
+        deadline = max(offer.deadline for offer in offers)
+        inbox = _Inbox(self._grid, spool)
+        try:
+            while (waiting or inbox.expected) and time.time() <= deadline:
+                for site, message_id in self._send_to_online(waiting):
+                    inbox.expect(site, message_id)
+                reply = inbox.next(_POLL_S)
+                if reply is not None:
+                    yield reply
+        finally:
+            inbox.close()
+        for site in [*inbox.expected, *waiting]:
+            yield _without_update(site, ErrorCode.SITE_SILENT.value)
+
+    def _send_to_online(self, waiting: dict[SiteName, Offer]) -> Iterator[tuple[SiteName, str]]:
+        """Send the offers of sites whose node is connected now, and take them off `waiting`."""
+        for node in self._grid.get_nodes() if waiting else ():
+            site = self._sites.get(bytes(node.public_key))
+            if site is None or site not in waiting:
+                continue
+            (message_id,) = self._grid.push_messages([_message(waiting[site], node.node_id)])
+            if message_id:
+                del waiting[site]
+                yield site, message_id
+
+
+class _Inbox:
+    """Collects the replies of one exchange, a thread for each.
+
+    Flower's pull blocks until a reply's upload is complete, and for three minutes when the upload broke off: the thread that waits so is
+    left behind at the deadline, and writes nothing any more. `_AT_ONCE` bounds the replies in memory.
+    """
+
+    def __init__(self, grid: Grid, spool: Path) -> None:
+        self._grid = grid
+        self._spool = spool
+        self._turn = threading.Semaphore(_AT_ONCE)
+        self._closed = threading.Event()
+        self._found: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
+        self.expected: set[SiteName] = set()
+
+    def expect(self, site: SiteName, message_id: str) -> None:
+        """Begin to collect a site's reply."""
+        self.expected.add(site)
+        threading.Thread(target=self._collect, args=(site, message_id), name=f"reply of {site}", daemon=True).start()
+
+    def next(self, within_s: float) -> Reply | None:
+        """The next reply, or None when none came in time."""
+        try:
+            found = self._found.get(timeout=within_s)
+        except queue.Empty:
+            return None
+        if isinstance(found, Exception):
+            raise found
+        self.expected.discard(found.site)
+        return found
+
+    def close(self) -> None:
+        """Collect no more."""
+        self._closed.set()
+
+    def _collect(self, site: SiteName, message_id: str) -> None:
+        try:
+            while not self._closed.is_set():
+                with self._turn:
+                    reply = self._look(site, message_id)
+                if reply is not None:
+                    self._found.put(reply)
+                    return
+                self._closed.wait(_POLL_S)
+        except Exception as error:  # handed over: `next` raises it in the loop's thread
+            self._found.put(error)
+
+    def _look(self, site: SiteName, message_id: str) -> Reply | None:
+        seen = time.time()
+        try:
+            messages = list(self._grid.pull_messages([message_id])) if not self._closed.is_set() else []
+        except httpx.TransportError:
+            return None  # SuperLink is away; the daemon brings it back
+        if not messages or self._closed.is_set():
+            return None
+        return _reply(site, messages[0], self._spool, seen)
+
+
+def make_app(main: Callable[[str, Grid], None]) -> ServerApp:
+    """Flower's ServerApp around our own main: `main(run name, grid)`."""
+    app = ServerApp()
+
+    def serve(grid: Grid, context: Context) -> None:
+        main(str(context.run_config[RUN_KEY]), grid)
+
+    app.main()(serve)
+    return app
+
+
+def _message(offer: Offer, node_id: int) -> Message:
+    content = RecordDict(
+        {
+            wire.OFFER: ConfigRecord({wire.ENVELOPE: offer.envelope}),
+            wire.BULK: ArrayRecord({wire.BYTES: _bulk(offer.base_state.read_bytes())}),
+        }
+    )
+    return Message(content, dst_node_id=node_id, message_type=wire.MESSAGE_TYPE, ttl=max(1.0, offer.deadline - time.time()))
+
+
+def _bulk(data: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype=wire.BULK_STYPE, data=data)
+
+
+def _reply(site: SiteName, message: Message, spool: Path, seen: float) -> Reply:
+    if message.has_error():
+        reason = message.error.reason or ""
+        return _without_update(site, reason if reason in _CODES else ErrorCode.SITE_SILENT.value)
+    try:
+        record = message.content.config_records[wire.REPLY]
+        code, envelope = record[wire.CODE], record[wire.ENVELOPE]
+        update = None if code else message.content.array_records[wire.BULK][wire.BYTES].data
+    except (KeyError, AttributeError, TypeError):
+        return _without_update(site, ErrorCode.MESSAGE_MALFORMED.value)
+    if code or update is None or not isinstance(envelope, bytes):
+        return _without_update(site, code if code in _CODES else ErrorCode.MESSAGE_MALFORMED.value)
+    path = spool / f"{site}.safetensors"
+    files.write_atomic(path, update)
+    now = time.time()
+    return Reply(site=site, code=None, statement=envelope, update=path, received_at=now, transfer_s=now - seen)
+
+
+def _without_update(site: SiteName, code: str) -> Reply:
+    return Reply(site=site, code=code, statement=None, update=None, received_at=time.time(), transfer_s=0.0)

@@ -1,0 +1,120 @@
+"""The only door to SuperLink for hospitals: a TLS proxy that passes `/v1/fleet/` and nothing else.
+
+SuperLink serves fleet, control and runtime on one port, and its control API is open to whoever reaches it. So SuperLink listens on the
+server's loopback, and this filter stands in front. Paths are compared as they came, before any decoding: an escape, a dot segment or a
+doubled slash is refused, so that no spelling of another path slips through. Bodies are streamed, never collected.
+
+Run as `python -m pathfed_server.transport.path_filter --listen HOST:PORT --upstream HOST:PORT --ca F --cert F --key F`.
+"""
+
+import argparse
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+FLEET = b"/v1/fleet/"
+#: Largest body passed on, bytes. Flower cuts arrays into chunks of 5 MB.
+BODY_LIMIT = 64 * 2**20
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"host",
+    }
+)
+
+
+def passes(raw_path: bytes) -> bool:
+    """Whether a request path, exactly as received, may go on to SuperLink."""
+    rest = raw_path.removeprefix(FLEET)
+    return raw_path.startswith(FLEET) and bool(rest) and all(byte not in raw_path for byte in (b"%", b"..", b"//", b"\\", b"\x00"))
+
+
+def make_filter(upstream: str, ca_file: str) -> Starlette:
+    """The filter as an ASGI app; `upstream` is SuperLink's HOST:PORT, reached over TLS and checked against `ca_file`."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        context = ssl.create_default_context(cafile=ca_file)
+        timeout = httpx.Timeout(10.0, read=300.0, write=300.0)
+        async with httpx.AsyncClient(base_url=f"https://{upstream}", verify=context, timeout=timeout, trust_env=False) as client:
+            app.state.client = client
+            yield
+
+    async def forward(request: Request) -> Response:
+        raw_path: bytes = request.scope.get("raw_path", b"").split(b"?")[0]
+        if not passes(raw_path):
+            return PlainTextResponse("not found", status_code=404)
+        if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
+            return PlainTextResponse("body too large", status_code=413)
+        return await _pass_on(request.app.state.client, request, raw_path)
+
+    return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])], lifespan=lifespan)
+
+
+async def _pass_on(client: httpx.AsyncClient, request: Request, raw_path: bytes) -> Response:
+    url = client.base_url.copy_with(raw_path=raw_path)
+    headers = [(name, value) for name, value in request.headers.raw if name.lower() not in _HOP_BY_HOP]
+    body = _limited(request) if request.method == "POST" else None
+    outgoing = client.build_request(request.method, url, headers=headers, content=body)
+    try:
+        answer = await client.send(outgoing, stream=True)
+    except httpx.TransportError:
+        return PlainTextResponse("upstream unavailable", status_code=503)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in answer.aiter_raw():
+                yield chunk
+        finally:
+            await answer.aclose()
+
+    response = StreamingResponse(chunks(), status_code=answer.status_code)
+    response.raw_headers = [(name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _HOP_BY_HOP]
+    return response
+
+
+async def _limited(request: Request) -> AsyncIterator[bytes]:
+    passed = 0
+    async for chunk in request.stream():
+        passed += len(chunk)
+        if passed > BODY_LIMIT:
+            raise httpx.RequestError(f"body above {BODY_LIMIT} bytes")
+        yield chunk
+
+
+def main() -> None:
+    """Serve the filter until the process is ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("listen", "upstream", "ca", "cert", "key"):
+        parser.add_argument(f"--{name}", required=True)
+    arguments = parser.parse_args()
+    host, _, port = arguments.listen.rpartition(":")
+    app = make_filter(arguments.upstream, arguments.ca)
+    uvicorn.run(
+        app,
+        host=host,
+        port=int(port),
+        ssl_certfile=arguments.cert,
+        ssl_keyfile=arguments.key,
+        access_log=False,
+        server_header=False,
+        log_level="warning",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The ledger: charged first, once, never over budget, and any change is found."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from pathfed_client.budget.entry import LEDGER_TYPE, LedgerEntry
+from pathfed_client.budget.ledger import Ledger
+from pathfed_common import digest
+from pathfed_common.errors import ErrorCode, PrivacyError
+from pathfed_common.ids import run_name
+from pathfed_common.privacy import accounting
+from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.keys import SigningKey
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC).timestamp()
+DELTA, PLAN_DELTA = 1e-6, 1e-5
+EVENT = PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1)
+PLAN, OTHER_PLAN = digest.of_bytes(b"plan"), digest.of_bytes(b"other plan")
+KEY = SigningKey.generate()
+
+
+class Memory:
+    """The port's contract, in a list."""
+
+    def __init__(self, *entries: bytes) -> None:
+        self.stored = list(entries)
+
+    def entries(self) -> list[bytes]:
+        return list(self.stored)
+
+    def append(self, sequence: int, entry: bytes) -> None:
+        if sequence != len(self.stored) + 1:
+            raise ValueError(f"entry {sequence} exists")
+        self.stored.append(entry)
+
+
+def make(port: Memory, *, max_epsilon: float = 50.0, key: SigningKey = KEY) -> Ledger:
+    return Ledger(port, key, delta=DELTA, max_epsilon=max_epsilon)
+
+
+def charge(ledger: Ledger, number: int, **changes) -> LedgerEntry:
+    values = {
+        "release_id": digest.of_bytes(b"release %d" % number),
+        "plan": PLAN,
+        "run": run_name("run-1"),
+        "round_index": number,
+        "event": EVENT,
+        "plan_delta": PLAN_DELTA,
+        "plan_limit": 50.0,
+        "now": NOW + number,
+    }
+    return ledger.charge(**{**values, **changes})
+
+
+@pytest.fixture
+def port() -> Memory:
+    return Memory()
+
+
+@pytest.fixture(scope="module")
+def four() -> list[bytes]:
+    """The stored bytes of four charges."""
+    port = Memory()
+    ledger = make(port)
+    for number in range(1, 5):
+        charge(ledger, number)
+    return port.stored
+
+
+def test_a_charge_is_stored_before_it_returns(port: Memory) -> None:
+    ledger = make(port)
+    entry = charge(ledger, 1)
+    assert (entry.sequence, entry.previous, entry.at) == (1, None, NOW + 1)
+    assert entry.epsilon_total == pytest.approx(composed_epsilon([EVENT], DELTA))
+    assert entry.epsilon_plan == pytest.approx(composed_epsilon([EVENT], PLAN_DELTA))
+    assert ledger.verify() == (entry,)
+    second = charge(ledger, 2)
+    assert second.previous == digest.of_bytes(port.stored[0])
+    assert ledger.head == digest.of_bytes(port.stored[1])
+
+
+def test_an_empty_ledger_has_no_head_and_has_spent_nothing(port: Memory) -> None:
+    ledger = make(port)
+    assert ledger.head is None
+    assert ledger.verify() == ()
+    assert ledger.spent().epsilon == 0.0
+
+
+def test_the_same_release_is_charged_once(port: Memory) -> None:
+    ledger = make(port)
+    first = charge(ledger, 1)
+    assert charge(ledger, 1, now=NOW + 999) == first
+    assert charge(make(port), 1) == first
+    assert len(port.stored) == 1
+
+
+def test_another_release_of_the_same_round_is_another_charge(port: Memory) -> None:
+    ledger = make(port)
+    charge(ledger, 1)
+    charge(ledger, 1, release_id=digest.of_bytes(b"another base state"))
+    assert len(port.stored) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": OTHER_PLAN},
+        {"run": run_name("run-2")},
+        {"round_index": 7},
+        {"event": PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=2)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_release_name_used_for_something_else_is_refused(changes, port: Memory) -> None:
+    ledger = make(port)
+    charge(ledger, 1)
+    with pytest.raises(ValueError, match="was charged for another plan, run, round or event"):
+        charge(ledger, 1, **changes)
+
+
+def test_a_charge_over_the_policys_epsilon_is_refused_and_stores_nothing(port: Memory) -> None:
+    one, two = (composed_epsilon([EVENT] * n, DELTA) for n in (1, 2))
+    ledger = make(port, max_epsilon=(one + two) / 2)
+    charge(ledger, 1)
+    with pytest.raises(PrivacyError) as caught:
+        charge(ledger, 2, plan=OTHER_PLAN)
+    assert caught.value.code is ErrorCode.BUDGET_SPENT
+    for figure in (one, two, (one + two) / 2):
+        assert f"{figure:.4f}" in caught.value.what
+    assert len(port.stored) == 1
+    assert charge(ledger, 1).sequence == 1  # what was charged before may still be sent
+
+
+def test_a_charge_that_meets_the_limit_exactly_is_allowed(port: Memory) -> None:
+    ledger = make(port, max_epsilon=composed_epsilon([EVENT] * 2, DELTA))
+    charge(ledger, 1)
+    assert charge(ledger, 2).sequence == 2
+
+
+def test_a_charge_over_the_plans_limit_is_refused_while_another_plan_goes_on(port: Memory) -> None:
+    ledger = make(port)
+    limit = composed_epsilon([EVENT], PLAN_DELTA) * 1.01
+    charge(ledger, 1, plan_limit=limit)
+    with pytest.raises(PrivacyError) as caught:
+        charge(ledger, 2, plan_limit=limit)
+    assert caught.value.code is ErrorCode.PLAN_LIMIT_REACHED
+    assert f"{limit:.4f}" in caught.value.what
+    assert charge(ledger, 3, plan=OTHER_PLAN, plan_limit=limit).sequence == 2
+
+
+@pytest.mark.parametrize("limit", [0.0, float("nan")])
+def test_a_limit_of_nothing_or_of_no_number_refuses(limit: float, port: Memory) -> None:
+    with pytest.raises(PrivacyError) as caught:
+        charge(make(port), 1, plan_limit=limit)
+    assert caught.value.code is ErrorCode.PLAN_LIMIT_REACHED
+    assert port.stored == []
+
+
+def test_accountants_that_contradict_each_other_stop_the_charge(port: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_rdp", lambda merged, delta: 0.01)
+    with pytest.raises(PrivacyError) as caught:
+        charge(make(port), 1)
+    assert caught.value.code is ErrorCode.ACCOUNTANTS_DISAGREE
+    assert port.stored == []
+
+
+def test_spent_gives_totals_and_each_plan(port: Memory) -> None:
+    ledger = make(port)
+    charge(ledger, 1)
+    charge(ledger, 2)
+    charge(ledger, 3, plan=OTHER_PLAN, event=PrivacyEvent(sampling_rate=0.05, noise_multiplier=1.5, steps=4))
+    spent = ledger.spent()
+    assert (spent.releases, spent.delta, spent.max_epsilon) == (3, DELTA, 50.0)
+    assert spent.epsilon == ledger.verify()[-1].epsilon_total
+    assert spent.plans == ledger.spent_by_plan()
+    assert (spent.plans[PLAN].releases, spent.plans[PLAN].steps, spent.plans[OTHER_PLAN].steps) == (2, 2, 4)
+    assert spent.plans[PLAN].epsilon == pytest.approx(composed_epsilon([EVENT] * 2, PLAN_DELTA))
+    assert max(plan.epsilon for plan in spent.plans.values()) < spent.epsilon
+
+
+def test_a_charge_is_what_it_costs_whatever_the_entries_figures_say(port: Memory) -> None:
+    """Epsilon is recomputed from events: a lowered figure in a signed entry gives no budget back."""
+    ledger = make(port)
+    entry = charge(ledger, 1)
+    lowered = LedgerEntry(**{**vars(entry), "epsilon_total": 0.0, "epsilon_plan": 0.0})
+    forged = Memory(dsse.seal(lowered.to_payload(), LEDGER_TYPE, KEY))
+    assert make(forged).spent().epsilon == ledger.spent().epsilon
+
+
+def test_two_writers_cannot_both_take_a_sequence_number(port: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = make(port)
+    charge(ledger, 1)
+    stale = port.entries()
+    charge(ledger, 2)
+    monkeypatch.setattr(port, "entries", lambda: stale)
+    with pytest.raises(ValueError, match="entry 2 exists"):
+        charge(make(port), 3)
+
+
+def damage(code: ErrorCode = ErrorCode.LEDGER_DAMAGED):
+    return pytest.raises(PrivacyError, match=code.value)
+
+
+def test_any_changed_byte_is_found(four: list[bytes]) -> None:
+    for place in range(0, len(four[1]), 7):
+        changed = bytearray(four[1])
+        changed[place] ^= 1
+        with damage():
+            make(Memory(four[0], bytes(changed), *four[2:])).verify()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [[0, 2, 3], [1, 2, 3], [0, 2, 1, 3], [0, 1, 1, 2, 3], [0, 1, 2, 3, 3], [3, 2, 1, 0], [0, 1, 3]],
+    ids=["inner missing", "first missing", "swapped", "repeated", "last repeated", "reversed", "third missing"],
+)
+def test_missing_swapped_and_repeated_entries_are_found(order: list[int], four: list[bytes]) -> None:
+    with damage():
+        make(Memory(*(four[index] for index in order))).verify()
+
+
+def test_a_release_charged_twice_in_a_well_formed_chain_is_found(four: list[bytes]) -> None:
+    first = make(Memory(four[0])).verify()[0]
+    second = LedgerEntry(**{**vars(first), "sequence": 2, "previous": digest.of_bytes(four[0])})
+    with pytest.raises(PrivacyError, match="charged twice"):
+        make(Memory(four[0], dsse.seal(second.to_payload(), LEDGER_TYPE, KEY))).verify()
+
+
+def test_entries_of_another_key_or_type_are_found(four: list[bytes]) -> None:
+    with damage():
+        make(Memory(*four), key=SigningKey.generate()).verify()
+    payload = dsse.open_envelope(four[0], payload_type=LEDGER_TYPE, keys=KEY.public)
+    with damage():
+        make(Memory(dsse.seal(payload, "text/plain", KEY))).verify()
+
+
+def test_an_end_cut_off_is_found_against_a_stated_head(four: list[bytes]) -> None:
+    head = digest.of_bytes(four[3])
+    assert len(make(Memory(*four)).verify(known_head=head)) == 4
+    assert len(make(Memory(*four)).verify(known_head=digest.of_bytes(four[2]))) == 4
+    with pytest.raises(PrivacyError, match="cut off"):
+        make(Memory(*four[:3])).verify(known_head=head)
+
+
+def test_a_damaged_ledger_refuses_to_charge_and_to_report(four: list[bytes]) -> None:
+    port = Memory(four[0], four[2])
+    for call in (lambda: charge(make(port), 9), lambda: make(port).spent(), lambda: make(port).spent_by_plan()):
+        with damage():
+            call()
+    assert len(port.stored) == 2
+
+
+def test_damage_after_the_ledger_was_opened_is_found(four: list[bytes]) -> None:
+    port = Memory(*four)
+    ledger = make(port)
+    ledger.verify()
+    port.stored[1] = port.stored[1].replace(b"payloadType", b"payloadtype")
+    with damage():
+        charge(ledger, 9)
+
+
+def test_payloads_are_canonical_and_spell_out_the_time(four: list[bytes]) -> None:
+    payload = dsse.open_envelope(four[0], payload_type=LEDGER_TYPE, keys=KEY.public)
+    raw = json.loads(payload)
+    assert raw["at_text"] == "2026-11-23T12:00:01+00:00"
+    assert digest.canonical(raw) == payload
+    for changed in (payload + b" ", digest.canonical({**raw, "more": 1}), digest.canonical({**raw, "sequence": 0}), b"[]", b"{}", b"x"):
+        with pytest.raises(ValueError):
+            LedgerEntry.from_payload(changed)
+
+
+@pytest.mark.parametrize("changes", [{"round_index": 0}, {"release_id": "x"}, {"plan": "x"}, {"run": "A b"}, {"now": float("nan")}])
+def test_entries_out_of_bounds_are_never_stored(changes, port: Memory) -> None:
+    with pytest.raises(ValueError):
+        charge(make(port), 1, **changes)
+    assert port.stored == []
+
+
+@pytest.mark.parametrize(("delta", "max_epsilon"), [(0.0, 1.0), (1.0, 1.0), (1e-6, 0.0), (1e-6, float("inf")), (1e-6, float("nan"))])
+def test_a_policy_out_of_bounds_is_refused(delta: float, max_epsilon: float, port: Memory) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Ledger(port, KEY, delta=delta, max_epsilon=max_epsilon)
+
+
+def test_a_charge_checks_signatures_once_a_process(four: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = dsse.open_envelope
+
+    def counting(*args, where: str, **options) -> bytes:
+        opened.append(where)
+        return original(*args, where=where, **options)
+
+    monkeypatch.setattr(dsse, "open_envelope", counting)
+    ledger = make(Memory(*four))
+    ledger.verify()
+    ledger.spent()
+    assert len(opened) == 4

@@ -1,0 +1,77 @@
+"""Small real slides, written as a scanner's export would be, and the folder of real ones."""
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+from pathfed_common.synthetic import draw_anatomy, draw_stain, paint
+from pathfed_local.generator import slide_bytes
+
+_ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="session")
+def slides_data() -> Path:
+    """The real slides; tests that need them are skipped where they are not."""
+    folder = Path(os.environ.get("PATHFED_TEST_DATA", _ROOT.parent / "shared" / "data"))
+    if not (folder / "slides" / "manifest.csv").exists():
+        pytest.skip(f"no real slides at {folder}: set PATHFED_TEST_DATA")
+    return folder / "slides"
+
+
+@pytest.fixture(scope="session")
+def tissue() -> NDArray[np.uint8]:
+    """768 x 640 pixels full of painted tissue."""
+    random = np.random.default_rng(3)
+    return paint(768, 640, random, draw_stain(random, 0), draw_anatomy(random), glass=False)
+
+
+@pytest.fixture
+def write_slide(tissue) -> Callable[..., Path]:
+    """Write a slide: tissue by default, at 0.5 um/px; a `shift` makes another slide of it."""
+
+    def write(path: Path, pixels: NDArray[np.uint8] | None = None, *, mpp: float = 0.5, shift: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(slide_bytes(np.roll(tissue, shift, axis=1) if pixels is None else pixels, mpp=mpp))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def break_tile() -> Callable[..., None]:
+    """Damage one 256-pixel tile of a slide's level 0: its bytes become nonsense, or it is taken out of the file."""
+
+    def damage(path: Path, tile: int, *, take_out: bool = False) -> None:
+        with tifffile.TiffFile(path, mode="r+") as file:
+            page = file.pages[0]
+            assert isinstance(page, tifffile.TiffPage)
+            counts = list(page.databytecounts)
+            start = page.dataoffsets[tile]
+            if take_out:
+                page.tags["TileByteCounts"].overwrite([0 if index == tile else count for index, count in enumerate(counts)])
+        if not take_out:
+            data = bytearray(path.read_bytes())
+            data[start : start + counts[tile]] = bytes(counts[tile])
+            path.write_bytes(data)
+
+    return damage
+
+
+@pytest.fixture
+def write_dicom() -> Callable[[Path, str], Path]:
+    """Write a file with a DICOM head that names a series, and nothing else."""
+
+    def write(path: Path, series: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        value = series.encode() + b"\0" * (len(series) % 2)
+        path.write_bytes(bytes(128) + b"DICM" + struct.pack("<HH2sH", 0x20, 0x0E, b"UI", len(value)) + value)
+        return path
+
+    return write

@@ -1,0 +1,239 @@
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pathfed_client.cohort.cohort import Pseudonym
+from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, SlideRecord, SlideStatus, StoredApproval
+from pathfed_client.io.site_store import SiteStore
+from pathfed_client.slides.tiling import TileGrid
+from pathfed_common import digest
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError, TransportError
+from pathfed_common.ids import run_name
+
+KEY = digest.of_bytes(b"rules")
+PLAN = digest.of_bytes(b"plan")
+RUN = run_name("run-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with SiteStore(tmp_path / "site.db") as opened:
+        yield opened
+
+
+def usable(path="a.tif", patient="1" * 32, tiles=3, content=b"x") -> SlideRecord:
+    return SlideRecord(
+        path=path,
+        fingerprint=digest.of_bytes(content),
+        size=len(content),
+        mtime_ns=1,
+        scan_key=KEY,
+        status=SlideStatus.USABLE,
+        patient=Pseudonym(patient),
+        mpp=0.5,
+        width=1000,
+        height=900,
+        tile_count=tiles,
+        grid=TileGrid(side=224, level=0, level_px=224),
+    )
+
+
+def corners(count=3, start=0):
+    return np.arange(start, start + 2 * count, dtype=np.int32).reshape(count, 2)
+
+
+def test_slide_comes_back_as_stored(store):
+    slide = store.upsert_slide(usable(), corners())
+    assert store.slides(KEY) == {slide: usable()}
+    assert store.slides(digest.of_bytes(b"other rules")) == {}
+
+
+def test_unchanged_slide_keeps_its_number_and_changed_file_gets_a_fresh_one(store):
+    first = store.upsert_slide(usable(), corners())
+    second = store.upsert_slide(usable("b.tif"), corners())
+    assert store.upsert_slide(usable(), corners()) == first
+    changed = store.upsert_slide(usable(content=b"other"), corners())
+    assert changed not in (first, second)
+    again = store.upsert_slide(usable(), corners())
+    assert again not in (first, second, changed)
+    assert set(store.slides(KEY)) == {second, again}
+
+
+def test_cohort_groups_slides_by_patient_in_order_of_pseudonyms(store):
+    one = store.upsert_slide(usable("1.tif", "b" * 32, 2), corners(2))
+    two = store.upsert_slide(usable("2.tif", "a" * 32, 4), corners(4))
+    three = store.upsert_slide(usable("3.tif", "b" * 32, 1), corners(1, start=50))
+    store.upsert_slide(replace(usable("4.tif", "c" * 32), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_UNREADABLE), corners())
+    cohort = store.cohort(KEY)
+    assert [(p.pseudonym, [s.slide for s in p.slides], p.tile_count) for p in cohort.patients] == [
+        ("a" * 32, [two], 4),
+        ("b" * 32, [one, three], 3),
+    ]
+    assert cohort.patients[1].slides[1].corners.tolist() == [[50, 51]]
+    assert cohort.patients[1].slides[0].corners.dtype == np.int32
+    assert store.cohort(digest.of_bytes(b"other")).patients == ()
+
+
+def test_cohort_digest_changes_with_the_slide_file(store):
+    store.upsert_slide(usable(), corners())
+    before = store.cohort(KEY).digest
+    store.upsert_slide(usable(), corners())
+    assert store.cohort(KEY).digest == before
+    store.upsert_slide(usable(content=b"y"), corners())
+    assert store.cohort(KEY).digest != before
+
+
+def test_state_change_takes_a_slide_out_and_keeps_its_tiles(store):
+    slide = store.upsert_slide(usable(), corners())
+    store.set_slide_state(slide, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED)
+    assert store.cohort(KEY).patients == ()
+    store.set_slide_state(slide, status=SlideStatus.USABLE, patient=Pseudonym("2" * 32))
+    assert store.cohort(KEY).patients[0].tile_count == 3
+    with pytest.raises(KeyError, match="999"):
+        store.set_slide_state(999, status=SlideStatus.MISSING)
+
+
+def test_summary_counts_statuses_reasons_patients_and_tiles(store):
+    store.upsert_slide(usable("1.tif"), corners())
+    store.upsert_slide(usable("2.tif"), corners())
+    store.upsert_slide(replace(usable("3.tif", tiles=0), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_WITHOUT_TISSUE, grid=None))
+    summary = store.summary(KEY)
+    assert summary.slides == {SlideStatus.USABLE: 2, SlideStatus.REFUSED: 1}
+    assert summary.reasons == {ErrorCode.SLIDE_WITHOUT_TISSUE: 1}
+    assert (summary.patients, summary.tiles) == (1, 6)
+
+
+def test_wrong_tile_count_is_refused(store):
+    with pytest.raises(ValueError, match="tile_count"):
+        store.upsert_slide(usable(tiles=2), corners(3))
+
+
+def test_usable_slide_without_patient_is_refused_by_the_database(store):
+    with pytest.raises(HostError, match="CHECK"):
+        store.upsert_slide(replace(usable(), patient=None), corners())
+
+
+def test_ledger_entries_come_back_in_order_after_reopening(tmp_path):
+    with SiteStore(tmp_path / "site.db") as store:
+        for sequence, entry in enumerate([b"a", b"b", b"c"], start=1):
+            store.append(sequence, entry)
+    with SiteStore(tmp_path / "site.db") as store:
+        assert store.entries() == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 3])
+def test_ledger_refuses_a_taken_number_and_a_gap(store, sequence):
+    store.append(1, b"a")
+    with pytest.raises(PrivacyError, match="PF304"):
+        store.append(sequence, b"b")
+    assert store.entries() == [b"a"]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "UPDATE ledger_entry SET entry = x'00'",
+        "DELETE FROM ledger_entry",
+        "INSERT OR REPLACE INTO ledger_entry VALUES (1, x'00')",
+        "INSERT OR REPLACE INTO ledger_entry VALUES (2, x'00')",
+        "INSERT INTO ledger_entry VALUES (4, x'00')",
+    ],
+)
+def test_ledger_cannot_be_rewritten_through_the_database(store, attack):
+    store.append(1, b"a")
+    store.append(2, b"b")
+    connection = sqlite3.connect(store.path)
+    with pytest.raises(sqlite3.IntegrityError, match=r"append-only|gapless"):
+        connection.execute(attack)
+    connection.close()
+    assert store.entries() == [b"a", b"b"]
+
+
+def sealed(round_index=1, statement=b"statement") -> SealedUpdate:
+    return SealedUpdate(
+        run=RUN, round_index=round_index, statement=statement, update_path="updates/1", update=digest.of_bytes(statement), at=5.0
+    )
+
+
+def test_sealed_update_is_answered_once_and_for_all(store):
+    assert store.get_sealed(RUN, 1) is None
+    assert store.last_sealed(RUN) is None
+    store.put_sealed(sealed())
+    store.put_sealed(sealed())
+    with pytest.raises(TransportError, match="PF409"):
+        store.put_sealed(sealed(statement=b"another"))
+    store.put_sealed(sealed(3, b"third"))
+    store.put_sealed(sealed(2, b"second"))
+    assert store.get_sealed(RUN, 1) == sealed()
+    assert store.last_sealed(RUN) == sealed(3, b"third")
+
+
+def approval(plan=PLAN, patients=10, at=1.0) -> StoredApproval:
+    return StoredApproval(plan=plan, signed_plan=b"plan", signed_approval=b"approval", declared_patients=patients, at=at)
+
+
+def test_latest_word_on_a_plan_counts(store):
+    other = digest.of_bytes(b"other")
+    assert store.approval(PLAN) is None
+    store.add_approval(approval())
+    store.add_approval(approval(other))
+    store.withdraw_approval(PLAN, at=2.0)
+    assert store.approval(PLAN) == replace(approval(at=2.0), state=ApprovalState.WITHDRAWN)
+    with pytest.raises(TransportError, match="PF407"):
+        store.withdraw_approval(PLAN, at=3.0)
+    store.add_approval(approval(patients=12, at=4.0))
+    assert store.approvals() == [approval(other), approval(patients=12, at=4.0)]
+
+
+def test_events_are_the_latest_oldest_first(store):
+    lines = [Event(at=float(n), kind="scan", detail=str(n)) for n in range(5)] + [Event(at=9.0, kind="round", code=ErrorCode.BUDGET_SPENT)]
+    for line in lines:
+        store.add_event(line)
+    assert store.events(limit=3) == lines[-3:]
+
+
+def test_newer_schema_is_refused(tmp_path):
+    SiteStore(tmp_path / "site.db").close()
+    connection = sqlite3.connect(tmp_path / "site.db")
+    connection.execute("UPDATE schema_version SET version = 99")
+    connection.commit()
+    connection.close()
+    with pytest.raises(HostError, match=r"PF905.*99"):
+        SiteStore(tmp_path / "site.db")
+
+
+def test_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "site.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(HostError, match="PF904"):
+        SiteStore(tmp_path / "site.db")
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(HostError, match="PF904"):
+        SiteStore(tmp_path / "absent" / "site.db")
+
+
+def test_database_is_private_durable_and_shared(store):
+    store.append(1, b"a")
+    for path in (store.path, Path(f"{store.path}-wal")):
+        assert path.stat().st_mode & 0o077 == 0
+    with store._engine.connect() as connection:
+        pragmas = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys")]
+    assert pragmas == ["wal", 2, 1]
+    with SiteStore(store.path) as second:
+        second.append(2, b"b")
+    assert store.entries() == [b"a", b"b"]
+
+
+def test_full_database_is_reported_and_nothing_half_written(store):
+    store.upsert_slide(usable("small.tif"), corners())
+    with store._engine.connect() as connection:  # the pool keeps this connection, so the limit holds for the next write
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 1}")
+    noise = np.random.default_rng(0).integers(0, 2**31, (50_000, 2), dtype=np.int32)
+    with pytest.raises(HostError, match="PF901"):
+        store.upsert_slide(usable("large.tif", tiles=len(noise)), noise)
+    assert [record.path for record in store.slides(KEY).values()] == ["small.tif"]

@@ -1,0 +1,449 @@
+"""One site from offer to sealed answer: real slides, real keys, real SQLite, a real encoder, real noise."""
+
+import base64
+import io
+import json
+import logging
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pathfed_client import answering, app
+from pathfed_client.answering import SiteAnswerer
+from pathfed_client.gate.ports import Answer
+from pathfed_client.home import SiteHome
+from pathfed_client.io.run_secrets import RunSecrets
+from pathfed_client.io.site_records import SealedUpdate
+from pathfed_client.io.site_store import SiteStore
+from pathfed_client.slides.tiling import scan_key
+from pathfed_common import digest, files
+from pathfed_common.encoder import weights
+from pathfed_common.model import trained_shapes
+from pathfed_common.plan import Plan
+from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.statement import UpdateStatement
+
+SURNAMES = ("Muellerova", "Oyelaran", "Katzenstein", "Drozdowski", "Yamashiro")
+OFFERED_AT = 1_000_000.0
+
+
+@dataclass
+class Clock:
+    """A clock that sleeping moves."""
+
+    time: float = OFFERED_AT + 1.5
+    slept: list[float] = field(default_factory=list)
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.time += seconds
+
+
+@dataclass
+class Site:
+    home: SiteHome
+    store: SiteStore
+    clock: Clock
+    answer: SiteAnswerer
+
+    def charges(self) -> int:
+        return len(self.store.entries())
+
+    def released(self) -> list[str]:
+        return sorted(path.name for path in self.home.updates.iterdir())
+
+    def statement(self, answer: Answer) -> UpdateStatement:
+        assert answer.code is None, answer.code
+        assert answer.statement is not None
+        return UpdateStatement.from_envelope(answer.statement, self.home.evidence_key.public)
+
+
+@contextmanager
+def opened(home: SiteHome) -> Iterator[Site]:
+    clock = Clock()
+    with closing(SiteStore(home.database)) as store:
+        yield Site(home, store, clock, SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep))
+
+
+@pytest.fixture
+def site(copy_home: Callable[..., SiteHome]) -> Iterator[Site]:
+    with opened(copy_home()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def answered(world, ready_home, tmp_path_factory) -> Iterator[tuple[Site, Answer, str]]:
+    """A site, its answer to the first offer, and all that was logged meanwhile. Nothing may change it."""
+    home = SiteHome(shutil.copytree(ready_home, tmp_path_factory.mktemp("answered") / "home"))
+    log = io.StringIO()
+    handler, root = logging.StreamHandler(log), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        with opened(home) as site:
+            yield site, site.answer(world.offer(), world.base_state), log.getvalue()
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(answered) -> bytes:
+    """The update of a site with the same secrets that nothing happened to."""
+    return bytes_of(answered[1])
+
+
+def bytes_of(answer: Answer) -> bytes:
+    assert answer.code is None, answer.code
+    assert answer.update is not None
+    return answer.update.read_bytes()
+
+
+def with_plan(world, home: SiteHome, **changes) -> Plan:
+    """Another plan, signed, and approved here."""
+    privacy = {key: changes.pop(key) for key in list(changes) if key in type(world.plan.privacy).model_fields}
+    plan = world.plan.model_copy(update={"privacy": world.plan.privacy.model_copy(update=privacy), **changes})
+    app.approve(home, world.sign(f"{plan.name}-{digest.short(plan.digest)}.dsse", plan), 4, home.root / "other.dsse")
+    return plan
+
+
+# What an honest offer gets
+
+
+def test_a_signed_offer_gets_a_sealed_update_and_a_statement_that_verifies(world, answered):
+    site, answer, _ = answered
+    said, data = site.statement(answer), bytes_of(answer)
+    assert (said.site, said.run, said.round_index) == ("st-elsewhere", "run-1", 1)
+    assert (said.plan, said.base_state) == (world.plan.digest, digest.of_bytes(world.base_state))
+    assert (said.update, said.update_bytes) == (digest.of_bytes(data), len(data))
+    update = weights.load(data)
+    assert {name: tuple(tensor.shape) for name, tensor in update.items()} == trained_shapes(world.plan)
+    assert all(tensor.dtype is torch.bfloat16 and bool(torch.isfinite(tensor).all()) for tensor in update.values())
+    entry = app.open_ledger(site.home, site.store).verify()[0]
+    assert said.ledger_head == app.open_ledger(site.home, site.store).head
+    assert (said.epsilon_plan, said.epsilon_total) == (entry.epsilon_plan, entry.epsilon_total)
+    assert (said.privacy.sampling_rate, said.privacy.noise_multiplier, said.privacy.clip_norm, said.privacy.steps) == (0.5, 1.0, 1.0, 1)
+    assert said.epsilon_plan == pytest.approx(app.plan_epsilon(replaced(world.plan, count=1), 4, world.plan.privacy.delta))
+    assert (said.reply_slot_s, said.previous) == (5.0, None)
+
+
+def replaced(plan: Plan, **rounds) -> Plan:
+    return plan.model_copy(update={"rounds": plan.rounds.model_copy(update=rounds)})
+
+
+def test_the_noise_of_the_update_has_the_stated_scale(undisturbed):
+    """sigma * C / B on every number: beside 5.5 million of them the clipped gradients of at most five patients are nothing."""
+    update = weights.load(undisturbed)
+    numbers = torch.cat([tensor.float().flatten() for tensor in update.values()])
+    assert float(numbers.std()) == pytest.approx(1.0 / 2.0, rel=0.01)
+
+
+def test_rounds_follow_each_other_and_the_same_offer_gets_the_same_bytes_and_no_second_charge(world, site):
+    first = site.answer(world.offer(), world.base_state)
+    again = site.answer(world.offer(), world.base_state)
+    later = site.answer(world.offer(offered_at=OFFERED_AT + 100, deadline=OFFERED_AT + 200), world.base_state)
+    assert first == again == later
+    assert bytes_of(first) == bytes_of(later)
+    assert site.charges() == 1
+
+    times = {"offered_at": OFFERED_AT + 200, "deadline": OFFERED_AT + 300}
+    second = site.answer(world.offer(round_index=2, **times), world.base_state)
+    said = site.statement(second)
+    assert site.charges() == 2
+    assert first.statement is not None
+    assert said.previous == digest.of_bytes(first.statement)
+    assert bytes_of(second) != bytes_of(first)
+    assert said.epsilon_plan > site.statement(first).epsilon_plan
+    assert said.manifest_commitment != site.statement(first).manifest_commitment  # the same cohort, a fresh salt
+
+    # The first round on another base state, and a round in between: past. On the same base state: the bytes of then.
+    other = weights.dump({**weights.load(world.base_state)}, {"kind": "another"})
+    assert site.answer(world.offer(base_state=other), other).code == "PF409"
+    assert site.answer(world.offer(), world.base_state) == first
+    assert site.charges() == 2
+
+
+def test_another_process_resends_the_sealed_bytes(world, copy_home):
+    home = copy_home()
+    with opened(home) as site:
+        first = site.answer(world.offer(), world.base_state)
+    with opened(SiteHome(home.root)) as site:
+        assert site.answer(world.offer(), world.base_state) == first
+        assert site.charges() == 1
+        first_update = first.update
+        assert first_update is not None
+        first_update.write_bytes(first_update.read_bytes()[:-1] + b"x")
+        assert site.answer(world.offer(), world.base_state) == Answer(code="PF410")
+
+
+# What is refused, before anything is charged
+
+
+def refusals(world, dump_state, site: Site) -> dict[str, tuple[str, bytes, bytes]]:
+    state = world.base_state
+    tensors = weights.load(state)
+    name = sorted(tensors)[0]
+    strange = {
+        "shape": dump_state(world.plan, **{name: torch.zeros(3)}),
+        "extra": dump_state(world.plan, more=torch.zeros(3)),
+        "missing": weights.dump({key: value for key, value in tensors.items() if key != name}, {}),
+        "half": weights.dump({key: value.bfloat16() for key, value in tensors.items()}, {}),
+        "noise": b"\x08\0\0\0\0\0\0\0not json",
+        "empty": b"x",
+    }
+    bad = tensors[name].clone()
+    bad.view(-1)[0] = float("nan")
+    huge = {key: torch.full_like(value, 1e30) for key, value in tensors.items()}
+    unapproved = world.plan.model_copy(update={"name": "unapproved"})
+    cases = {f"a base state: {kind}": ("PF408", world.offer(base_state=data), data) for kind, data in strange.items()}
+    nan, large = dump_state(world.plan, **{name: bad}), weights.dump(huge, {})
+    return {
+        **cases,
+        "an offer past its deadline": ("PF409", world.offer(offered_at=OFFERED_AT - 500, deadline=OFFERED_AT - 400), state),
+        "a base state with a NaN": ("PF306", world.offer(base_state=nan), nan),
+        "a base state that overflows": ("PF306", world.offer(base_state=large), large),
+        "another key's signature": ("PF406", world.offer(key=SigningKey.generate()), state),
+        "the site's own signature": ("PF406", world.offer(key=site.home.evidence_key), state),
+        "another site's offer": ("PF406", world.offer(site="other-site"), state),
+        "no envelope": ("PF406", b"{}", state),
+        "an envelope changed": ("PF406", world.offer().replace(b"a", b"b", 1), state),
+        "a plan that was not approved": ("PF407", world.offer(plan=unapproved.digest), state),
+        "other bytes than offered": ("PF408", world.offer(), state[:-1] + b"\x01"),
+        "fewer bytes than offered": ("PF408", world.offer(), state[:-1]),
+    }
+
+
+def test_every_refusal_has_its_code_and_nothing_is_charged(world, dump_state, site):
+    found = {}
+    cases = refusals(world, dump_state, site)
+    for what, (_, envelope, state) in cases.items():
+        found[what] = site.answer(envelope, state)
+    assert {what: answer.code for what, answer in found.items()} == {what: code for what, (code, _, _) in cases.items()}
+    assert all(answer == Answer(code=answer.code) for answer in found.values()), "a refusal is a code and nothing else"
+    assert site.charges() == 0
+    assert site.released() == []
+    assert site.clock.slept == []
+    # None of it is in the way of the honest offer.
+    assert site.answer(world.offer(), world.base_state).code is None
+
+
+def test_a_withdrawn_approval_counts_at_once(world, site):
+    site.store.withdraw_approval(world.plan.digest, at=1.0)
+    assert site.answer(world.offer(), world.base_state) == Answer(code="PF407")
+    assert site.charges() == 0
+
+
+def test_a_cohort_that_is_gone_is_refused(world, site):
+    with closing(sqlite3.connect(site.home.database)) as database, database:
+        database.execute("DELETE FROM slide")
+    assert site.answer(world.offer(), world.base_state) == Answer(code="PF213")
+    assert site.charges() == 0
+
+
+def test_a_spent_budget_releases_nothing(world, copy_home):
+    """The policy was lowered after the approval: the ledger asks it before every charge."""
+    with opened(copy_home(max_epsilon=4.5)) as site:
+        assert site.answer(world.offer(), world.base_state).code is None
+        assert site.answer(world.offer(round_index=2), world.base_state) == Answer(code="PF301")
+        assert site.charges() == 1
+        assert site.released() == ["run-1-000001.opening", "run-1-000001.safetensors"]
+        last = site.store.last_sealed("run-1")
+        assert last is not None
+        assert last.round_index == 1
+
+
+def test_a_plans_own_limit_releases_nothing(world, site):
+    plan = with_plan(world, site.home, epsilon_limit=0.5, name="short-lived")
+    assert site.answer(world.offer(plan=plan.digest, run="other"), world.base_state) == Answer(code="PF302")
+    assert site.charges() == 0
+    assert site.released() == []
+
+
+# Crashes
+
+
+class Crash(BaseException):
+    """Like a killed process: nothing in between can catch it."""
+
+
+@pytest.mark.parametrize("place", ["run_round", "write_atomic", "UpdateStatement", "put_sealed", "advance"])
+def test_a_crash_after_the_charge_ends_with_the_bytes_of_an_undisturbed_run_charged_once(world, copy_home, undisturbed, monkeypatch, place):
+    home = copy_home()
+
+    def crash(*args, **kwargs):
+        raise Crash
+
+    def crash_half_way(path: Path, data: bytes, **options) -> None:
+        """The update is on the disk, the opening of its commitment is not."""
+        if path.suffix == ".opening":
+            raise Crash
+        write(path, data, **options)
+
+    write = files.write_atomic
+    with opened(home) as site, monkeypatch.context() as patch:
+        if place == "write_atomic":
+            patch.setattr(files, place, crash_half_way)
+        else:
+            patch.setattr({"put_sealed": SiteStore, "advance": RunSecrets}.get(place, answering), place, crash)
+        with pytest.raises(Crash):
+            site.answer(world.offer(), world.base_state)
+        assert site.charges() == 1
+    with opened(SiteHome(home.root)) as site:
+        answer = site.answer(world.offer(), world.base_state)
+        assert bytes_of(answer) == undisturbed
+        assert site.charges() == 1
+        assert site.statement(answer).ledger_head == app.open_ledger(site.home, site.store).head
+        assert site.answer(world.offer(), world.base_state) == answer
+
+
+def test_a_failure_after_the_charge_is_a_code_at_a_time_slot_and_the_round_can_still_be_answered(
+    world, site, undisturbed, monkeypatch, caplog
+):
+    """How long training took before it failed would tell how many patients were drawn."""
+
+    def fail(**kwargs):
+        site.clock.time += 4.25
+        raise RuntimeError(f"cannot read {SURNAMES[0]}_biopsy.tif")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "run_round", fail)
+        answer = site.answer(world.offer(), world.base_state)
+    assert answer == Answer(code="PF410")
+    assert SURNAMES[0] not in repr(answer)
+    assert SURNAMES[0] in caplog.text  # the hospital's own log says what it was
+    assert site.clock.time == pytest.approx(OFFERED_AT + 10.0)
+    assert site.charges() == 1
+    assert bytes_of(site.answer(world.offer(), world.base_state)) == undisturbed
+    assert site.charges() == 1
+
+
+def test_a_round_charged_but_not_sealed_gets_other_noise_and_a_charge_of_its_own_on_another_base_state(
+    world, site, undisturbed, dump_state, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "run_round", lambda **_: 1 / 0)
+        assert site.answer(world.offer(), world.base_state).code == "PF410"
+    name = sorted(weights.load(world.base_state))[0]
+    other = dump_state(world.plan, **{name: weights.load(world.base_state)[name] + 1e-6})
+    answer = site.answer(world.offer(base_state=other), other)
+    assert site.charges() == 2
+    left, right = weights.load(bytes_of(answer)), weights.load(undisturbed)
+    shared = torch.stack([left[name].float().flatten()[:10_000] for name in ("encoder.pos_embed",)])
+    assert not torch.equal(left["encoder.pos_embed"], right["encoder.pos_embed"])
+    correlation = torch.corrcoef(torch.stack([shared[0], right["encoder.pos_embed"].float().flatten()[:10_000]]))[0, 1]
+    assert abs(float(correlation)) < 0.2
+
+
+# Time slots
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.5, 4.999, 5.0, 12.0])
+def test_answers_leave_at_the_next_whole_slot_after_the_offer(world, copy_home, after_s):
+    with opened(copy_home()) as site:
+        site.clock.time = OFFERED_AT + after_s
+        seal(site, world)
+        site.clock.time = OFFERED_AT + after_s
+        site.clock.slept.clear()
+        assert site.answer(world.offer(), world.base_state).code is None
+        assert len(site.clock.slept) == 1
+        slots = (site.clock.time - OFFERED_AT) / 5.0
+        assert slots == pytest.approx(max(1, round(slots)))
+        assert 0 <= site.clock.time - OFFERED_AT - after_s <= 5.0
+
+
+def seal(site: Site, world) -> None:
+    """An answer as if the round had been trained: only its time matters here."""
+    data = b"update"
+    path = site.home.updates / "run-1-000001.safetensors"
+    path.write_bytes(data)
+    said = replace(TEMPLATE, base_state=digest.of_bytes(world.base_state), plan=world.plan.digest, update=digest.of_bytes(data))
+    envelope = said.to_envelope(site.home.evidence_key)
+    site.store.put_sealed(
+        SealedUpdate(
+            run=said.run, round_index=1, statement=envelope, update_path="updates/" + path.name, update=digest.of_bytes(data), at=1.0
+        )
+    )
+
+
+def test_without_slots_an_answer_leaves_at_once_and_the_statement_says_so(world, copy_home):
+    with opened(copy_home(reply_slots=False)) as site:
+        answer = site.answer(world.offer(), world.base_state)
+        assert site.statement(answer).reply_slot_s is None
+        assert site.clock.slept == []
+
+
+# What leaves
+
+
+def leaked(data: bytes) -> list[str]:
+    words = [*SURNAMES, "PATIENTID", "biopsy", ".tif", "/slides", "slides/", "patients.csv"]
+    return [word for word in words if word.lower().encode() in data.lower()]
+
+
+def test_nothing_that_leaves_holds_a_slide_name_a_path_or_a_patient(world, answered):
+    site, answer, _ = answered
+    assert answer.statement is not None
+    sent = {
+        "update": bytes_of(answer),
+        "envelope": answer.statement,
+        "statement": base64.b64decode(json.loads(answer.statement)["payload"]),
+    }
+    sent["approval"] = base64.b64decode(json.loads((site.home.root / "approval.dsse").read_bytes())["payload"])
+    sent["site card"] = base64.b64decode(json.loads(site.home.card_file.read_bytes())["payload"])
+    assert {what: leaked(data) for what, data in sent.items()} == {what: [] for what in sent}
+    cohort = site.store.cohort(scan_key(world.plan.cohort))
+    assert len(cohort.patients) == len(SURNAMES)
+    stays = [*(patient.pseudonym for patient in cohort.patients), cohort.digest, str(site.home.root)]
+    for data in sent.values():
+        assert not any(word.removeprefix("sha256:").encode() in data for word in stays)
+    # The search finds what is there: the site's own database holds the slide names.
+    assert leaked(site.home.database.read_bytes() + (site.home.root / "site.db-wal").read_bytes())
+
+
+def test_the_log_of_a_round_names_no_patient_and_no_slide(answered):
+    _, _, log = answered
+    assert "round 1 of run run-1" in log
+    assert leaked(log.encode()) == []
+
+
+def test_secrets_are_moved_on_once_the_answer_is_sealed(answered, ready_home):
+    site, _, _ = answered
+    before = {path.name: path.read_bytes() for path in SiteHome(ready_home).run_secrets.iterdir()}
+    after = {path.name: path.read_bytes() for path in site.home.run_secrets.iterdir()}
+    assert json.loads(after["run-run-1.secret"])["round"] == 2
+    assert before["root.secret"] != after["root.secret"]
+    assert Path(site.home.run_secrets).stat().st_mode & 0o077 == 0
+
+
+TEMPLATE = UpdateStatement.from_plain(
+    {
+        "site": "st-elsewhere",
+        "run": "run-1",
+        "round_index": 1,
+        "plan": digest.of_bytes(b""),
+        "base_state": digest.of_bytes(b""),
+        "update": digest.of_bytes(b""),
+        "update_bytes": 6,
+        "privacy": {"sampling_rate": 0.5, "noise_multiplier": 1.0, "clip_norm": 1.0, "steps": 1, "delta": 1e-5},
+        "epsilon_plan": 1.0,
+        "epsilon_total": 1.0,
+        "delta_total": 1e-6,
+        "ledger_head": digest.of_bytes(b""),
+        "code": digest.of_bytes(b""),
+        "figures": {"loss_sum": 1.0, "loss_sum_std": 1.0, "patients": 1.0, "patients_std": 1.0},
+        "reply_slot_s": 5.0,
+        "manifest_commitment": digest.of_bytes(b""),
+        "previous": None,
+        "issued_at": 1.0,
+    }
+)

@@ -1,0 +1,160 @@
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from pathfed_client import app
+from pathfed_client.home import SiteHome
+from pathfed_client.io.site_store import SiteStore
+from pathfed_common import digest
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError
+from pathfed_common.ids import RunName
+from pathfed_common.plan import CohortPlan
+from pathfed_common.privacy.accounting import PrivacyEvent, epsilon
+from pathfed_common.provenance.documents import Approval
+from pathfed_common.provenance.keys import SigningKey
+
+
+def charge(home: SiteHome, plan: str, count: int) -> None:
+    with closing(SiteStore(home.database)) as store:
+        ledger = app.open_ledger(home, store)
+        for number in range(1, count + 1):
+            ledger.charge(
+                release_id=digest.of_value([plan, number]),
+                plan=digest.of_bytes(plan.encode()),
+                run=RunName("run"),
+                round_index=number,
+                event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1),
+                plan_delta=1e-5,
+                plan_limit=10.0,
+                now=1.0,
+            )
+
+
+def test_an_approval_is_signed_stored_and_says_what_it_binds(world, copy_home):
+    home = copy_home()
+    given = Approval.from_bytes((home.root / "approval.dsse").read_bytes(), home.evidence_key.public)
+    assert (given.site, given.plan, given.declared_patients, given.reply_slots) == ("st-elsewhere", world.plan.digest, 4, True)
+    with closing(SiteStore(home.database)) as store:
+        stored = store.approval(world.plan.digest)
+    assert stored is not None
+    assert stored.signed_plan == world.signed_plan.read_bytes()
+
+
+def other_plan(world, **privacy):
+    return world.plan.model_copy(update={"name": "other", "privacy": world.plan.privacy.model_copy(update=privacy)})
+
+
+@pytest.mark.parametrize(
+    ("declared", "changes", "kind", "code"),
+    [
+        (6, {}, PrivacyError, ErrorCode.COHORT_TOO_SMALL),
+        (1, {}, PlanError, ErrorCode.PLAN_IMPOSSIBLE),
+        (4, {"noise_multiplier": 0.35}, PrivacyError, ErrorCode.POLICY_FORBIDS),
+    ],
+)
+def test_a_plan_that_cannot_be_approved_leaves_no_approval(world, copy_home, tmp_path, declared, changes, kind, code):
+    home = copy_home(max_epsilon=20.0)
+    plan = other_plan(world, **changes)
+    with pytest.raises(kind) as caught:
+        app.approve(home, world.sign("refused.dsse", plan), declared, tmp_path / "approval.dsse")
+    assert caught.value.code is code
+    assert not (tmp_path / "approval.dsse").exists()
+    with closing(SiteStore(home.database)) as store:
+        assert store.approval(plan.digest) is None
+
+
+def test_a_plan_of_another_server_is_not_authentic(world, copy_home, tmp_path):
+    from pathfed_common.provenance.documents import seal_plan
+
+    forged = tmp_path / "forged.dsse"
+    forged.write_bytes(seal_plan(world.plan, SigningKey.generate()))
+    with pytest.raises(PlanError, match="PF106"):
+        app.approve(copy_home(), forged, 4, tmp_path / "approval.dsse")
+
+
+def test_a_plan_with_other_cohort_rules_wants_a_scan_of_its_own(world, copy_home, tmp_path):
+    cohort = CohortPlan(tile_px=64, mpp=0.5)
+    plan = world.plan.model_copy(update={"cohort": cohort})
+    with pytest.raises(SiteDataError, match=r"PF213.*pathfed-site scan"):
+        app.approve(copy_home(), world.sign("unscanned.dsse", plan), 4, tmp_path / "approval.dsse")
+
+
+def test_status_and_ledger_tell_what_was_spent(world, copy_home):
+    home = copy_home()
+    assert app.status(home)["epsilon_spent"] == 0.0
+    charge(home, "a", 3)
+    status = app.status(home)
+    expected = epsilon(sampling_rate=0.1, noise_multiplier=2.0, steps=3, delta=1e-6)
+    assert status["epsilon_spent"] == pytest.approx(expected)
+    assert status["epsilon_left"] == pytest.approx(100.0 - expected)
+    (plan,) = status["plans"]
+    assert (plan["plan"], plan["patients"], plan["declared_patients"], plan["slides"]) == ("tiny", 5, 4, {"usable": 5})
+    with closing(app.open_store(home)) as store:
+        report = app.ledger_report(home, store)
+    assert report["epsilon"] == pytest.approx(expected)
+    assert report["epsilon"] <= report["epsilon_rdp_bound"]
+    low, _, high = report["epsilon_prv"]
+    assert low - 1e-3 <= report["epsilon"] <= high + 1e-3
+    assert [entry["round"] for entry in report["entries"]] == [1, 2, 3]
+    assert app.glance(home, world.plan.cohort).epsilon_total == pytest.approx(expected)
+
+
+def test_a_ledger_of_which_one_byte_was_changed_is_damaged(copy_home):
+    home = copy_home()
+    charge(home, "a", 1)
+    with closing(sqlite3.connect(home.database)) as database, database:
+        database.execute("DROP TRIGGER ledger_entry_no_update")
+        (entry,) = database.execute("SELECT entry FROM ledger_entry").fetchone()
+        database.execute("UPDATE ledger_entry SET entry = ?", (entry.replace(b'sig":"', b'sig":"A', 1),))
+    with pytest.raises(PrivacyError, match="PF304"):
+        app.status(home)
+    with pytest.raises(PrivacyError, match="PF304"):
+        app.start(home, print)
+
+
+@pytest.mark.parametrize("missing", ["slides", "patients"])
+def test_a_site_without_slides_or_list_is_not_made(world, tmp_path, missing):
+    from dataclasses import replace
+
+    empty = replace(world, root=tmp_path / "nowhere")
+    (tmp_path / "nowhere").mkdir()
+    if missing == "patients":
+        empty.slides.mkdir()
+    empty.card.write_bytes(world.card.read_bytes())
+    with pytest.raises(SiteDataError) as caught:
+        empty.init(tmp_path / "home")
+    assert caught.value.code is (ErrorCode.SLIDE_FOLDER_EMPTY if missing == "slides" else ErrorCode.PATIENT_LIST_UNREADABLE)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_disk_too_small_for_the_database_leaves_no_home(world, small_disk):
+    (small_disk / "ballast").write_bytes(b"x" * 960_000)
+    with pytest.raises(HostError, match=r"PF90[14]"):
+        world.init(small_disk / "home")
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("key", ["flower", "superexec.secret", "evidence.pem"])
+def test_a_site_does_not_start_with_a_key_that_others_may_read(copy_home, key):
+    home = copy_home()
+    (home.root / "keys" / key).chmod(0o644)
+    with pytest.raises(HostError, match="PF906"):
+        app.start(home, print)
+
+
+def test_what_is_no_home_is_left_as_it_is(tmp_path):
+    home = SiteHome(tmp_path)
+    for command in (app.status, lambda home: app.start(home, print), lambda home: app.glance(home, CohortPlan())):
+        with pytest.raises(PathfedError, match=r"PF90[46]"):
+            command(home)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_accountants_are_warm_after_warming_up(copy_home):
+    app.warm_up(copy_home())
+
+
+def test_the_module_has_no_other_lazy_name():
+    with pytest.raises(AttributeError):
+        app.no_such_name  # noqa: B018 - the access is the test

@@ -1,0 +1,273 @@
+"""`pathfed-site` as a hospital's IT meets it: exit statuses, JSON, and nothing half-written."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from pathfed_client import cli
+from pathfed_client.home import SiteHome
+from pathfed_client.io.site_store import SiteStore
+from pathfed_common.errors import PathfedError
+
+STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
+COMMANDS = ("init", "scan", "approve", "start", "status", "ledger")
+
+
+def fails(done, code: str) -> None:
+    """The code as one JSON value, and its family's exit status."""
+    assert (done.code, done.status) == (code, STATUS[code[:3]]), done
+
+
+def init_arguments(world, home: Path, **changes: object) -> list[object]:
+    options = {
+        "--name": "site-a",
+        "--slides": world.slides,
+        "--patients": world.patients,
+        "--server-card": world.card,
+        "--home": home,
+        **{f"--{key.replace('_', '-')}": value for key, value in changes.items()},
+    }
+    return ["init", *(part for pair in options.items() for part in pair), "--json"]
+
+
+@pytest.fixture
+def own_slides(world, tmp_path):
+    """A world of its own whose slides and list a test may change."""
+    from dataclasses import replace
+
+    mine = replace(world, root=tmp_path / "world")
+    shutil.copytree(world.root, mine.root)
+    return mine
+
+
+def list_rows(path: Path, rows: list[list[str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_the_commands_are_those_the_documentation_names():
+    assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(site_cli, command):
+    done = site_cli(command, "--help")
+    assert done.status == 0
+    assert "--json" in done.out
+    assert "--home" in done.out
+
+
+def test_the_installed_command_is_this_one():
+    done = subprocess.run([Path(sys.executable).parent / "pathfed-site", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
+    home = tmp_path / "home"
+    made = site_cli(*init_arguments(world, home))
+    assert made.status == 0
+    assert Path(made.json["site_card"]).is_file()
+    scanned = site_cli("scan", world.signed_plan, "--home", home, "--json")
+    assert (scanned.status, scanned.json["patients"], scanned.json["slides_read"]) == (0, 5, 5)
+    again = site_cli("scan", world.signed_plan, "--home", home, "--json")
+    assert again.json["slides_read"] == 0
+    approved = site_cli("approve", world.signed_plan, "--patients-at-least", 4, "--home", home, "--json")
+    assert (approved.status, approved.json["plan"]) == (0, world.plan.digest)
+    assert Path(approved.json["approval"]).is_file()
+    status = site_cli("status", "--home", home, "--json")
+    assert (status.status, status.json["plans"][0]["digest"]) == (0, world.plan.digest)
+    ledger = site_cli("ledger", "--home", home, "--json")
+    assert (ledger.status, ledger.json["epsilon"], ledger.json["entries"]) == (0, 0.0, [])
+    for command in (["status"], ["ledger"], ["scan", world.signed_plan]):
+        people = site_cli(*command, "--home", home)
+        assert people.status == 0
+        assert people.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"slides": "/nowhere"}, "PF201"),
+        ({"patients": "/nowhere.csv"}, "PF202"),
+        ({"server_card": "/nowhere.dsse"}, "PF904"),
+        ({"name": "Site A"}, "PF905"),
+        ({"max_epsilon": 0}, "PF905"),
+        ({"max_epsilon": "nan"}, "PF905"),
+        ({"delta": 0.5}, "PF905"),
+    ],
+)
+def test_a_bad_init_makes_nothing(world, site_cli, tmp_path, changes, code):
+    fails(site_cli(*init_arguments(world, tmp_path / "home", **changes)), code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_patient_list_is_no_server_card(world, site_cli, tmp_path):
+    fails(site_cli(*init_arguments(world, tmp_path / "home", server_card=world.patients)), "PF602")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
+    fails(site_cli(*init_arguments(world, copy_home().root)), "PF904")
+
+
+@pytest.mark.parametrize("command", [["status"], ["ledger"], ["start"], ["scan", "PLAN"], ["approve", "PLAN", "--patients-at-least", 4]])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_home_that_is_missing_is_told_and_not_made(world, site_cli, tmp_path, command, there):
+    home = tmp_path / "home"
+    if there:
+        home.mkdir()
+    arguments = [world.signed_plan if word == "PLAN" else word for word in command]
+    done = site_cli(*arguments, "--home", home, "--json")
+    assert done.code in ("PF904", "PF906")
+    assert done.status == 19
+    assert (list(home.iterdir()) if there else home.exists()) in ([], False)
+
+
+def test_a_scan_of_an_empty_folder_is_refused(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home").root
+    for slide in own_slides.slides.iterdir():
+        slide.unlink()
+    fails(site_cli("scan", own_slides.signed_plan, "--home", home, "--json"), "PF201")
+    own_slides.slides.rmdir()
+    fails(site_cli("scan", own_slides.signed_plan, "--home", home, "--json"), "PF201")
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        ([["file", "person"], ["a.tif", "1"]], "PF202"),
+        ([["slide", "patient"]], "PF202"),
+        ([["slide", "patient"], ["", "1"]], "PF202"),
+        ([["slide", "patient"], ["Oyelaran_biopsy.tif", "1"], ["Oyelaran_biopsy.tif", "2"]], "PF203"),
+    ],
+)
+def test_a_list_that_cannot_be_used_stops_the_scan_before_a_slide_is_read(own_slides, site_cli, tmp_path, rows, code):
+    home = own_slides.init(tmp_path / "home")
+    list_rows(own_slides.patients, rows)
+    fails(site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json"), code)
+    with SiteStore(home.database) as store:
+        assert store.slides(scan_key(own_slides)) == {}
+
+
+def scan_key(world):
+    from pathfed_client.slides import tiling
+
+    return tiling.scan_key(world.plan.cohort)
+
+
+def test_a_scan_names_everything_that_needs_a_look(own_slides, site_cli, tmp_path):
+    """A bad slide, an unmapped one, a line without a slide, a patient without a tile, and a slide that two patients share."""
+    home = own_slides.init(tmp_path / "home")
+    slides = own_slides.slides
+    (slides / "Oyelaran_biopsy.tif").write_bytes(b"not a slide")
+    shutil.copy(slides / "Yamashiro_biopsy.tif", slides / "copied.tif")
+    shutil.copy(slides / "Yamashiro_biopsy.tif", slides / "stranger.tif")
+    with own_slides.patients.open("a", encoding="utf-8") as file:
+        file.write("copied.tif,PATIENTID-9\nabsent.tif,PATIENTID-10\n")
+    done = site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
+    assert done.status == 0
+    assert done.json["patients"] == 5
+    assert done.json["by_reason"] == {"PF205": 1, "PF204": 1}
+    assert [entry["slide"] for entry in done.json["not_found"]] == ["absent.tif"]
+    assert [entry["code"] for entry in done.json["patients_without_tile"]] == ["PF210", "PF210"]
+    assert done.json["same_content"] == [["Yamashiro_biopsy.tif", "copied.tif"]]
+    people = site_cli("scan", own_slides.signed_plan, "--home", home.root)
+    told = " ".join(people.out.split())
+    for word in ("PF204", "stranger.tif", "PF205", "absent.tif", "PF210", "WARNING", "copied.tif"):
+        assert word in told
+    assert "PATIENTID" not in told
+
+
+def test_a_scan_that_finds_nothing_to_train_on_shows_why_before_it_fails(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home")
+    for slide in own_slides.slides.iterdir():
+        slide.write_bytes(b"not a slide")
+    done = site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
+    fails(done, "PF211")
+    assert done.json["report"]["by_reason"] == {"PF205": 5}
+    people = site_cli("scan", own_slides.signed_plan, "--home", home.root)
+    assert people.status == 12
+    assert "Oyelaran_biopsy.tif" in people.out
+    assert "PF211" in people.err
+
+
+def test_a_plan_of_another_server_is_refused(world, site_cli, copy_home, tmp_path):
+    from pathfed_common.provenance.documents import seal_plan
+    from pathfed_common.provenance.keys import SigningKey
+
+    forged = tmp_path / "forged.dsse"
+    forged.write_bytes(seal_plan(world.plan, SigningKey.generate()))
+    home = copy_home()
+    fails(site_cli("scan", forged, "--home", home.root, "--json"), "PF106")
+    fails(site_cli("approve", forged, "--patients-at-least", 4, "--home", home.root, "--json"), "PF106")
+    fails(site_cli("approve", tmp_path / "none.dsse", "--patients-at-least", 4, "--home", home.root, "--json"), "PF904")
+
+
+@pytest.mark.parametrize(("declared", "code"), [(6, "PF303"), (1, "PF105")])
+def test_more_patients_declared_than_found_or_fewer_than_the_plan_expects_are_refused(world, site_cli, copy_home, tmp_path, declared, code):
+    out = tmp_path / "approval.dsse"
+    done = site_cli("approve", world.signed_plan, "--patients-at-least", declared, "--home", copy_home().root, "--out", out, "--json")
+    fails(done, code)
+    assert not out.exists()
+
+
+def test_a_policy_that_forbids_the_plan_is_kept(world, site_cli, copy_home):
+    home = copy_home(max_epsilon=0.5)
+    fails(site_cli("approve", world.signed_plan, "--patients-at-least", 4, "--home", home.root, "--json"), "PF307")
+
+
+@pytest.mark.parametrize("text", ["max_epsilon = 'much'", "max_epsilon = 5\ndelta = 1e-6\nsecret_key = 1", "max_epsilon = "])
+def test_a_policy_that_cannot_be_read_is_told(site_cli, copy_home, text):
+    home = copy_home()
+    (home.root / "policy.toml").write_text(text)
+    fails(site_cli("status", "--home", home.root, "--json"), "PF905")
+
+
+def test_a_key_that_others_may_read_stops_the_command(world, site_cli, copy_home, tmp_path):
+    home = copy_home()
+    (home.root / "keys" / "evidence.pem").chmod(0o644)
+    out = tmp_path / "approval.dsse"
+    fails(site_cli("approve", world.signed_plan, "--patients-at-least", 4, "--home", home.root, "--out", out, "--json"), "PF906")
+    assert not out.exists()
+
+
+def test_a_disk_that_fills_up_while_scanning_is_told_and_the_scan_goes_on_later(world, site_cli, copy_home, small_disk):
+    made = world.init(small_disk / "home")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (free(small_disk) - 8192))
+    done = site_cli("scan", world.signed_plan, "--home", made.root, "--json")
+    fails(done, "PF901")
+    ballast.unlink()
+    assert site_cli("scan", world.signed_plan, "--home", made.root, "--json").json["patients"] == 5
+
+
+def free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def test_a_disk_that_is_full_when_a_round_is_sealed_gives_the_code_and_the_round_can_be_answered_later(world, copy_home, small_disk):
+    from pathfed_client.answering import SiteAnswerer
+
+    home = copy_home()
+    shutil.rmtree(home.updates)
+    home.updates.symlink_to(small_disk)
+    with SiteStore(home.database) as store:
+        answerer = SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)
+        assert answerer(world.offer(), world.base_state).code == "PF901"
+        assert list(small_disk.iterdir()) == []
+        assert store.get_sealed("run-1", 1) is None
+        home.updates.unlink()
+        home.updates.mkdir()
+        assert answerer(world.offer(), world.base_state).code is None
+        assert len(store.entries()) == 1
+
+
+def test_a_usage_error_is_no_trace(site_cli):
+    done = site_cli("scan")
+    assert done.status == 2
+    assert "Traceback" not in done.err

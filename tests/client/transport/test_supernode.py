@@ -1,0 +1,54 @@
+"""The launcher shortens one sleep of Flower's SuperNode, and only that. Look here first when flwr's pin moves."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+
+from pathfed_client.transport import supernode
+
+LOOP = "flwr.supernode.start_client_internal"
+
+
+def _sleeps(source: str) -> list[float]:
+    """What a module's `time.sleep` calls are given, in order."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return sorted(ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "time.sleep")
+
+
+def test_flower_still_sleeps_three_seconds_in_one_place_the_idle_poll_and_half_a_second_elsewhere() -> None:
+    source = inspect.getsource(importlib.import_module(LOOP))
+    assert _sleeps(source) == [0.5, 0.5, 3]
+    loop = source[source.index("while True:") :]
+    idle = loop[: loop.index("_push_messages(")]
+    assert "if run_id is None:" in idle
+    assert idle.rindex("if run_id is None:") < idle.index("time.sleep(3)") < idle.index("continue", idle.index("time.sleep(3)"))
+
+
+def test_the_launcher_shortens_the_idle_sleep_and_leaves_every_other_alone() -> None:
+    """In a process of its own: the launcher changes Flower's module for good."""
+    script = f"""
+import importlib, time
+from pathfed_client.transport import supernode
+slept = []
+supernode.time.sleep = slept.append
+supernode.shorten_idle_sleep()
+loop = importlib.import_module({LOOP!r})
+for seconds in (3, 0.5, 7):
+    loop.time.sleep(seconds)
+assert loop.time.monotonic is time.monotonic
+print(slept)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == [supernode.IDLE_POLL_S, 0.5, 7]
+    assert supernode.IDLE_POLL_S < 3
+
+
+def test_the_launcher_refuses_a_flower_whose_loop_sleeps_in_another_way(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, LOOP, types.ModuleType(LOOP))
+    with pytest.raises(RuntimeError, match="raising the pin"):
+        supernode.shorten_idle_sleep()

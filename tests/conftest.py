@@ -1,0 +1,35 @@
+"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread a process."""
+
+import os
+from typing import Any
+
+import pytest
+
+# Read by torch and BLAS when they are first imported. Two test processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: Folders whose tests start a whole consortium: they go to one test process, one after the other, once the others are done.
+WHOLE_MACHINE = ("end_to_end", "chaos")
+
+
+def unit_of_work(nodeid: str) -> str:
+    """What one test process does in one go: a file, whose servers then start once, or a whole folder of `WHOLE_MACHINE`."""
+    file = nodeid.split("::", 1)[0]
+    return next((folder for folder in WHOLE_MACHINE if folder in file.split("/")), file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that need the whole machine last."""
+    items.sort(key=lambda item: unit_of_work(item.nodeid) in WHOLE_MACHINE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests by `unit_of_work`. (xdist 3.8 has groups for this, which pytest 9.2 does not see.)"""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByUnitOfWork(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of_work(nodeid)
+
+    return ByUnitOfWork(config, log)

@@ -1,0 +1,106 @@
+"""Commands of a consortium on one machine, run as processes of their own."""
+
+import json
+import shlex
+import sys
+import time
+
+import pytest
+
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, SiteDataError
+from pathfed_common.processes import ProcessSpec
+from pathfed_local.consortium import Consortium, find_hospitals, program
+
+
+def hospital(folder, name: str) -> None:
+    (folder / name / "slides").mkdir(parents=True)
+
+
+def test_hospitals_are_found_in_name_order_under_names_that_a_site_can_have(tmp_path):
+    for name in ("St. Mary's", "b_clinic", "Charité 2", "-x-"):
+        hospital(tmp_path, name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    found = find_hospitals(tmp_path, 10)
+    assert [one.name for one in found] == ["x", "charit--2", "st--mary-s", "b-clinic"]
+    assert found[0].slides == tmp_path / "-x-" / "slides"
+    assert found[0].patients == tmp_path / "-x-" / "patients.csv"
+    assert len(find_hospitals(tmp_path, 2)) == 2
+
+
+@pytest.mark.parametrize("names", [("A b", "a-b"), ("clinic", "Clinic")])
+def test_two_hospitals_that_would_be_one_site_are_refused(tmp_path, names):
+    for name in names:
+        hospital(tmp_path, name)
+    with pytest.raises(PathfedError, match=r"PF905.*same site name"):
+        find_hospitals(tmp_path, 10)
+
+
+def test_a_name_too_long_for_a_site_is_cut(tmp_path):
+    hospital(tmp_path, "a" * 62 + "-bcd")
+    assert find_hospitals(tmp_path, 1)[0].name == "a" * 62
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_without_hospitals_is_told(tmp_path, there):
+    folder = tmp_path / "data"
+    if there:
+        folder.mkdir()
+    with pytest.raises(SiteDataError, match="PF201"):
+        find_hospitals(folder, 3)
+
+
+def test_a_commands_result_comes_back_and_the_command_is_written_down(tmp_path):
+    consortium = Consortium(tmp_path / "out", [])
+    made = consortium.server_command("init", "--consortium", "test")
+    assert made["home"] == str(consortium.server)
+    (line,) = (tmp_path / "out" / "commands.log").read_text().splitlines()
+    assert shlex.split(line) == ["pathfed-server", "init", "--consortium", "test", "--home", str(consortium.server)]
+
+
+def test_a_commands_own_error_comes_back_as_it_was(tmp_path):
+    consortium = Consortium(tmp_path, [])
+    with pytest.raises(HostError) as caught:
+        consortium.server_command("sites", "list")
+    assert caught.value.code is ErrorCode.HOME_UNUSABLE
+    assert caught.value.where == str(consortium.server / "server.toml")
+
+
+def test_a_command_that_ends_without_a_result_is_told_with_its_last_words(tmp_path):
+    consortium = Consortium(tmp_path, [])
+    with pytest.raises(HostError, match="PF903") as caught:
+        consortium.server_command("no-such-command")
+    assert "No such command" in (caught.value.value or "")
+
+
+def test_programs_are_those_beside_this_python():
+    assert program("pathfed-site").parent.samefile(sys.prefix + "/bin")
+    with pytest.raises(HostError, match="PF907"):
+        program("pathfed-nothing")
+
+
+def test_events_and_ends_of_processes_are_told_once(tmp_path):
+    consortium = Consortium(tmp_path, [])
+    consortium.logs.mkdir()
+    (consortium.logs / "server.log").write_text(json.dumps({"event": "serving"}) + "\nplain line\nhalf a li")
+    told: list[str] = []
+    consortium.watch(told.append)
+    consortium.watch(told.append)
+    assert told == ["server: serving", "server: plain line"]
+    with (consortium.logs / "server.log").open("a") as file:
+        file.write("ne\n")
+    consortium.watch(told.append)
+    assert told[-1] == "server: half a line"
+
+    log = consortium.logs / "site-a.log"
+    consortium._supervisor.start(ProcessSpec(name="site-a", argv=["sh", "-c", "exit 4"], log=log, restarts=1, restart_delay_s=0.0))
+
+    def watch_on() -> None:
+        for _ in range(200):
+            consortium.watch(told.append)
+            time.sleep(0.02)
+
+    with pytest.raises(HostError, match=r"PF903.*status 4"):
+        watch_on()
+    assert sum("is started again" in line for line in told) == 1
+    consortium.stop()

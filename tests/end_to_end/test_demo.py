@@ -1,0 +1,150 @@
+"""`pathfed demo`, as a person runs it: on painted slides, then everything a newcomer would look at."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pathfed_common.encoder import weights
+from pathfed_common.encoder.spec import preset
+from pathfed_common.encoder.vit import VisionTransformer
+
+BIN = Path(sys.executable).parent
+ROUNDS, SITES = 2, 3
+
+
+def _run(*arguments: object, within_s: float = 240) -> subprocess.CompletedProcess[str]:
+    command, *rest = (str(argument) for argument in arguments)
+    return subprocess.run([str(BIN / command), *rest], capture_output=True, text=True, timeout=within_s)
+
+
+def _demo(out: Path, plan: Path, slides: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return _run("pathfed", "demo", "--out", out, "--plan", plan, "--slides", slides, *more)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, plan_file, hospitals):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    done = _demo(out, plan_file, hospitals)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -> None:
+    out, _ = demo
+    assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=10)
+
+
+def test_everything_it_says_is_there_is_there(demo) -> None:
+    out, printed = demo
+    for place in ("record/encoder/model.safetensors", "report.html", "server/pathfed.db", "logs", "commands.log", "trust.json"):
+        assert (out / place).exists(), place
+    assert "pathfed verify" in printed
+
+
+def test_the_record_verifies_with_trusted_keys_and_says_so_without(demo) -> None:
+    out, _ = demo
+    proven = _run("pathfed", "verify", out, "--trust", out / "trust.json", "--json")
+    assert (proven.returncode, json.loads(proven.stdout)["identities_proven"]) == (0, True)
+    unproven = _run("pathfed", "verify", out, "--json")
+    assert (unproven.returncode, json.loads(unproven.stdout)["identities_proven"]) == (3, False)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["statements/*/*.dsse", "states/*.safetensors", "rounds/*.dsse", "approvals/*.dsse", "encoder/*", "manifest.dsse", "plan.json"],
+)
+def test_a_changed_byte_anywhere_in_the_record_is_found(demo, tmp_path, pattern: str) -> None:
+    out, _ = demo
+    record = tmp_path / "record"
+    shutil.copytree(out / "record", record)
+    for file in sorted(record.glob(pattern))[:2]:
+        data = bytearray(file.read_bytes())
+        middle = len(data) // 2
+        data[middle] ^= 1
+        file.write_bytes(data)
+        found = _run("pathfed", "verify", record, "--json")
+        assert found.returncode == 16, file
+        data[middle] ^= 1
+        file.write_bytes(data)
+    assert _run("pathfed", "verify", record).returncode == 3
+
+
+def test_the_encoder_loads_under_timms_names_and_has_moved(demo) -> None:
+    out, _ = demo
+    tensors = weights.load((out / "record" / "encoder" / "model.safetensors").read_bytes())
+    config = json.loads((out / "record" / "encoder" / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    VisionTransformer(preset("vit_tiny_patch16_224", img_size=96)).load_state_dict(tensors)
+    first = weights.load((out / "record" / "states" / "round-0000.safetensors").read_bytes())
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert any(not torch.equal(tensors[name], first[f"encoder.{name}"]) for name in tensors)
+
+
+def test_rounds_and_participants_are_in_the_database(demo) -> None:
+    out, _ = demo
+    rows = json.loads(_run("pathfed-server", "rounds", "demo", "--home", out / "server", "--json").stdout)
+    assert [row["state"] for row in rows] == ["committed"] * ROUNDS
+    assert all(len(row["sites"]) == SITES for row in rows)
+    (run,) = json.loads(_run("pathfed-server", "run", "status", "demo", "--home", out / "server", "--json").stdout)
+    assert run["state"] == "finished"
+
+
+def test_every_ledger_verifies_and_its_epsilon_is_what_three_accountants_allow(demo) -> None:
+    out, _ = demo
+    for site in sorted((out / "sites").iterdir()):
+        found = json.loads(_run("pathfed-site", "ledger", "--home", site, "--json").stdout)
+        low, middle, high = found["epsilon_prv"]
+        assert len(found["entries"]) == ROUNDS
+        assert abs(found["epsilon"] - middle) <= 1e-3 or low <= found["epsilon"] <= high
+        assert found["epsilon"] <= found["epsilon_rdp_bound"] + 1e-9
+        assert found["entries"][-1]["epsilon_total"] == pytest.approx(found["epsilon"], abs=1e-9)
+
+
+def test_a_second_demo_replaces_the_first_and_nothing_else(tmp_path, plan_file, hospitals) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    refused = _demo(tmp_path, plan_file, hospitals)
+    assert refused.returncode == 19
+    assert "PF904" in refused.stderr
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_no_slide_name_path_or_patient_is_in_anything_that_left_a_site(demo, hospitals) -> None:
+    """Everything the server holds, logs and databases included."""
+    out, _ = demo
+    secrets: set[bytes] = set()
+    for patient_list in hospitals.glob("*/patients.csv"):
+        with patient_list.open(newline="") as file:
+            for row in csv.DictReader(file):
+                secrets |= {row["slide"].encode(), Path(row["slide"]).stem.encode(), row["patient"].encode()}
+    secrets = {secret for secret in secrets if len(secret) >= 6}  # shorter ones come up by chance in tensors
+    for file in (path for path in (out / "server").rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        assert not [secret for secret in secrets if secret in data], file
+
+
+def test_mixed_real_slides_are_scanned_and_named_and_the_run_goes_on(tmp_path, plan_file, real_data, leaves_no_process) -> None:
+    """Hospitals built from real tiles; real good and bad slides are mixed into one of them, with rows in its list."""
+    slides = tmp_path / "hospitals"
+    build = [sys.executable, str(real_data / "make_hospitals.py"), str(slides), "--hospitals", "2", "--patients", "6", "--groups", "4"]
+    subprocess.run(build, check=True, capture_output=True)
+    mixed = slides / "hospital-1"
+    added = [path for kind in ("ok", "bad") for path in sorted((real_data / "slides" / kind).iterdir())]
+    with (mixed / "patients.csv").open("a", newline="") as file:
+        for number, path in enumerate(added):
+            target = mixed / "slides" / path.name
+            shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+            csv.writer(file).writerow([path.name, f"MIXED{number}"])
+    out = tmp_path / "out"
+    done = _demo(out, plan_file, slides, "--rounds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = json.loads(_run("pathfed-site", "status", "--home", out / "sites" / "hospital-1", "--json").stdout)
+    reasons = status["plans"][0]["reasons"]
+    assert set(reasons) >= {"PF205", "PF206", "PF207", "PF208"}, reasons
+    assert status["plans"][0]["patients"] >= 6 + 2  # the listed six, and the real slides that are fit
+    assert _run("pathfed", "verify", out, "--trust", out / "trust.json").returncode == 0

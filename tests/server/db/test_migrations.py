@@ -1,0 +1,190 @@
+"""The migrations: they make the declared schema, all or nothing, on SQLite and on PostgreSQL."""
+
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import CheckConstraint, Engine, create_engine, inspect, text
+from sqlalchemy.exc import DatabaseError
+
+from pathfed_common.errors import ErrorCode, PathfedError, RoundError
+from pathfed_server.db import database, schema
+from pathfed_server.db.sql_store import SqlStore, migrate
+
+
+def engine_of(url: str) -> Engine:
+    return create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+
+
+def tables(url: str) -> set[str]:
+    engine = engine_of(url)
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+def test_migrated_schema_is_the_declared_one(url: str) -> None:
+    engine = engine_of(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), schema.metadata) == []
+    engine.dispose()
+
+
+def test_comparison_finds_a_column_that_no_migration_makes(url: str) -> None:
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE run_site ADD COLUMN extra INTEGER"))
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) != []
+    engine.dispose()
+
+
+def test_check_constraints_are_the_declared_ones(url: str) -> None:
+    engine = engine_of(url)
+    inspector = inspect(engine)
+    for table in schema.metadata.sorted_tables:
+        found = {check["name"] for check in inspector.get_check_constraints(table.name)}
+        assert found == {check.name for check in table.constraints if isinstance(check, CheckConstraint)}, table.name
+    engine.dispose()
+
+
+def test_migrating_twice_changes_nothing(empty_url: str) -> None:
+    migrate(empty_url)
+    with SqlStore(empty_url) as store:
+        store.audit(actor="server", action="test", subject="x", at=1.0)
+    migrate(empty_url)
+    with SqlStore(empty_url) as store:
+        assert [event.subject for event in store.audit_events()] == ["x"]
+
+
+def test_two_migrations_at_once_make_one_schema(empty_url: str) -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            migrate(empty_url)
+        except PathfedError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    with SqlStore(empty_url) as store:
+        assert store.sites() == []
+
+
+@pytest.fixture
+def broken_second_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Migrations with a second revision that makes a table, fills another and then fails."""
+    folder = tmp_path / "migrations"
+    shutil.copytree(Path(database.__file__).parent / "migrations", folder)
+    source = """
+from alembic import op
+import sqlalchemy as sa
+revision = "0002"
+down_revision = "0001"
+def upgrade():
+    op.create_table("half", sa.Column("x", sa.Integer()))
+    op.execute("INSERT INTO audit_event (at, actor, action, subject, detail) VALUES (1, 'a', 'a', 'a', '{}')")
+    op.execute("INSERT INTO nowhere VALUES (1)")
+"""
+    (folder / "versions" / "0002_broken.py").write_text(source)
+    monkeypatch.setattr(database, "_MIGRATIONS", folder)
+
+
+@pytest.mark.usefixtures("broken_second_revision")
+def test_failing_migration_rolls_back_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RoundError) as caught:
+        migrate(url)
+    assert caught.value.code is ErrorCode.DATABASE_SCHEMA
+    assert "half" not in tables(url)
+    monkeypatch.undo()
+    with SqlStore(url) as store:
+        assert store.audit_events() == []
+
+
+@pytest.mark.usefixtures("broken_second_revision")
+def test_failing_migration_of_an_empty_database_leaves_it_empty(empty_url: str) -> None:
+    with pytest.raises(RoundError):
+        migrate(empty_url)
+    assert tables(empty_url) == set()
+
+
+def test_open_refuses_a_database_that_was_never_migrated(empty_url: str, backend: str, tmp_path: Path) -> None:
+    if backend == "sqlite":
+        (tmp_path / "server.db").touch()
+    with pytest.raises(RoundError, match=r"PF513.*found none") as caught:
+        SqlStore(empty_url).open()
+    assert caught.value.code is ErrorCode.DATABASE_SCHEMA
+
+
+def test_open_and_migrate_refuse_a_database_of_a_newer_version(url: str) -> None:
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    for action in (SqlStore(url).open, lambda: migrate(url)):
+        with pytest.raises(RoundError) as caught:
+            action()
+        assert caught.value.code is ErrorCode.DATABASE_SCHEMA
+
+
+def test_missing_sqlite_file_is_told_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(RoundError) as caught:
+        SqlStore(f"sqlite:///{tmp_path}/none.db").open()
+    assert caught.value.code is ErrorCode.DATABASE_UNAVAILABLE
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["mysql://u@h/x", "nonsense", "postgresql://u:secret@127.0.0.1:1/x"])
+def test_unusable_address_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(RoundError) as caught:
+        SqlStore(url).open()
+    assert caught.value.code is ErrorCode.DATABASE_UNAVAILABLE
+    assert "secret" not in str(caught.value)
+
+
+def test_damaged_sqlite_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "server.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(RoundError) as caught:
+        SqlStore(f"sqlite:///{tmp_path}/server.db").open()
+    assert caught.value.code is ErrorCode.DATABASE_UNAVAILABLE
+
+
+FILLED = {
+    "audit_event": "INSERT INTO audit_event (seq, at, actor, action, subject, detail) VALUES (1, 1, 'a', 'a', 'a', '{}')",
+    "approval": "INSERT INTO approval VALUES ('a', 'p', 1, TRUE, 'e', 1)",
+    "update_statement": "INSERT INTO update_statement VALUES ('r', 1, 'a', 'd', 'e')",
+}
+PARENTS = (
+    "INSERT INTO site (name, evidence_key, flower_key, state, enrolled_at) VALUES ('a', 'k', 'f', 'enrolled', 1)",
+    "INSERT INTO plan (digest, name, canonical, signed, published_at) VALUES ('p', 'p', 'c', 's', 1)",
+    "INSERT INTO run (name, plan, state, attempt, failures, planned_at) VALUES ('r', 'p', 'planned', 0, 0, 1)",
+    "INSERT INTO round (run, round_index, state, attempt, base_state) VALUES ('r', 1, 'planned', 0, 'b')",
+)
+
+
+@pytest.mark.parametrize("table", schema.APPEND_ONLY)
+def test_evidence_can_be_neither_changed_nor_deleted_nor_replaced(url: str, backend: str, table: str) -> None:
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        for statement in (*PARENTS, FILLED[table]):
+            connection.execute(text(statement))
+    column = "at" if table == "audit_event" else "envelope"
+    value = "2" if table == "audit_event" else "'changed'"
+    attempts = [f"UPDATE {table} SET {column} = {value}", f"DELETE FROM {table}"]
+    attempts += [re.sub("^INSERT", "INSERT OR REPLACE", FILLED[table])] if backend == "sqlite" else [f"TRUNCATE {table}"]
+    for attempt in attempts:
+        with pytest.raises(DatabaseError, match="append-only"), engine.begin() as connection:
+            connection.execute(text(attempt))
+    with engine.connect() as connection:
+        assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 1
+    engine.dispose()

@@ -1,0 +1,72 @@
+"""Who takes part, and the code of who does not."""
+
+from dataclasses import replace
+
+import pytest
+from tests.server.rounds.consortium import KEYS, NAMES, make_plan
+
+from pathfed_common.errors import PlanError
+from pathfed_server.rounds.participants import choose
+from pathfed_server.rounds.state import Candidate, ParticipationState, SiteState
+
+A, B, C = NAMES
+PLAN = make_plan(site_weights={"b-hospital": 2.0})
+
+
+def candidate(site: str, **changes: object) -> Candidate:
+    made = Candidate(
+        site=NAMES[[*NAMES].index(site)],  # type: ignore[arg-type]
+        state=SiteState.ENROLLED,
+        evidence_key=KEYS[A].public.to_text(),
+        declared_patients=40,
+        reply_slots=True,
+        approval=b"approval",
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_approved_enrolled_sites_take_part_in_name_order_with_their_weights() -> None:
+    choice = choose(PLAN, [candidate(C), candidate(A), candidate(B, declared_patients=80)])
+    assert [(each.site, each.weight, each.mechanism.sampling_rate) for each in choice.participants] == [
+        (A, 1.0, 0.2),
+        (B, 2.0, 0.1),
+        (C, 1.0, 0.2),
+    ]
+    assert choice.participants[0].key == KEYS[A].public
+    assert choice.excluded == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"state": SiteState.REVOKED}, "PF518"),
+        ({"state": SiteState.REVOKED, "approval": None}, "PF518"),
+        ({"approval": None, "declared_patients": None, "reply_slots": None}, "PF407"),
+        ({"declared_patients": 7}, "PF303"),
+    ],
+)
+def test_others_are_named_with_the_reason(changes: dict[str, object], code: str) -> None:
+    choice = choose(PLAN, [candidate(A), candidate(B, **changes)])
+    assert [each.site for each in choice.participants] == [A]
+    assert [(each.site, each.state, each.code, each.offered_at) for each in choice.excluded] == [
+        (B, ParticipationState.EXCLUDED, code, None)
+    ]
+
+
+def test_site_with_exactly_the_expected_patients_takes_part_with_rate_one() -> None:
+    choice = choose(PLAN, [candidate(A, declared_patients=8)])
+    assert choice.participants[0].mechanism.sampling_rate == 1.0
+
+
+def test_mechanism_holds_the_plans_constants() -> None:
+    made = PLAN.mechanism(40)
+    privacy = PLAN.privacy
+    assert (made.noise_multiplier, made.clip_norm, made.expected_patients, made.figure_share, made.loss_bound) == (
+        privacy.noise_multiplier,
+        privacy.clip_norm,
+        privacy.expected_patients,
+        privacy.figure_share,
+        privacy.loss_bound,
+    )
+    with pytest.raises(PlanError, match="PF105"):
+        PLAN.mechanism(7)

@@ -1,0 +1,118 @@
+import pytest
+
+from pathfed_common import files
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_common.privacy.accounting import epsilon
+from pathfed_common.provenance.documents import open_plan
+from pathfed_common.provenance.keys import SigningKey
+from pathfed_server import app
+from pathfed_server.rounds.state import RunState
+
+
+def published(home, plan_file):
+    return app.publish_plan(home.root, plan_file, plan_file.with_suffix(".dsse"))
+
+
+def test_a_published_plan_is_signed_and_kept(server_home, plan_file):
+    plan = published(server_home, plan_file)
+    signed = plan_file.with_suffix(".dsse").read_bytes()
+    assert open_plan(signed, server_home.evidence_key.public) == plan
+    with app.opened(server_home.root) as store:
+        (row,) = store.plans()
+    assert (row.digest, row.plan()) == (plan.digest, plan)
+
+
+def test_sites_approve_and_a_run_is_planned_over_them(server_home, plan_file, member):
+    plan = published(server_home, plan_file)
+    for name in ("site-a", "site-b", "site-c"):
+        site = member(name)
+        app.add_site(server_home.root, site.card)
+        assert server_home.site_card(site.name) == site.card.read_bytes()
+        if name != "site-c":
+            app.add_approval(server_home.root, site.approve(plan.digest))
+    run = app.start_run(server_home.root, plan.digest[:15], RunName("run-1"), [])
+    assert (run.state, run.sites, run.plan) == (RunState.PLANNED, ("site-a", "site-b"), plan.digest)
+    assert app.round_rows(server_home.root, RunName("run-1")) == []
+
+
+def code(call, *arguments) -> str:
+    with pytest.raises(PathfedError) as caught:
+        call(*arguments)
+    return caught.value.code.value
+
+
+def test_an_approval_counts_only_with_the_key_of_the_site_it_names(server_home, plan_file, member):
+    plan = published(server_home, plan_file)
+    known, stranger = member("site-a"), member("site-b")
+    app.add_site(server_home.root, known.card)
+    add = app.add_approval
+    assert code(add, server_home.root, stranger.approve(plan.digest)) == "PF501"
+    assert code(add, server_home.root, known.approve(plan.digest, key=SigningKey.generate())) == "PF501"
+    app.add_site(server_home.root, stranger.card)
+    assert code(add, server_home.root, known.approve(plan.digest, site="site-b")) == "PF501"
+    assert code(add, server_home.root, known.approve("sha256:" + "0" * 64)) == "PF516"
+    changed = known.approve(plan.digest)
+    changed.write_bytes(changed.read_bytes().replace(b'"sig":"', b'"sig":"A', 1))
+    assert code(add, server_home.root, changed) == "PF602"
+    assert code(add, server_home.root, plan_file) == "PF602"
+    with app.opened(server_home.root) as store:
+        assert store.approvals(plan.digest) == []
+
+
+def test_a_site_is_enrolled_once(server_home, member, tmp_path):
+    site = member("site-a")
+    app.add_site(server_home.root, site.card)
+    impostor = member("site-a")
+    assert code(app.add_site, server_home.root, impostor.card) == "PF502"
+    assert server_home.site_card(SiteName("site-a")) != impostor.card.read_bytes()
+    assert sorted(path.name for path in (server_home.root / "sites").iterdir()) == ["site-a.dsse"]
+
+
+def test_a_card_that_cannot_be_kept_enrols_nobody(server_home, member, monkeypatch):
+    def full(path, data, **options):
+        raise HostError(ErrorCode.DISK_FULL, "the disk is full", where=path)
+
+    site = member("site-a")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", full)
+        assert code(app.add_site, server_home.root, site.card) == "PF901"
+    app.add_site(server_home.root, site.card)
+
+
+def test_a_database_that_cannot_be_reached_leaves_no_home(tmp_path):
+    url = "postgresql+psycopg://nobody@127.0.0.1:1/none?connect_timeout=2"
+    with pytest.raises(RoundError, match="PF512"):
+        app.init(tmp_path / "home", consortium="test", host="127.0.0.1", listen="127.0.0.1", fleet_port=None, database=url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "sha256:", "ffff", "sha256:zz"])
+def test_a_digest_that_names_no_plan_is_told(server_home, plan_file, text):
+    published(server_home, plan_file)
+    assert code(app.start_run, server_home.root, text, RunName("run"), []) == "PF516"
+
+
+def test_a_run_below_its_quorum_is_not_planned(server_home, plan_file, member):
+    plan = published(server_home, plan_file)
+    assert code(app.start_run, server_home.root, plan.digest, RunName("run"), []) == "PF503"
+    app.add_site(server_home.root, member("site-a").card)
+    assert code(app.start_run, server_home.root, plan.digest, RunName("run"), [SiteName("site-a"), SiteName("none")]) == "PF501"
+    with app.opened(server_home.root) as store:
+        assert store.runs() == []
+
+
+def test_a_plan_is_described_with_what_it_costs_patients_of_one_two_and_three_sites(plan_file):
+    plan = app.read_plan(plan_file)
+    told = app.describe_plan(plan, 40)
+    assert told["sampling_rate"] == 0.1
+    expected = epsilon(sampling_rate=0.1, noise_multiplier=1.0, steps=3, delta=plan.privacy.delta)
+    assert told["epsilon_at_1_sites"] == pytest.approx(expected)
+    assert told["epsilon_at_1_sites"] < told["epsilon_at_2_sites"] < told["epsilon_at_3_sites"]
+    assert code(app.describe_plan, plan, 3) == "PF105"
+
+
+def test_a_plan_file_that_is_no_text_is_unreadable(tmp_path):
+    (tmp_path / "plan.toml").write_bytes(b"\xff\xfe\x00")
+    assert code(app.read_plan, tmp_path / "plan.toml") == "PF101"
+    assert code(app.read_plan, tmp_path / "none.toml") == "PF904"

@@ -1,0 +1,120 @@
+"""A real `pathfed-server start`, and what it reads off other processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pathfed_common.errors import HostError
+from pathfed_common.ids import RunName
+from pathfed_common.processes import ProcessEnd, accepts_connections
+from pathfed_server import daemon
+from pathfed_server.home import ServerHome
+
+RUN = RunName("run-1")
+PROGRAM = Path(sys.executable).parent / "pathfed-server"
+
+
+def command(home: ServerHome) -> list[str]:
+    return [str(PROGRAM), "start", "--home", str(home.root), "--json"]
+
+
+def descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found |= {int(child)} | descendants(int(child))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def eventually(holds, within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@contextlib.contextmanager
+def started(home: ServerHome, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    with log.open("wb") as out, subprocess.Popen(command(home), stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            assert eventually(lambda: home.ports_file.exists() or process.poll() is not None, 60), log.read_text()
+            assert process.poll() is None, log.read_text()
+            yield process
+        finally:
+            process.terminate()
+
+
+def test_a_server_serves_alone_and_ends_all_it_started(server_home, tmp_path):
+    log = tmp_path / "server.log"
+    with started(server_home, log) as process:
+        ports = json.loads(server_home.ports_file.read_text())
+        assert ports["pid"] == process.pid
+        assert accepts_connections("127.0.0.1", server_home.settings.fleet_port)
+        children = descendants(process.pid)
+        assert len(children) >= 3
+
+        second = subprocess.run(command(server_home), capture_output=True, text=True, timeout=60, check=False)
+        assert (second.returncode, json.loads(second.stdout.splitlines()[-1])["error"]["code"]) == (19, "PF902")
+        # The one that holds the port still stands, and says where.
+        assert json.loads(server_home.ports_file.read_text()) == ports
+        assert accepts_connections("127.0.0.1", server_home.settings.fleet_port)
+
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+    assert eventually(lambda: not any(alive(pid) for pid in children), 10)
+    assert not server_home.ports_file.exists()
+    assert not accepts_connections("127.0.0.1", server_home.settings.fleet_port)
+    assert "Traceback" not in log.read_text()
+
+
+def test_the_round_loops_process_is_known_by_its_number(server_home):
+    assert daemon.server_app_alive(server_home, RUN) is None
+    daemon.note_server_app(server_home, RUN)
+    assert daemon.server_app_alive(server_home, RUN) is True
+    daemon.forget_server_app(server_home, RUN)
+    daemon.forget_server_app(server_home, RUN)
+    assert daemon.server_app_alive(server_home, RUN) is None
+
+
+def test_a_round_loop_that_ended_is_noticed_also_as_a_zombie(server_home):
+    note = server_home.run_folder(RUN) / "server-app.pid"
+    note.parent.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        note.write_text(str(process.pid))
+        assert daemon.server_app_alive(server_home, RUN) is True
+        process.kill()
+        # Nobody has waited for it yet.
+        assert eventually(lambda: daemon.server_app_alive(server_home, RUN) is False, 5)
+    assert daemon.server_app_alive(server_home, RUN) is False
+
+
+@pytest.mark.parametrize("text", ["", "nonsense"])
+def test_a_note_that_says_nothing_is_no_answer(server_home, text):
+    note = server_home.run_folder(RUN) / "server-app.pid"
+    note.parent.mkdir(parents=True)
+    note.write_text(text)
+    assert daemon.server_app_alive(server_home, RUN) is None
+
+
+def test_an_end_that_is_made_good_is_told_and_one_for_good_is_raised(tmp_path):
+    told: list[str] = []
+    daemon.tell_ends([ProcessEnd(name="door", status=1, restarted=True, log=tmp_path / "door.log")], told.append)
+    assert told == [f"PF903 door ended (1) and is started again; see {tmp_path / 'door.log'}"]
+    with pytest.raises(HostError, match="PF903"):
+        daemon.tell_ends([ProcessEnd(name="door", status=1, restarted=False, log=tmp_path / "door.log")], told.append)

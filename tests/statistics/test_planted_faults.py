@@ -1,0 +1,305 @@
+"""Planted faults: the checks that the private step passes, shown to fail on each way of breaking it.
+
+Every check looks only at what leaves the site: releases of the real code path, with a real objective. Every fault is planted in that
+path by replacing one function or value of it. A check that cannot fail is no check; the table `FAULTS` says which one catches what.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pathfed_client.training import local_round, private_step
+from pathfed_client.training.engines import serial
+from pathfed_client.training.engines.serial import PatientTiles, trainable
+from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
+
+SIGMA, CLIP, BATCH = 4.0, 1.0, 4.0
+
+
+@dataclass
+class Bench:
+    """Runs the real code and gives back released numbers in units of the joint sum: noise of std sigma * C everywhere."""
+
+    objective: Any
+    base_state: dict[str, torch.Tensor]
+    cohort: Callable[..., Any]
+    tiles: Any
+    mechanism: Callable[..., PatientMechanism]
+
+    def joint(self, gradients: dict[str, torch.Tensor], figures: Any, steps: int = 1) -> np.ndarray:
+        """The released vector as it stood in the joint ball: gradients times B, then the two figures at their scale."""
+        m = self.mechanism()
+        flat = torch.cat([gradients[name].flatten() for name in sorted(gradients)]).double().numpy() * m.expected_patients
+        return np.concatenate([flat, [figures.loss_sum / m.loss_bound * m.figure_scale, figures.patients * m.figure_scale]])
+
+    def step(self, patients: list[Callable[[], PatientTiles]], key: int = 0) -> np.ndarray:
+        """One private step over exactly these patients."""
+        random = KeyedRandom(bytes(32), {"key": key})
+        release = private_step.private_step(self.objective, trainable(self.objective), patients, self.mechanism(), random)
+        return self.joint(release.gradients, release.figures)
+
+    def round(self, number: int, *tile_counts: int, rate: float = 1.0, tiles: Any = None) -> tuple[np.ndarray, int]:
+        """One round of one step over a cohort; also how many patients were drawn, which a test may look at."""
+        outcome = local_round.run_round(
+            objective=self.objective,
+            base_state=self.base_state,
+            cohort=self.cohort(*tile_counts, slides=1),
+            tiles=self.tiles if tiles is None else tiles,
+            mechanism=self.mechanism(sampling_rate=rate),
+            tiles_per_patient=4,
+            steps=1,
+            local_learning_rate=0.1,
+            random=KeyedRandom(bytes(32), {"round": number}),
+        )
+        return self.joint(outcome.update, outcome.figures), outcome.notes.patients_drawn
+
+    def patient(self, seed: int, tiles: int = 4, scale: float = 1.0) -> Callable[[], PatientTiles]:
+        def load() -> PatientTiles:
+            random = KeyedRandom(bytes(32), {"patient": seed})
+            pixels = torch.from_numpy(random.normals(tiles * 3 * 16 * 16)).reshape(tiles, 3, 16, 16) * scale
+            return PatientTiles(pixels, self.objective.draw(tiles, random))
+
+        return load
+
+
+@pytest.fixture
+def bench(objective, base_state, cohort, tiles, mechanism) -> Bench:
+    return Bench(objective, base_state, cohort, tiles, lambda **changes: mechanism(noise_multiplier=SIGMA, clip_norm=CLIP, **changes))
+
+
+# The checks. Each raises AssertionError on a broken step.
+
+
+def check_empty_release(bench: Bench) -> None:
+    """An empty step releases N(0, (sigma C)^2) in every coordinate: std within 4 standard errors, shape by Kolmogorov-Smirnov."""
+    released = bench.step([])
+    n = len(released)
+    assert released.std() == pytest.approx(SIGMA * CLIP, rel=4 / math.sqrt(2 * n))
+    assert abs(released.mean()) < 5 * SIGMA * CLIP / math.sqrt(n)
+    assert stats.kstest(released / (SIGMA * CLIP), "norm").pvalue > 1e-4
+
+
+def check_figures_noise(bench: Bench) -> None:
+    """The two figures carry the same noise: over 120 empty steps their std lies within 4 standard errors."""
+    figures = np.concatenate([bench.step([], key)[-2:] for key in range(120)])
+    assert figures.std() == pytest.approx(SIGMA * CLIP, rel=4 / math.sqrt(2 * len(figures)))
+
+
+def check_removal(bench: Bench) -> None:
+    """With the same noise, taking one patient away moves the joint vector by at most C, whoever it is and whoever is left."""
+    # Small and large gradients, few and many tiles; the loss of the loud ones is at its bound.
+    patients = [
+        bench.patient(0, scale=0.3),
+        bench.patient(1, scale=5.0),
+        bench.patient(2, tiles=1, scale=20.0),
+        bench.patient(3, tiles=6, scale=20.0),
+    ]
+    whole = bench.step(patients)
+    shifts = [float(np.linalg.norm(whole - bench.step(patients[:i] + patients[i + 1 :]))) for i in range(len(patients))]
+    assert max(shifts) <= CLIP * (1 + 1e-3)
+    assert min(shifts) > 0.2 * CLIP
+
+
+def check_rounds_independent(bench: Bench) -> None:
+    """Noise of consecutive rounds on one base state is uncorrelated: pooled lag-1 correlation within 5 standard errors."""
+    released = np.stack([bench.round(number)[0] for number in range(6)])
+    left, right = released[:-1].ravel(), released[1:].ravel()
+    assert abs(float(np.corrcoef(left, right)[0, 1])) < 5 / math.sqrt(len(left))
+
+
+def check_poisson(bench: Bench) -> None:
+    """The number of patients drawn has the binomial's mean and variance. Tiles are unreadable here, which keeps it quick."""
+
+    class Unreadable:
+        def read(self, refs, /):
+            raise OSError
+
+    drawn = np.array([bench.round(number, *[1] * 16, rate=0.25, tiles=Unreadable())[1] for number in range(250)])
+    assert drawn.mean() == pytest.approx(4.0, abs=5 * math.sqrt(3.0 / 250))
+    # n q (1 - q) = 3; the variance of 250 draws has a relative standard error of 9%.
+    assert drawn.var() == pytest.approx(3.0, rel=0.4)
+
+
+def check_non_finite(bench: Bench) -> None:
+    """A patient whose gradient is not finite leaves no trace in any coordinate, the count included."""
+    others = [bench.patient(0), bench.patient(1)]
+    for value in (math.nan, math.inf):
+        assert np.array_equal(bench.step([others[0], bench.patient(7, scale=value), others[1]]), bench.step(others))
+
+
+def check_failure_releases(bench: Bench) -> None:
+    """A step in which every patient fails releases exactly what an empty one does."""
+
+    def load() -> PatientTiles:
+        raise MemoryError
+
+    assert np.array_equal(bench.step([load, load]), bench.step([]))
+
+
+CHECKS = [
+    check_empty_release,
+    check_figures_noise,
+    check_removal,
+    check_rounds_independent,
+    check_poisson,
+    check_non_finite,
+    check_failure_releases,
+]
+
+
+# The faults. Each replaces one piece of the real path.
+
+
+def noise_times(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(PatientMechanism, "noise_std", property(lambda self: factor * self.noise_multiplier * self.clip_norm))
+
+    return plant
+
+
+def no_clipping(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PatientMechanism, "clip_factor", lambda self, norm: 1.0)
+
+
+def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
+    whole = serial.add_patient
+
+    def add(objective, parameters, patient, mechanism, total) -> None:
+        for tile in range(len(patient.tiles)):
+            whole(objective, parameters, PatientTiles(patient.tiles[tile : tile + 1], patient.masks[tile : tile + 1]), mechanism, total)
+
+    patch.setattr(private_step, "add_patient", add)
+
+
+def figures_outside_the_ball(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PatientMechanism, "gradient_bound", property(lambda self: self.clip_norm))
+
+
+def loss_not_clamped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PatientMechanism, "loss_share", lambda self, loss: loss / self.loss_bound)
+
+
+def figures_without_noise(patch: pytest.MonkeyPatch) -> None:
+    original = KeyedRandom.child
+
+    class Silent:
+        def normal_chunks(self, n: int) -> Iterator[np.ndarray]:
+            yield np.zeros(n)
+
+    patch.setattr(KeyedRandom, "child", lambda self, *parts: Silent() if parts == ("figure noise",) else original(self, *parts))
+
+
+def same_seed_each_round(patch: pytest.MonkeyPatch) -> None:
+    original = KeyedRandom.__init__
+    patch.setattr(
+        KeyedRandom, "__init__", lambda self, secret, context: original(self, secret, {k: v for k, v in context.items() if k != "round"})
+    )
+
+
+def batch_of_fixed_size(patch: pytest.MonkeyPatch) -> None:
+    def draw(cohort, rate, random):
+        chosen = random.choose(len(cohort.patients), round(rate * len(cohort.patients)))
+        return tuple(cohort.patients[index] for index in chosen)
+
+    patch.setattr(local_round, "draw_patients", draw)
+
+
+def dividing_by_the_actual_count(patch: pytest.MonkeyPatch) -> None:
+    original = private_step._release
+
+    def release(total, mechanism, random):
+        count = total.patients
+        out = original(total, mechanism, random)
+        for gradient in out.gradients.values():
+            gradient.mul_(mechanism.expected_patients / max(count, 1))
+        return out
+
+    patch.setattr(private_step, "_release", release)
+
+
+def no_noise_on_an_empty_step(patch: pytest.MonkeyPatch) -> None:
+    original, plain = private_step._release, noise_times(0.0)
+
+    def release(total, mechanism, random):
+        if total.patients:
+            return original(total, mechanism, random)
+        with pytest.MonkeyPatch.context() as inner:
+            plain(inner)
+            return original(total, mechanism, random)
+
+    patch.setattr(private_step, "_release", release)
+
+
+def non_finite_patients_let_in(patch: pytest.MonkeyPatch) -> None:
+    def gradient(objective, parameters, patient):
+        serial.clear_gradients(parameters)
+        objective.loss(patient.tiles, patient.masks).backward()
+        return 1.0, 1.0, {name: parameter.grad for name, parameter in parameters.items()}
+
+    patch.setattr(serial, "patient_gradient", gradient)
+
+
+def non_finite_patients_counted(patch: pytest.MonkeyPatch) -> None:
+    original = serial.add_patient
+
+    def add(objective, parameters, patient, mechanism, total) -> None:
+        total.patients += 1
+        original(objective, parameters, patient, mechanism, total)
+        total.patients -= 1
+
+    patch.setattr(private_step, "add_patient", add)
+
+
+def failures_abort(patch: pytest.MonkeyPatch) -> None:
+    def contribute(objective, parameters, load, mechanism, total) -> None:
+        serial.add_patient(objective, parameters, load(), mechanism, total)
+
+    patch.setattr(private_step, "_contribute", contribute)
+
+
+FAULTS = [
+    (noise_times(0.0), "no noise", {check_empty_release, check_figures_noise}),
+    (noise_times(0.5), "half the noise", {check_empty_release, check_figures_noise}),
+    (noise_times(1.5), "half as much noise again", {check_empty_release, check_figures_noise}),
+    (no_clipping, "no clipping", {check_removal}),
+    (tile_as_the_unit, "tile as the unit", {check_removal}),
+    (figures_outside_the_ball, "figures outside the joint ball", {check_removal}),
+    (loss_not_clamped, "loss not clamped", {check_removal}),
+    (figures_without_noise, "figures without noise", {check_figures_noise}),
+    (same_seed_each_round, "repeated seed", {check_rounds_independent, check_poisson}),
+    (batch_of_fixed_size, "batch of fixed size", {check_poisson}),
+    (dividing_by_the_actual_count, "division by the actual count", {check_removal, check_empty_release}),
+    (no_noise_on_an_empty_step, "no noise on an empty step", {check_empty_release, check_figures_noise}),
+    (non_finite_patients_let_in, "non-finite patients let in", {check_non_finite}),
+    (non_finite_patients_counted, "non-finite patients counted", {check_non_finite}),
+    (failures_abort, "failures abort the step", {check_failure_releases}),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_real_code_passes(check: Callable[[Bench], None], bench: Bench) -> None:
+    check(bench)
+
+
+@pytest.mark.parametrize(("plant", "catchers"), [pytest.param(plant, catchers, id=name) for plant, name, catchers in FAULTS])
+def test_a_planted_fault_is_caught(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    catchers: set[Callable[[Bench], None]],
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant(monkeypatch)
+    for check in catchers:
+        with pytest.raises((AssertionError, MemoryError)):
+            check(bench)
+
+
+def test_every_check_catches_some_fault() -> None:
+    assert set().union(*(catchers for _, _, catchers in FAULTS)) == set(CHECKS)
