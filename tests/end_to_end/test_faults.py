@@ -61,6 +61,8 @@ def consortium(tmp_path_factory, plan_file, hospitals) -> Iterator[Consortium]:
         made.site_command(hospital.name, "scan", signed)
         made.site_command(hospital.name, "approve", signed, "--patients-at-least", "6", "--out", out / f"{hospital.name}.dsse")
         made.server_command("sites", "approval", out / f"{hospital.name}.dsse")
+    # Copied while nothing writes to it: the folder of a running site changes under a copy's hands.
+    shutil.copytree(made.site(made.hospitals[0].name), _site_at_rest(made))
     try:
         made.start_server()
         made.start_sites()
@@ -68,6 +70,11 @@ def consortium(tmp_path_factory, plan_file, hospitals) -> Iterator[Consortium]:
         yield made
     finally:
         made.stop()
+
+
+def _site_at_rest(consortium: Consortium) -> Path:
+    """The first site's folder as it was before the site was started."""
+    return consortium.out / "site-at-rest"
 
 
 def _committed(consortium: Consortium) -> int:
@@ -112,7 +119,7 @@ def test_every_ledger_is_whole_after_all_that(consortium: Consortium) -> None:
 
 def test_a_site_whose_node_key_the_server_does_not_know_is_told_so(consortium: Consortium, tmp_path, wait_for, leaves_no_process) -> None:
     home = tmp_path / "stranger"
-    shutil.copytree(consortium.site(consortium.hospitals[0].name), home)
+    shutil.copytree(_site_at_rest(consortium), home)
     key = ec.generate_private_key(ec.SECP384R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     (home / "keys" / "flower").write_bytes(pem)
@@ -131,7 +138,7 @@ def test_a_site_refuses_a_server_whose_certificate_is_not_the_consortiums(consor
     done = subprocess.run([str(BIN / "pathfed-server"), "init", "--home", str(other), "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)
     home = tmp_path / "site"
-    shutil.copytree(consortium.site(consortium.hospitals[0].name), home)
+    shutil.copytree(_site_at_rest(consortium), home)
     shutil.copy(other / "ca.pem", home / "ca.pem")
     refused = subprocess.run(
         [str(BIN / "pathfed-site"), "start", "--home", str(home), "--json"], capture_output=True, text=True, timeout=60
