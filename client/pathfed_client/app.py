@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan import ScanReport
+    from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
     from pathfed_common.processes import ProcessEnd
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
@@ -69,7 +71,54 @@ def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None
     from pathfed_client.io import scan as scanning
 
     with closing(open_store(home)) as store:
-        return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress)
+        return scanning.scan(
+            store,
+            home.slides,
+            home.patients,
+            cohort,
+            home.pseudonym_key,
+            progress=progress,
+            columns=home.settings.patient_list.configured(),
+        )
+
+
+def preview_patients(home: SiteHome) -> "tuple[Preview, SiteDataError | None]":
+    """What a scan would make of the patient list, and the error it would end with. Writes nothing and opens no slide.
+
+    Raises:
+        SiteDataError: PF201, no slide; PF202, the list cannot be read at all.
+    """
+    from pathfed_client.io.listing import preview, read_listing
+    from pathfed_client.io.scan import list_slides
+
+    slides = list_slides(home.slides)
+    listing = read_listing(home.patients, slides, home.settings.patient_list.configured())
+    return preview(listing, slides, home.pseudonym_key), listing.error
+
+
+def withdraw(home: SiteHome, patients: "WithdrawalInput | None", slides: "WithdrawalInput | None") -> "WithdrawReport":
+    """Withdraw patients and slides; see `io.withdrawing.withdraw`."""
+    from pathfed_client.cohort.patient_list import pseudonym
+    from pathfed_client.io import withdrawing
+    from pathfed_client.io.listing import read_list
+    from pathfed_client.io.scan import list_slides
+
+    def listed() -> set[str]:
+        try:
+            _, found = read_list(home.patients, home.settings.patient_list.configured())
+        except SiteDataError:
+            return set()  # what was scanned can be withdrawn all the same
+        return {pseudonym(home.pseudonym_key, row.patient) for row in found.rows}
+
+    def names() -> dict[str, frozenset[str]]:
+        try:
+            return {slide.path: slide.names for slide in list_slides(home.slides)}
+        except SiteDataError:
+            return {}
+
+    with closing(open_store(home)) as store:
+        known = withdrawing.KnownHere(listed, names)
+        return withdrawing.withdraw(store, home.pseudonym_key, known, patients=patients, slides=slides, now=time.time())
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:
@@ -97,14 +146,14 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
         SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
     """
+    from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import StoredApproval
-    from pathfed_client.slides.tiling import scan_key
     from pathfed_common.errors import PrivacyError
 
     data, plan = read_signed_plan(home, signed_plan)
     check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
     with closing(open_store(home)) as store:
-        found = store.summary(scan_key(plan.cohort)).patients
+        found = site_cohort.summary(store, plan.cohort, home.pseudonym_key).patients
         if found == 0:
             raise SiteDataError(
                 ErrorCode.NOT_SCANNED, "no slide was scanned under this plan's rules", remedy=f"pathfed-site scan {signed_plan}"
@@ -148,13 +197,14 @@ def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
 
 def status(home: SiteHome) -> dict[str, Any]:
     """Where the site stands, for its own eyes."""
-    from pathfed_client.slides.tiling import scan_key
+    from pathfed_client.cohort.withdrawal import WithdrawnKind
+    from pathfed_client.io import site_cohort
 
     with closing(open_store(home)) as store:
         plans = []
         for approval in store.approvals():
             plan = open_plan(approval.signed_plan, home.server_card.evidence_key)
-            summary = store.summary(scan_key(plan.cohort))
+            summary = site_cohort.summary(store, plan.cohort, home.pseudonym_key)
             plans.append(
                 {
                     "plan": plan.name,
@@ -167,6 +217,7 @@ def status(home: SiteHome) -> dict[str, Any]:
                     "reasons": {code.value: count for code, count in summary.reasons.items()},
                 }
             )
+        withdrawn = [one.kind for one in store.withdrawn()]
         spent = open_ledger(home, store).spent().epsilon
     policy = home.policy
     return {
@@ -175,6 +226,8 @@ def status(home: SiteHome) -> dict[str, Any]:
         "epsilon_spent": spent,
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
         "delta": policy.delta,
+        "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
+        "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
         "plans": plans,
     }
 
@@ -199,11 +252,11 @@ class Glance:
 def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
     """Look at a site's database."""
     from pathfed_client.budget.ledger import last_charge
+    from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import SlideStatus
-    from pathfed_client.slides.tiling import scan_key
 
     with closing(open_store(home)) as store:
-        summary = store.summary(scan_key(cohort))
+        summary = site_cohort.summary(store, cohort, home.pseudonym_key)
         last = last_charge(store)
     return Glance(
         slides=sum(summary.slides.values()),

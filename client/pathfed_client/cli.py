@@ -1,8 +1,11 @@
 """`pathfed-site`: what a hospital's IT does."""
 
+import sys
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,7 +16,9 @@ from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
 if TYPE_CHECKING:
+    from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan import ScanReport
+    from pathfed_client.io.withdrawing import WithdrawalInput
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 
@@ -26,7 +31,7 @@ _HOME = Path("pathfed-site")
 def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
     slides: Annotated[Path, typer.Option(help="Folder with the slides; it is only ever read.")],
-    patients: Annotated[Path, typer.Option(help="CSV with the columns slide and patient.")],
+    patients: Annotated[Path, typer.Option(help="CSV export with a slide and a patient column.")],
     server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
@@ -55,24 +60,24 @@ def init(
 def scan(plan: PlanFile, home: Home = _HOME, as_json: Json = False) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
-    from pathfed_client.io.scan import CohortEmptyError
+    from pathfed_client.io.scan import ScanEndedError
 
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
     columns = (TextColumn("scan"), BarColumn(), MofNCompleteColumn(), TextColumn("slides"), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True, disable=as_json) as bar:
         task = bar.add_task("scan", total=None)
-        empty: CohortEmptyError | None = None
+        ended: ScanEndedError | None = None
         try:
             report = site.scan(here, found.cohort, lambda done, total: bar.update(task, completed=done, total=total))
-        except CohortEmptyError as error:
-            report, empty = error.report, error
+        except ScanEndedError as error:
+            report, ended = error.report, error
     if as_json:
-        show(report.to_dict() if empty is None else {"error": empty.to_dict(), "report": report.to_dict()}, as_json=True)
-        raise typer.Exit(0 if empty is None else empty.exit_status)
+        show(report.to_dict() if ended is None else {"error": ended.to_dict(), "report": report.to_dict()}, as_json=True)
+        raise typer.Exit(0 if ended is None else ended.exit_status)
     _show_scan(report)
-    if empty is not None:
-        raise empty
+    if ended is not None:
+        raise ended
 
 
 def _show_scan(report: "ScanReport") -> None:
@@ -80,18 +85,95 @@ def _show_scan(report: "ScanReport") -> None:
     figures = {"slides": len(report.slides), "read": report.slides_read, "patients": report.patients, "tiles": report.tiles}
     show(figures, as_json=False, title="scan")
     refused = [{"slide": one.path, "code": one.reason, "why": one.detail} for one in report.slides if one.reason is not None]
-    absent = [{"line": one.line, "slide": one.slide, "code": one.code, "ambiguous": one.ambiguous} for one in report.not_found]
     without = [{"lines": one.lines, "code": one.code} for one in report.patients_without_tile]
     twins = [{"slide": first, "same as": second} for first, second in report.same_content]
     sections = (
+        *_list_sections(report),
         ("slides that are not used", refused),
-        ("lines of the patient list without one slide", absent),
         ("patients without a usable tile, by their lines in the list", without),
         ("WARNING: equal slides listed for different patients; one line of the list may be wrong", twins),
     )
+    _show_sections(sections)
+
+
+def _list_sections(report: "ScanReport | Preview") -> tuple[tuple[str, list[dict[str, Any]]], ...]:
+    """What is wrong with a patient list."""
+    findings = [{"lines": one.lines, "slide": one.slide, "code": one.code, "why": one.what} for one in report.list_findings]
+    absent = [{"line": one.line, "slide": one.slide, "code": one.code} for one in report.not_found]
+    return (
+        ("lines of the patient list that are not used, and slides that are out for what they say", findings),
+        ("lines of the patient list without one slide", absent),
+    )
+
+
+def _show_sections(sections: Iterable[tuple[str, list[dict[str, Any]]]]) -> None:
     for title, rows in sections:
         if rows:
             show(rows, as_json=False, title=title)
+
+
+@app.command()
+def patients(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show what a scan would make of the patient list: a dry run that writes nothing and opens no slide."""
+    from pathfed_client import app as site
+
+    report, ended = site.preview_patients(SiteHome(home))
+    if as_json:
+        show(report.to_dict() if ended is None else {"error": ended.to_dict(), "report": report.to_dict()}, as_json=True)
+        raise typer.Exit(0 if ended is None else ended.exit_status)
+    figures = {"encoding": report.encoding, "separator": report.separator, "header in line": report.header_line, "lines": report.lines}
+    counts = {"slides": report.slides, "mapped": report.mapped, "patients": report.patients, "unmapped": len(report.unmapped)}
+    show({**figures, **counts}, as_json=False, title="the patient list as it is read")
+    unused = [{"means": "(not used)", "header": text} for text in report.unused_columns]
+    values = [
+        {"attribute": name, "value": value or "(none)", "slides": count}
+        for name, found in report.attributes.items()
+        for value, count in found.items()
+    ]
+    _show_sections(
+        (
+            ("columns", [{"means": role, "header": text} for role, text in report.columns.items()] + unused),
+            ("attributes of mapped slides", values),
+            *_list_sections(report),
+            ("slides that are on no line of the list", [{"slide": path} for path in report.unmapped]),
+        )
+    )
+    if ended is not None:
+        raise ended
+
+
+@app.command()
+def withdraw(
+    patients_from: Annotated[
+        str | None, typer.Option(help="File with one patient identifier a line, as the patient list has them; - for standard input.")
+    ] = None,
+    slides_from: Annotated[
+        str | None, typer.Option(help="File with one slide a line, named as in the patient list; - for standard input.")
+    ] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Take patients or slides out for good, from every later draw on. Whole or not at all; nothing about it leaves the site."""
+    from pathfed_client import app as site
+
+    if patients_from is None and slides_from is None:
+        raise typer.BadParameter("give --patients-from or --slides-from")
+    if patients_from == slides_from == "-":
+        raise typer.BadParameter("only one of --patients-from and --slides-from can be standard input")
+    report = site.withdraw(SiteHome(home), _identifiers(patients_from), _identifiers(slides_from))
+    show(asdict(report), as_json=as_json, title="Withdrawn from every later draw, for good." if report.new else "Was withdrawn before.")
+
+
+def _identifiers(source: str | None) -> "WithdrawalInput | None":
+    """Identifiers from a file or standard input; never from the command line itself, which shells keep."""
+    from pathfed_client.io.withdrawing import WithdrawalInput
+    from pathfed_common.files import read_given
+
+    if source is None:
+        return None
+    if source == "-":
+        return WithdrawalInput(sys.stdin.buffer.read(), "standard input")
+    return WithdrawalInput(read_given(Path(source)), source)
 
 
 @app.command()

@@ -34,10 +34,12 @@ class SlideTiles:
     Attributes:
         slide: number of the slide in the site database.
         corners: int32 (n, 2), top-left (x, y) of each tile in level-0 pixels.
+        weight: with which each of its tiles is drawn within the patient, above 0; from the plan's public `cohort.tile_weights`.
     """
 
     slide: SlideId
     corners: NDArray[np.int32]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +77,14 @@ class Cohort:
 
     @property
     def digest(self) -> digest.Digest:
-        """Names patients, slides and tile corners. Depends on patients: it never leaves the site."""
+        """Names patients, slides, weights and tile corners. Depends on patients: it never leaves the site."""
         return digest.of_chunks(
             part
             for patient in self.patients
             for slide in patient.slides
             for part in (
                 patient.pseudonym.encode(),
-                f"|{slide.slide}|{len(slide.corners)}|".encode(),
+                f"|{slide.slide}|{slide.weight!r}|{len(slide.corners)}|".encode(),
                 np.ascontiguousarray(slide.corners, "<i4").tobytes(),
             )
         )

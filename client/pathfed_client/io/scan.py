@@ -5,14 +5,17 @@ Guarantees:
 - each slide is committed by itself, so a scan that was killed goes on where it was; an unchanged slide is not read again, unless it
   could not be opened or read before (a network share may have been away);
 - a bad slide gets a status and a reason code and never stops the rest;
-- a slide that is not in the patient list is not read at all and never trained on;
+- a slide without a certain patient is not read at all and never trained on; one that is listed in contradiction makes the scan end with an
+  error, once all others are done;
+- a slide or patient that was withdrawn is not read;
+- the plan's cohort rules leave slides out of its report and cohort, not out of the scan: other rules read no slide again;
 - slide names go into the report, the site database and debug logs, and nowhere else.
 """
 
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfed_client.cohort.cohort import Pseudonym, SlideId
-from pathfed_client.cohort.patient_list import Matching, PatientRow, decode_patient_list, match, parse_patient_list, pseudonym
+from pathfed_client.cohort.patient_list import Finding
+from pathfed_client.io import site_cohort
+from pathfed_client.io.listing import NOT_LISTED, ListedSlide, Listing, Out, Placed, read_listing
 from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.site_records import Event, SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
@@ -57,16 +62,6 @@ class PatientOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListedSlide:
-    """A line of the patient list that could not be laid to one slide."""
-
-    slide: str
-    line: int
-    code: ErrorCode = ErrorCode.SLIDE_MISSING
-    ambiguous: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScanReport:
     """What a scan found. For the site's own eyes.
 
@@ -77,6 +72,7 @@ class ScanReport:
         slides_read: slides opened by this scan; the others were known and unchanged.
         not_found: lines of the list whose slide is not there, or whose name fits several.
         patients_without_tile: patients of the list who cannot take part.
+        list_findings: lines of the list that cannot be used, and slides that are out for what the list says of them.
         same_content: pairs of usable slides of different patients with the same bytes: the list may be wrong about one of them.
     """
 
@@ -86,6 +82,7 @@ class ScanReport:
     slides_read: int
     not_found: tuple[ListedSlide, ...] = ()
     patients_without_tile: tuple[PatientOutcome, ...] = ()
+    list_findings: tuple[Finding, ...] = ()
     same_content: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -103,13 +100,21 @@ class ScanReport:
         return {**asdict(self), "by_status": self.by_status, "by_reason": self.by_reason}
 
 
-class CohortEmptyError(SiteDataError):
+class ScanEndedError(SiteDataError):
+    """A scan that is done and in the database, and that a person must look at; `report` is the whole of it."""
+
+    def __init__(self, error: SiteDataError, report: ScanReport) -> None:
+        super().__init__(error.code, error.what, where=error.where, value=error.value, remedy=error.remedy)
+        self.report = report
+
+
+class CohortEmptyError(ScanEndedError):
     """Nothing of what was scanned can be trained on (PF211); `report` says why for each slide."""
 
     def __init__(self, report: ScanReport, *, where: Path) -> None:
         reasons = ", ".join(f"{code.value} x {count}" for code, count in sorted(report.by_reason.items()))
-        super().__init__(ErrorCode.COHORT_EMPTY, "no slide can be trained on", where=where, value=reasons or "no slide")
-        self.report = report
+        error = SiteDataError(ErrorCode.COHORT_EMPTY, "no slide can be trained on", where=where, value=reasons or "no slide")
+        super().__init__(error, report)
 
 
 @dataclass
@@ -118,13 +123,14 @@ class _Scan:
 
     store: SiteStore
     plan: CohortPlan
-    patients: dict[str, Pseudonym]
+    placed: dict[str, Placed]
+    out: dict[str, Out]
     known: dict[str, tuple[SlideId, SlideRecord]]
     slides_read: int = field(default=0)
 
     def visit(self, slide: SlideFiles) -> None:
         """Bring one slide's row up to date."""
-        patient = self.patients.get(slide.path)
+        patient = self.placed.get(slide.path)
         try:
             state = file_state(slide.files)
         except OSError as error:
@@ -135,34 +141,44 @@ class _Scan:
         if number is not None and record is not None and unchanged and self._settled(record, patient):
             self._restate(number, record, patient)
         elif patient is None:
-            self._store(slide, state, None, SlideStatus.UNMAPPED, ErrorCode.SLIDE_UNMAPPED, "not in the patient list")
+            out = self.out.get(slide.path, NOT_LISTED)
+            self._store(slide, state, None, out.status, out.code, out.detail)
         else:
             self._read(slide, state, patient)
 
-    def _settled(self, record: SlideRecord, patient: Pseudonym | None) -> bool:
+    def _settled(self, record: SlideRecord, patient: Placed | None) -> bool:
         """Whether an unchanged slide's row can be kept without opening the slide."""
+        if patient is not None and record.attributes.get("mpp") != patient.attributes.get("mpp"):
+            return False
         if patient is None or record.tile_count > 0:
             return True
         return record.status is SlideStatus.REFUSED and record.reason not in _RETRIED
 
-    def _restate(self, number: SlideId, record: SlideRecord, patient: Pseudonym | None) -> None:
-        """The slide is as it was; who it belongs to may have changed."""
+    def _restate(self, number: SlideId, record: SlideRecord, patient: Placed | None) -> None:
+        """The slide is as it was; who it belongs to, and what the list says of it, may have changed."""
         if patient is None:
-            wanted = replace(
-                record, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED, detail="not in the patient list", patient=None
-            )
+            out = self.out.get(record.path, NOT_LISTED)
+            wanted = replace(record, status=out.status, reason=out.code, detail=out.detail, patient=None)
         elif record.tile_count > 0:
-            wanted = replace(record, status=SlideStatus.USABLE, reason=None, detail=None, patient=patient)
+            usable = replace(record, status=SlideStatus.USABLE, reason=None, detail=None)
+            wanted = replace(usable, patient=patient.patient, attributes=patient.attributes)
         else:
-            wanted = replace(record, patient=patient)
+            wanted = replace(record, patient=patient.patient, attributes=patient.attributes)
         if wanted != record:
-            self.store.set_slide_state(number, status=wanted.status, reason=wanted.reason, detail=wanted.detail, patient=wanted.patient)
+            self.store.set_slide_state(
+                number,
+                status=wanted.status,
+                reason=wanted.reason,
+                detail=wanted.detail,
+                patient=wanted.patient,
+                attributes=wanted.attributes,
+            )
 
-    def _read(self, slide: SlideFiles, state: FileState, patient: Pseudonym) -> None:
+    def _read(self, slide: SlideFiles, state: FileState, patient: Placed) -> None:
         self.slides_read += 1
         try:
             with OpenSlideReader(slide.opened, name=slide.path) as reader:
-                facts = examine(reader, self.plan, where=slide.path)
+                facts = examine(reader, self.plan, where=slide.path, mpp_override=patient.mpp)
         except SiteDataError as error:
             self._refuse(slide, state, patient, error)
         except (OSError, MemoryError, ValueError, ArithmeticError) as error:
@@ -179,16 +195,16 @@ class _Scan:
             )
             self._save(record, facts.corners)
 
-    def _refuse(self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, error: SiteDataError) -> None:
+    def _refuse(self, slide: SlideFiles, state: FileState, patient: Placed | None, error: SiteDataError) -> None:
         detail = error.what if error.value is None else f"{error.what}: {error.value}"
         self._store(slide, state, patient, SlideStatus.REFUSED, error.code, detail)
 
     def _store(
-        self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, status: SlideStatus, reason: ErrorCode, detail: str
+        self, slide: SlideFiles, state: FileState, patient: Placed | None, status: SlideStatus, reason: ErrorCode, detail: str
     ) -> None:
         self._save(replace(self._record(slide, state, patient, status), reason=reason, detail=detail), None)
 
-    def _record(self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, status: SlideStatus) -> SlideRecord:
+    def _record(self, slide: SlideFiles, state: FileState, patient: Placed | None, status: SlideStatus) -> SlideRecord:
         try:
             content = fingerprint(slide.files)
         except OSError:
@@ -200,7 +216,8 @@ class _Scan:
             mtime_ns=state.mtime_ns,
             scan_key=scan_key(self.plan),
             status=status,
-            patient=patient,
+            patient=None if patient is None else patient.patient,
+            attributes={} if patient is None else patient.attributes,
         )
 
     def _save(self, record: SlideRecord, corners: NDArray[np.int32] | None) -> None:
@@ -216,6 +233,7 @@ def scan(
     pseudonym_key: bytes,
     progress: Callable[[int, int], None] | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
     now: float | None = None,
 ) -> ScanReport:
     """Bring the site database up to date with a slides folder and a patient list, under one plan's cohort rules.
@@ -223,49 +241,54 @@ def scan(
     Args:
         store: the site database.
         slides_folder: searched with all its subfolders.
-        patient_list: CSV, see `cohort.patient_list`.
+        patient_list: CSV, see `cohort.list_file` and `cohort.patient_list`.
         plan: the cohort rules; slides are kept apart by `scan_key(plan)`.
         pseudonym_key: 32 bytes that never leave the site.
         progress: called with (slides done, slides in all) after each slide.
+        columns: the list's configured headers, by what they mean (`cohort.list_file`).
         now: UTC seconds, for the log book; None for the present.
 
     Raises:
-        SiteDataError: no slide there (PF201), a list that cannot be used (PF202) or lists a slide twice (PF203).
+        SiteDataError: no slide there (PF201), a list that cannot be read (PF202).
+        ScanEndedError: the list gives a slide to two patients (PF203), contradicts itself (PF231) or has a line that cannot be used
+            (PF232). The slides concerned are out, all others are done, and the database is up to date.
         CohortEmptyError: nothing can be trained on (PF211); the database is up to date all the same.
         HostError: the disk is full (PF901) or the database fails; slides done so far are kept.
     """
-    slides = _slides(slides_folder)
-    rows = _rows(patient_list)
-    matching = match(rows, {slide.path: slide.names for slide in slides}, where=str(patient_list))
-    key = scan_key(plan)
-    work = _Scan(
-        store=store,
-        plan=plan,
-        patients={path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()},
-        known={record.path: (number, record) for number, record in store.slides(key).items()},
-    )
+    slides = list_slides(slides_folder)
+    listing = read_listing(patient_list, slides, columns)
+    placed, out = listing.placed(pseudonym_key, store.withdrawn())
+    known = {record.path: (number, record) for number, record in store.slides(scan_key(plan)).items()}
+    work = _Scan(store=store, plan=plan, placed=placed, out=out, known=known)
     for done, slide in enumerate(slides, start=1):
         work.visit(slide)
         if progress is not None:
             progress(done, len(slides))
     _mark_missing(work, {slide.path for slide in slides})
-    report = _report(work, rows, matching, pseudonym_key)
+    report = _report(work, listing, pseudonym_key)
     _LOG.info("scan: %d slides, %d usable, %d read", len(report.slides), report.by_status.get(SlideStatus.USABLE, 0), report.slides_read)
-    empty = report.patients == 0
-    store.add_event(
-        Event(
-            at=time.time() if now is None else now,
-            kind="scan",
-            code=ErrorCode.COHORT_EMPTY if empty else None,
-            detail=f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read",
-        )
-    )
-    if empty:
-        raise CohortEmptyError(report, where=slides_folder)
+    ended = _ended(listing, report, slides_folder)
+    detail = f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read"
+    code = None if ended is None else ended.code
+    store.add_event(Event(at=time.time() if now is None else now, kind="scan", code=code, detail=detail))
+    if ended is not None:
+        raise ended
     return report
 
 
-def _slides(folder: Path) -> list[SlideFiles]:
+def _ended(listing: Listing, report: ScanReport, slides_folder: Path) -> ScanEndedError | None:
+    """What a person must look at: what is wrong with the list before what follows from it."""
+    if listing.error is not None:
+        return ScanEndedError(listing.error, report)
+    return CohortEmptyError(report, where=slides_folder) if report.patients == 0 else None
+
+
+def list_slides(folder: Path) -> list[SlideFiles]:
+    """All slides of a slides folder, in order of their paths.
+
+    Raises:
+        SiteDataError: there is none, or a folder cannot be listed (PF201).
+    """
     try:
         slides = find_slides(folder)
     except OSError as error:
@@ -275,14 +298,6 @@ def _slides(folder: Path) -> list[SlideFiles]:
     if not slides:
         raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "there is no slide in the slides folder", where=folder)
     return slides
-
-
-def _rows(path: Path) -> tuple[PatientRow, ...]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, f"the patient list cannot be read: {error.strerror}", where=path) from error
-    return parse_patient_list(decode_patient_list(data, where=str(path)), where=str(path))
 
 
 def _mark_missing(work: _Scan, there: set[str]) -> None:
@@ -297,15 +312,11 @@ def _mark_missing(work: _Scan, there: set[str]) -> None:
             )
 
 
-def _report(work: _Scan, rows: tuple[PatientRow, ...], matching: Matching, key: bytes) -> ScanReport:
-    records = list(work.store.slides(scan_key(work.plan)).values())
+def _report(work: _Scan, listing: Listing, key: bytes) -> ScanReport:
+    records = list(site_cohort.records(work.store, work.plan, key).values())
     usable = [record for record in records if record.status is SlideStatus.USABLE]
     able = {record.patient for record in usable}
-    lines: defaultdict[Pseudonym, list[int]] = defaultdict(list)
-    for row in rows:
-        lines[pseudonym(key, row.patient)].append(row.line)
-    not_found = [ListedSlide(slide=row.slide, line=row.line) for row in matching.missing]
-    not_found += [ListedSlide(slide=row.slide, line=row.line, ambiguous=True) for row in matching.ambiguous]
+    without = [(name, lines) for name, lines in listing.lines_by_patient(key).items() if name not in able]
     return ScanReport(
         slides=tuple(
             SlideOutcome(path=record.path, status=record.status, reason=record.reason, detail=record.detail, tiles=record.tile_count)
@@ -314,10 +325,9 @@ def _report(work: _Scan, rows: tuple[PatientRow, ...], matching: Matching, key: 
         patients=len(able),
         tiles=sum(record.tile_count for record in usable),
         slides_read=work.slides_read,
-        not_found=tuple(sorted(not_found, key=lambda entry: entry.line)),
-        patients_without_tile=tuple(
-            PatientOutcome(pseudonym=name, lines=tuple(where)) for name, where in lines.items() if name not in able
-        ),
+        not_found=listing.not_found,
+        patients_without_tile=tuple(PatientOutcome(pseudonym=name, lines=lines) for name, lines in without),
+        list_findings=listing.findings,
         same_content=_same_content(usable),
     )
 

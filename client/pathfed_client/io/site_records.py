@@ -4,6 +4,7 @@ Plain and frozen, free of any database library, so that the rest of the client c
 paths and pseudonyms are for the hospital's own eyes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -21,7 +22,7 @@ class SlideStatus(StrEnum):
     USABLE = "usable"
     #: Mapped to a patient, but not fit for training; the reason code says why.
     REFUSED = "refused"
-    #: Not in the patient list: never trained on.
+    #: Without a certain patient (not in the list, or listed in contradiction): never trained on.
     UNMAPPED = "unmapped"
     #: Scanned before, and no longer in the folder.
     MISSING = "missing"
@@ -53,6 +54,7 @@ class SlideRecord:
         height: level-0 pixels.
         tile_count: usable tiles.
         grid: how the tiles lie, or None when there are none.
+        attributes: what the patient list gives beside the patient (`cohort.patient_list.KEPT`). They never leave the site.
     """
 
     path: str
@@ -69,6 +71,7 @@ class SlideRecord:
     height: int = 0
     tile_count: int = 0
     grid: TileGrid | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +148,7 @@ class Event:
     kind: str
     code: ErrorCode | None = None
     detail: str = ""
+
+
+class WithdrawnMeanwhileError(Exception):
+    """Something was withdrawn after the cohort was read: what was computed from it is not sealed."""

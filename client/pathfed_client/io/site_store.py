@@ -1,17 +1,18 @@
-"""The site's database: slides, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
+"""The site's database: slides, withdrawals, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
 
 The only module of the client that imports a database library. Guarantees:
 
 - every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all;
-- ledger entries are append-only and gapless, enforced by triggers inside the database;
+- ledger entries are append-only and gapless, and withdrawals are for good, enforced by triggers inside the database;
 - several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
 - the file is readable by its owner alone: it holds slide names.
 """
 
+import json
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -24,16 +25,18 @@ from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles
+from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind
 from pathfed_client.io.site_records import (
     ApprovalState,
     Event,
-    ScanSummary,
     SealedUpdate,
     SlideRecord,
     SlideStatus,
     StoredApproval,
+    WithdrawnMeanwhileError,
 )
 from pathfed_client.slides.tiling import TileGrid
+from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
 
@@ -67,9 +70,21 @@ _SLIDE = sa.Table(
     sa.Column("grid_level", sa.Integer),
     sa.Column("grid_level_px", sa.Integer),
     sa.Column("corners", sa.LargeBinary, nullable=False),
+    sa.Column("attributes", sa.Text, nullable=False, server_default="{}"),
     sa.UniqueConstraint("path", "scan_key"),
     sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND grid_side IS NOT NULL)"),
     sa.Index("slide_cohort", "scan_key", "status", "patient"),
+    sqlite_autoincrement=True,
+)
+
+_WITHDRAWAL = sa.Table(
+    "withdrawal",
+    _META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.UniqueConstraint("kind", "name"),
     sqlite_autoincrement=True,
 )
 
@@ -122,6 +137,8 @@ _TRIGGERS = (
     "CREATE TRIGGER ledger_entry_gapless BEFORE INSERT ON ledger_entry"
     " WHEN EXISTS (SELECT 1 FROM ledger_entry) AND NEW.sequence <> (SELECT max(sequence) + 1 FROM ledger_entry)"
     " BEGIN SELECT RAISE(ABORT, 'the ledger is gapless'); END",
+    "CREATE TRIGGER withdrawal_no_update BEFORE UPDATE ON withdrawal BEGIN SELECT RAISE(ABORT, 'a withdrawal is for good'); END",
+    "CREATE TRIGGER withdrawal_no_delete BEFORE DELETE ON withdrawal BEGIN SELECT RAISE(ABORT, 'a withdrawal is for good'); END",
 )
 
 
@@ -196,8 +213,8 @@ class SiteStore:
     def upsert_slide(self, record: SlideRecord, corners: NDArray[np.int32] | None = None) -> SlideId:
         """Store a slide under its path and scan key, replacing what was there.
 
-        A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
-        cohort's digest changes with its slides.
+        A number names content: a file whose bytes, size, time or resolution changed gets a new number, and numbers are never used
+        again, so that a cohort's digest changes with its slides.
 
         Args:
             record: the slide.
@@ -219,6 +236,7 @@ class SiteStore:
             & (_SLIDE.c.fingerprint == record.fingerprint)
             & (_SLIDE.c.size == record.size)
             & (_SLIDE.c.mtime_ns == record.mtime_ns)
+            & _SLIDE.c.mpp.is_not_distinct_from(record.mpp)
         )
         with self._transaction() as connection:
             connection.execute(sa.delete(_SLIDE).where(same_place & ~same_file))
@@ -234,13 +252,18 @@ class SiteStore:
         reason: ErrorCode | None = None,
         detail: str | None = None,
         patient: Pseudonym | None = None,
+        attributes: Mapping[str, str] | None = None,
     ) -> None:
         """Change who a slide belongs to and whether it counts, without reading it again; its tiles stay.
+
+        Attributes stay where None is given.
 
         Raises:
             KeyError: there is no such slide.
         """
         values = {"status": status.value, "reason": None if reason is None else reason.value, "detail": detail, "patient": patient}
+        if attributes is not None:
+            values["attributes"] = _attributes_text(attributes)
         with self._transaction() as connection:
             changed = connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == slide).values(**values)).rowcount
         if not changed:
@@ -253,39 +276,66 @@ class SiteStore:
             rows = connection.execute(sa.select(*columns).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
         return {SlideId(row.id): _slide_record(row) for row in rows}
 
-    def cohort(self, scan_key: Digest) -> Cohort:
-        """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan."""
+    def all_slides(self) -> list[SlideRecord]:
+        """All slides under any rules; a slide that was scanned under several comes several times."""
+        columns = [column for column in _SLIDE.c if column.name != "corners"]
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(sa.select(*columns).order_by(_SLIDE.c.path, _SLIDE.c.id)).all()
+        return [_slide_record(row) for row in rows]
+
+    def cohort(self, scan_key: Digest, weigh: Callable[[SlideRecord], float | None] = lambda _: 1.0) -> Cohort:
+        """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan.
+
+        What a plan makes of them besides (`io.site_cohort`) comes in by `weigh`.
+
+        Args:
+            scan_key: the rules that the slides were scanned under.
+            weigh: gives the weight of a usable slide's tiles, or None to leave it out.
+        """
         query = (
-            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.corners)
+            sa.select(_SLIDE)
             .where((_SLIDE.c.scan_key == scan_key) & (_SLIDE.c.status == SlideStatus.USABLE.value))
             .order_by(_SLIDE.c.patient, _SLIDE.c.id)
         )
         with self._transaction(write=False) as connection:
             rows = connection.execute(query).all()
+        weighed = [(row, weight) for row in rows if (weight := weigh(_slide_record(row))) is not None]
         return Cohort(
             tuple(
-                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners)) for row in group))
-                for name, group in groupby(rows, key=lambda row: row.patient)
+                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners), weight) for row, weight in group))
+                for name, group in groupby(weighed, key=lambda pair: pair[0].patient)
             )
         )
 
-    def summary(self, scan_key: Digest) -> ScanSummary:
-        """Counts for `status` and the scan's report. Depends on patients: it stays at the site."""
-        here = _SLIDE.c.scan_key == scan_key
-        usable = here & (_SLIDE.c.status == SlideStatus.USABLE.value)
+    # Withdrawals
+
+    def withdraw(self, names: Collection[Withdrawn], event: Event) -> int:
+        """Record withdrawals, take the patients' slides out and note it in the log book: at once and together.
+
+        Slides withdrawn by path or contents are found by those who make a cohort (`io.site_cohort`), which have the key of the names.
+
+        Returns:
+            How many names are new.
+        """
+        values = [{"kind": one.kind.value, "name": one.name, "at": event.at} for one in sorted(names, key=lambda one: (one.kind, one.name))]
+        patients = [{"withdrawn": one.name} for one in names if one.kind is WithdrawnKind.PATIENT]
+        out = {"status": SlideStatus.REFUSED.value, "reason": ErrorCode.SLIDE_WITHDRAWN.value, "detail": "withdrawn"}
+        of_patient = (_SLIDE.c.patient == sa.bindparam("withdrawn")) & (_SLIDE.c.status != SlideStatus.MISSING.value)
+        with self._transaction() as connection:
+            before = connection.execute(_WITHDRAWAL_COUNT).scalar_one()
+            if values:
+                connection.execute(sqlite_insert(_WITHDRAWAL).on_conflict_do_nothing(), values)
+            if patients:
+                connection.execute(sa.update(_SLIDE).where(of_patient).values(**out), patients)
+            connection.execute(sa.insert(_EVENT).values(**_event_values(event)))
+            new: int = connection.execute(_WITHDRAWAL_COUNT).scalar_one() - before
+        return new
+
+    def withdrawn(self) -> frozenset[Withdrawn]:
+        """All names that were ever withdrawn. They are never taken back, so their number says whether something was added."""
         with self._transaction(write=False) as connection:
-            statuses = connection.execute(sa.select(_SLIDE.c.status, sa.func.count()).where(here).group_by(_SLIDE.c.status)).all()
-            reasons = connection.execute(
-                sa.select(_SLIDE.c.reason, sa.func.count()).where(here & _SLIDE.c.reason.is_not(None)).group_by(_SLIDE.c.reason)
-            ).all()
-            totals = sa.select(sa.func.count(sa.distinct(_SLIDE.c.patient)), sa.func.coalesce(sa.func.sum(_SLIDE.c.tile_count), 0))
-            patients, tiles = connection.execute(totals.where(usable)).one()
-        return ScanSummary(
-            slides={SlideStatus(name): count for name, count in statuses},
-            reasons={ErrorCode(code): count for code, count in reasons},
-            patients=patients,
-            tiles=tiles,
-        )
+            rows = connection.execute(sa.select(_WITHDRAWAL.c.kind, _WITHDRAWAL.c.name)).all()
+        return frozenset(Withdrawn(WithdrawnKind(row.kind), row.name) for row in rows)
 
     # The ledger's storage port
 
@@ -316,14 +366,22 @@ class SiteStore:
 
     # Sealed updates
 
-    def put_sealed(self, sealed: SealedUpdate) -> None:
+    def put_sealed(self, sealed: SealedUpdate, *, withdrawn: int | None = None) -> None:
         """Keep a finished round's answer. Storing the same answer twice changes nothing.
 
+        Args:
+            sealed: the answer.
+            withdrawn: number of withdrawn names that its cohort knew of; None where the answer rests on no cohort.
+
         Raises:
+            WithdrawnMeanwhileError: there are more by now; nothing is stored. Compared and stored in one transaction: a withdrawal comes
+                before an answer, and then counts for it, or after it.
             TransportError: the round was already answered otherwise (PF409).
         """
         with self._transaction() as connection:
             found = connection.execute(_one_sealed(sealed.run, sealed.round_index)).one_or_none()
+            if found is None and withdrawn is not None and connection.execute(_WITHDRAWAL_COUNT).scalar_one() != withdrawn:
+                raise WithdrawnMeanwhileError
             if found is None:
                 connection.execute(sa.insert(_SEALED).values(**asdict(sealed)))
             elif (found.statement, found.update) != (sealed.statement, sealed.update):
@@ -383,7 +441,7 @@ class SiteStore:
     def add_event(self, event: Event) -> None:
         """Write one line into the site's log book."""
         with self._transaction() as connection:
-            connection.execute(sa.insert(_EVENT).values(**asdict(event) | {"code": None if event.code is None else event.code.value}))
+            connection.execute(sa.insert(_EVENT).values(**_event_values(event)))
 
     def events(self, limit: int = 100) -> list[Event]:
         """The latest lines, oldest first."""
@@ -419,10 +477,22 @@ def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
     return HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be used: {text}", where=path)
 
 
+_WITHDRAWAL_COUNT = sa.select(sa.func.count()).select_from(_WITHDRAWAL)
+
+
+def _event_values(event: Event) -> dict[str, Any]:
+    return asdict(event) | {"code": None if event.code is None else event.code.value}
+
+
+def _attributes_text(attributes: Mapping[str, str]) -> str:
+    return digest.canonical(dict(attributes)).decode()
+
+
 def _slide_values(record: SlideRecord) -> dict[str, Any]:
     grid = record.grid
     values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "grid"}
     return values | {
+        "attributes": _attributes_text(record.attributes),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
         "grid_side": None if grid is None else grid.side,
@@ -447,6 +517,7 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         height=row.height,
         tile_count=row.tile_count,
         grid=None if row.grid_side is None else TileGrid(row.grid_side, row.grid_level, row.grid_level_px),
+        attributes=json.loads(row.attributes),
     )
 
 

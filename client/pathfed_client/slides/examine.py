@@ -40,13 +40,14 @@ class SlideFacts:
     corners: NDArray[np.int32]
 
 
-def examine(reader: SlideReader, plan: CohortPlan, *, where: str) -> SlideFacts:
+def examine(reader: SlideReader, plan: CohortPlan, *, where: str, mpp_override: float | None = None) -> SlideFacts:
     """Check a slide and find its tiles.
 
     Args:
         reader: the open slide.
         plan: the cohort rules.
         where: the slide's name for errors.
+        mpp_override: um/px of level 0 that the hospital gives, instead of what the file states; None for the file's.
 
     Raises:
         SiteDataError: unreadable (PF206), resolution missing, implausible or too coarse (PF207), not brightfield (PF208), or not one
@@ -54,7 +55,7 @@ def examine(reader: SlideReader, plan: CohortPlan, *, where: str) -> SlideFacts:
     """
     width, height = reader.dimensions
     try:
-        mpp = checked_mpp(reader.mpp, where=where)
+        mpp = checked_mpp(reader.mpp if mpp_override is None else (mpp_override, mpp_override), where=where)
     except SiteDataError:
         _check_probes(reader, where=where)  # a file that is broken altogether should be called that, not badly labelled
         raise

@@ -96,16 +96,6 @@ def test_state_change_takes_a_slide_out_and_keeps_its_tiles(store):
         store.set_slide_state(999, status=SlideStatus.MISSING)
 
 
-def test_summary_counts_statuses_reasons_patients_and_tiles(store):
-    store.upsert_slide(usable("1.tif"), corners())
-    store.upsert_slide(usable("2.tif"), corners())
-    store.upsert_slide(replace(usable("3.tif", tiles=0), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_WITHOUT_TISSUE, grid=None))
-    summary = store.summary(KEY)
-    assert summary.slides == {SlideStatus.USABLE: 2, SlideStatus.REFUSED: 1}
-    assert summary.reasons == {ErrorCode.SLIDE_WITHOUT_TISSUE: 1}
-    assert (summary.patients, summary.tiles) == (1, 6)
-
-
 def test_wrong_tile_count_is_refused(store):
     with pytest.raises(ValueError, match="tile_count"):
         store.upsert_slide(usable(tiles=2), corners(3))
