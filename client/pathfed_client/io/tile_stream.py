@@ -7,7 +7,6 @@ many were left out is known here only, for the site's own log book.
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -18,7 +17,7 @@ from pathfed_client.cohort.cohort import SlideId, TileRef
 from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.site_records import SlideRecord
 from pathfed_client.io.site_store import SiteStore
-from pathfed_client.io.slide_files import file_state, opened_file
+from pathfed_client.io.slide_files import Folders, file_state, opened_file
 from pathfed_client.slides.quality import is_flat
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common.errors import SiteDataError
@@ -37,12 +36,12 @@ class TileStream:
         left_out: tiles that were asked for and left out, since this stream was made.
     """
 
-    def __init__(self, store: SiteStore, slides_folder: Path, plan: CohortPlan, *, open_slides: int = 16) -> None:
+    def __init__(self, store: SiteStore, slides_folder: Folders, plan: CohortPlan, *, open_slides: int = 16) -> None:
         """Make a stream over the slides scanned under a plan's cohort rules.
 
         Args:
             store: the site database; read once, here.
-            slides_folder: where the slides lie.
+            slides_folder: where the slides lie: one folder, or several.
             plan: the cohort rules.
             open_slides: how many slides are kept open between calls.
         """
@@ -102,13 +101,13 @@ class TileStream:
         if slide in self._open:
             self._open.move_to_end(slide)
             return self._open[slide]
-        opened, files = opened_file(self._folder, record.path)
+        opened, files = opened_file(self._folder, record.path, record.parts)
         state = file_state(files)
         if (state.size, state.mtime_ns) != (record.size, record.mtime_ns):
             raise ValueError("the slide has changed since it was scanned")
         while len(self._open) >= self._limit:
             self._open.popitem(last=False)[1].close()
-        self._open[slide] = OpenSlideReader(opened, name=record.path)
+        self._open[slide] = OpenSlideReader(opened, name=record.path, files=files)
         return self._open[slide]
 
     def _drop(self, slide: SlideId) -> None:
