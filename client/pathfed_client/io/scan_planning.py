@@ -77,7 +77,7 @@ class ScanPlan:
     """What is left to do.
 
     Attributes:
-        queue: slides to read: fresh ones in order of their paths, then those that did not come to an end before.
+        queue: slides to read: fresh ones in order of their paths, then those that did not come to an end before, the oftenest last.
         moved: rows that were moved.
         left: slides still being written.
     """
@@ -122,7 +122,7 @@ def plan_scan(
             queue.append(slide)
     _lay_aside(rows, inventory, patients)
     rows.flush()
-    queue.sort(key=lambda slide: rows.records[slide.path].attempts > 0)
+    queue.sort(key=lambda slide: rows.records[slide.path].attempts)
     return ScanPlan(queue, len(moved), sorted(left))
 
 
