@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,12 @@ from pathfed_common.provenance.documents import Approval, open_plan
 from pathfed_common.units import UtcSeconds
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
-    from pathfed_client.io.scan import ScanReport
-    from pathfed_client.io.scan_reading import SlideExecutor
+    from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
+    from pathfed_client.io.scan_where import ScanWhere
     from pathfed_common.processes import ProcessEnd
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
@@ -72,65 +70,27 @@ def open_store(home: SiteHome) -> SiteStore:
     return SiteStore(home.database)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScanWhere:
-    """Where a scan reads slides.
-
-    Attributes:
-        workers: reading processes on this machine; None for one a CPU that this process may use.
-        slide_timeout_s: seconds a slide may take.
-        scheduler: HOST:PORT of a Dask scheduler to read with instead, or None.
-        scheduler_ca: PEM of the CA that signed the scheduler's certificate.
-        scheduler_cert: PEM of this client's certificate.
-        scheduler_key: PEM of its key.
-    """
-
-    workers: int | None = None
-    slide_timeout_s: float = 300.0
-    scheduler: str | None = None
-    scheduler_ca: Path | None = None
-    scheduler_cert: Path | None = None
-    scheduler_key: Path | None = None
-
-
-def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: ScanWhere | None = None) -> "ScanReport":
+def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
     """Scan the slides under a plan's cohort rules, in processes of this machine or on a Dask cluster; see `io.scan.scan`."""
     from pathfed_client.io import scan as scanning
+    from pathfed_client.io.scan_where import ScanWhere, make_executor
 
-    with closing(open_store(home)) as store, _executor(where or ScanWhere()) as executor:
+    with closing(open_store(home)) as store, make_executor(where or ScanWhere()) as executor:
         return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress, executor=executor)
 
 
-def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: ScanWhere, *, every_s: float, at_rest_s: float) -> None:
+def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanWhere", *, every_s: float, at_rest_s: float) -> None:
     """Scan again and again until interrupted; see `io.scan_watch.watch`."""
     from pathfed_client.io import scan as scanning
     from pathfed_client.io.scan_watch import watch
+    from pathfed_client.io.scan_where import make_executor
 
-    with closing(open_store(home)) as store, _executor(where) as executor:
+    with suppress(KeyboardInterrupt), closing(open_store(home)) as store, make_executor(where) as executor:
 
         def once(memory: scanning.ScanMemory) -> "ScanReport":
             return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, executor=executor, memory=memory)
 
         watch(once, tell, every_s=every_s, at_rest_s=at_rest_s)
-
-
-def _executor(where: ScanWhere) -> "AbstractContextManager[SlideExecutor]":
-    from pathfed_client.io.scan_workers import ProcessExecutor, usable_cpus
-
-    if where.scheduler is None:
-        return ProcessExecutor(where.workers or usable_cpus(), timeout_s=where.slide_timeout_s)
-    try:
-        from pathfed_client.io.scan_dask import DaskExecutor, SchedulerTls
-    except ModuleNotFoundError as error:
-        raise HostError(
-            ErrorCode.TOOL_MISSING, "Dask is not installed", value=error.name, remedy="pip install 'pathfed[client,dask]'"
-        ) from None
-    files = (where.scheduler_ca, where.scheduler_cert, where.scheduler_key)
-    given = [path for path in files if path is not None]
-    if 0 < len(given) < len(files):
-        raise HostError(ErrorCode.SETTINGS_INVALID, "TLS takes all three: --scheduler-ca, --scheduler-cert, --scheduler-key")
-    tls = SchedulerTls(ca=given[0], certificate=given[1], key=given[2]) if given else None
-    return DaskExecutor(where.scheduler, timeout_s=where.slide_timeout_s, tls=tls)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:

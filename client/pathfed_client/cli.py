@@ -13,9 +13,9 @@ from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
 if TYPE_CHECKING:
-    from pathfed_client.app import ScanWhere
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
+    from pathfed_client.io.scan_where import ScanWhere
     from pathfed_common.errors import SiteDataError
     from pathfed_common.plan import CohortPlan
 
@@ -74,11 +74,12 @@ def scan(
 ) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
+    from pathfed_client.io.scan_where import ScanWhere
 
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
     console.end_on_terminate()
-    where = site.ScanWhere(
+    where = ScanWhere(
         workers=workers,
         slide_timeout_s=slide_timeout,
         scheduler=scheduler,

@@ -189,7 +189,7 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "site",
     ),
     Code.SLIDE_SHARED: CatalogEntry(
-        "Slides with the same content are listed for different patients",
+        "The same content is listed for different patients",
         "Two files hold the same slide, and the patient list gives them to different patients. One of the lines is wrong, and nobody "
         "but the hospital knows which. If such a slide counted, taking out one patient would not take out all that depends on that "
         "person, so all of them are left out.",

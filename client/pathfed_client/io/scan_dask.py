@@ -10,7 +10,10 @@ Outside loopback the connection is mutually authenticated TLS: tasks hold slide 
 import ipaddress
 import queue
 import threading
+import time
+import uuid
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from pathfed_common.errors import ErrorCode, HostError
 
 _CONNECT_S = 20
 _LOOK_S = 1.0
+_COUNT_S = 10.0
 _REMEDY = "start the scheduler and its workers again, then the same command: it resumes"
 _OWN = threading.local()
 
@@ -51,6 +55,7 @@ class DaskExecutor:
         """
         self._address = address
         self._timeout_s = timeout_s
+        self._scan = uuid.uuid4().hex  # the cluster may serve several scans: no two tasks may share a key
         self._futures: dict[int, Future] = {}
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
         place = address.rpartition("://")[2]
@@ -72,7 +77,8 @@ class DaskExecutor:
             )
         except (OSError, TimeoutError, ValueError) as error:
             raise self._lost("the scheduler does not answer") from error
-        if not self._client.nthreads():
+        self._slots, self._counted = 0, -_COUNT_S
+        if not self.slots:
             self.close()
             raise self._lost("the scheduler has no worker")
 
@@ -84,12 +90,24 @@ class DaskExecutor:
 
     @property
     def slots(self) -> int:
-        """See `SlideExecutor`: two slides for each thread of the cluster, so that none waits."""
-        return max(1, 2 * sum(self._client.nthreads().values()))
+        """See `SlideExecutor`: two slides for each thread of the cluster, so that none waits. Workers may come and go."""
+        self._check()
+        if time.monotonic() - self._counted >= _COUNT_S:
+            try:
+                self._slots = 2 * sum(map(int, self._client.nthreads().values())) or min(1, self._slots)
+            except (OSError, TimeoutError) as error:
+                raise self._lost("the scheduler was lost") from error
+            self._counted = time.monotonic()
+        return self._slots
+
+    def _check(self) -> None:
+        if self._client.status != "running":
+            raise self._lost("the scheduler was lost")
 
     def submit(self, task: SlideTask, /) -> None:
         """See `SlideExecutor`."""
-        future = self._client.submit(read_apart, task, self._timeout_s, key=f"slide-{task.number}", pure=False)
+        self._check()
+        future = self._client.submit(read_apart, task, self._timeout_s, key=f"slide-{self._scan}-{task.number}", pure=False)
         self._futures[task.number] = future
         future.add_done_callback(lambda _, number=task.number: self._done.put(number))
 
@@ -100,8 +118,7 @@ class DaskExecutor:
                 numbers = [self._done.get(timeout=_LOOK_S)]
                 break
             except queue.Empty:
-                if self._client.status != "running":
-                    raise self._lost("the scheduler was lost") from None
+                self._check()
         while not self._done.empty():
             numbers.append(self._done.get())
         return [self._reading(number) for number in numbers]
@@ -109,7 +126,10 @@ class DaskExecutor:
     def _reading(self, number: int) -> SlideReading:
         future = self._futures.pop(number)
         if future.status == "finished":
-            reading: SlideReading = future.result()
+            try:
+                reading: SlideReading = future.result(timeout=_CONNECT_S)
+            except (OSError, TimeoutError, CancelledError) as error:
+                raise self._lost("a reading was lost with the scheduler or a worker") from error
             return reading
         if future.status == "error" and self._client.status == "running":
             # `read_apart` never raises: several workers ended while they had this slide.

@@ -206,7 +206,7 @@ def _lay_aside(rows: SlideRows, inventory: Inventory, patients: Mapping[str, Pse
     for path in sorted(set(rows.records) - there):
         record = rows.records[path]
         if path in kept:
-            if record.status is not SlideStatus.MISSING:
+            if record.status is not SlideStatus.MISSING and (record.tile_count > 0 or path not in patients):
                 rows.assign(path, patients.get(path))
         elif record.fingerprint == "":
             gone.append(path)

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def test_losing_the_scheduler_costs_the_slides_in_flight_and_a_rerun_resumes(sit
     assert site.scan().patients == 8
 
 
-def test_scheduler_that_is_not_there_or_has_no_worker_is_told(tmp_path, monkeypatch):
+def test_scheduler_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr("pathfed_client.io.scan_dask._CONNECT_S", 1)
     with pytest.raises(HostError, match=r"PF908.*does not answer"):
         DaskExecutor(f"127.0.0.1:{free_port()}", timeout_s=60)
@@ -180,8 +181,12 @@ def test_slides_are_read_over_tls_and_a_stranger_is_not_let_in(site, tmp_path):
         cluster.kill()
 
 
-def test_worker_reads_in_a_process_of_its_own(site):
+def test_worker_reads_in_a_process_of_its_own(site, monkeypatch):
+    own = threading.local()
+    monkeypatch.setattr("pathfed_client.io.scan_dask._OWN", own)
     site.add("a.tif")
     file = site.folder / "a.tif"
     task = SlideTask(number=4, name="a.tif", files=(file,), state=file_state([file]), plan=PLAN, key=KEY)
     assert read_apart(task, 60.0).facts is not None
+    assert len(own.executor._idle) == 1
+    own.executor.close()
