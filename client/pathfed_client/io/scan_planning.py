@@ -3,7 +3,8 @@
 | slide in the listing | its row | what becomes of it |
 | --- | --- | --- |
 | as it was | settled | kept; its patient is brought up to date |
-| as it was | never read, or could not be read | read (again), `MOST_ATTEMPTS` times at most where reading came to no end |
+| as it was | never read | read, begun `MOST_ATTEMPTS` times at most where reading came to no end |
+| as it was | could not be read | the same, unless the scan before was interrupted: what it had not read comes first |
 | new place | another row's content, whose file is gone | that row moves here, with number and tiles |
 | new, or size or time changed | | read, under a new number |
 | new or changed, not in the patient list | | listed as such, not read |
@@ -111,6 +112,7 @@ def plan_scan(
     left = {slide.path for slide in fresh if slide.state != UNREACHED and not settling.at_rest(slide, wall_s=wall, clock_s=clock)}
     moved = _moved(rows, inventory, [slide for slide in fresh if slide.path not in left], key)
     rows.move(moved)
+    retry = retry and not _interrupted(rows, inventory)
     queue = []
     for slide in inventory.slides:
         if slide.path in left:
@@ -124,6 +126,12 @@ def plan_scan(
     rows.flush()
     queue.sort(key=lambda slide: rows.records[slide.path].attempts)
     return ScanPlan(queue, len(moved), sorted(left))
+
+
+def _interrupted(rows: SlideRows, inventory: Inventory) -> bool:
+    """Whether the scan before this one left slides to read. Then those that it could not read wait until all have had their turn."""
+    records = ((rows.records.get(slide.path), slide) for slide in inventory.slides)
+    return any(record is not None and record.status is SlideStatus.PENDING and _same(record, slide) for record, slide in records)
 
 
 def _same(record: SlideRecord | None, slide: SlideFiles) -> bool:

@@ -1,6 +1,6 @@
 """The rows of a scan: the slide table of one set of cohort rules in memory, and what a scan changes in it.
 
-Changes gather here and reach the database together (`flush`): all of them or none. Guarantees:
+Changes gather here and reach the database together (`flush`): all of them or none, but for slides that are found and not read. Guarantees:
 
 - **Which slides count is a function of what is there**, never of the order in which it was read. Of slides of one patient with the same
   content the one whose path comes first is used (the others: PF216). Slides with the same content that are listed for different patients
@@ -19,6 +19,7 @@ from pathfed_client.slides.examine import SlideFacts
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
 
+_AT_ONCE = 20_000
 _GONE = "no longer in the slides folder"
 
 
@@ -100,23 +101,22 @@ class SlideRows:
             self.records[path] = replace(self.records[path], attempts=count)
 
     def flush(self) -> None:
-        """Write what has changed, in one transaction."""
+        """Write what has changed, in one transaction; slides that are new, and not usable yet, after it."""
         for content in self._stale - {""}:
             for wanted in _settled([self.records[path] for path in self._groups[content]]):
                 self._restate(wanted)
         self._stale.clear()
         if not (self._whole or self._restated or self._moved or self._forgotten):
             return
+        fresh = [path for path in sorted(self._whole) if path not in self.numbers and self._whole[path] is None]
         with self._store.together():
             self._store.forget_slides(self._forgotten)
             self._store.move_slides(self._moved)
-            for path in sorted(self._whole):
+            for path in sorted(set(self._whole) - set(fresh)):
                 self.numbers[path] = self._save(self.records[path], self._whole[path])
-            for path in sorted(self._restated - set(self._whole)):
-                record = self.records[path]
-                self._store.set_slide_state(
-                    self.numbers[path], status=record.status, reason=record.reason, detail=record.detail, patient=record.patient
-                )
+            self._store.restate_slides({self.numbers[path]: self.records[path] for path in self._restated - set(self._whole)})
+        for start in range(0, len(fresh), _AT_ONCE):  # none is usable yet; others must be able to write in between
+            self.numbers |= self._store.add_slides([self.records[path] for path in fresh[start : start + _AT_ONCE]])
         for changes in (self._whole, self._restated, self._moved, self._forgotten):
             changes.clear()
 

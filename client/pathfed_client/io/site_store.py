@@ -13,7 +13,7 @@ import json
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -203,11 +203,11 @@ class SiteStore:
     def together(self) -> Iterator[None]:
         """Let all that is done inside be one transaction, and one flush to the disk. For one thread."""
         with self._transaction() as connection:
-            self._joint = connection
+            outer, self._joint = self._joint, connection
             try:
                 yield
             finally:
-                self._joint = None
+                self._joint = outer
 
     # Slides
 
@@ -264,26 +264,46 @@ class SiteStore:
         if not changed:
             raise KeyError(f"no slide {slide}")
 
+    def add_slides(self, records: Sequence[SlideRecord]) -> dict[str, SlideId]:
+        """Slides that were not known and have no tiles yet; numbers by path, ascending in this order. Quick for very many."""
+        if not records:
+            return {}
+        values = [_slide_values(record) | {"corners": zlib.compress(b"")} for record in records]
+        with self._transaction() as connection:
+            last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_SLIDE.c.id), 0))).scalar_one()
+            connection.execute(sa.insert(_SLIDE), values)
+            return {
+                row.path: SlideId(row.id) for row in connection.execute(sa.select(_SLIDE.c.id, _SLIDE.c.path).where(_SLIDE.c.id > last))
+            }
+
+    def restate_slides(self, records: Mapping[SlideId, SlideRecord]) -> None:
+        """As `set_slide_state`, of many slides at once; of each record only these fields count."""
+        fields = ("status", "reason", "detail", "patient")
+        self._update(fields, [{"number": number} | _slide_values(record) for number, record in records.items()])
+
     def move_slides(self, moved: Mapping[SlideId, SlideRecord]) -> None:
         """Slides that lie elsewhere now: path, parts and time change, numbers and tiles stay. Paths may be exchanged among them."""
-        with self._transaction() as connection:
-            for number in moved:  # no relative path is absolute: no slide has this name
-                connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == number).values(path=f"/{number}"))
-            for number, record in moved.items():
-                values = {"path": record.path, "parts": json.dumps(record.parts), "mtime_ns": record.mtime_ns}
-                connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == number).values(**values))
+        with self.together():
+            self._update(("path",), [{"number": number, "path": f"/{number}"} for number in moved])  # no slide's name begins so
+            self._update(("path", "parts", "mtime_ns"), [{"number": number} | _slide_values(record) for number, record in moved.items()])
 
     def forget_slides(self, slides: Collection[SlideId]) -> None:
         """Take out slides; their numbers are not used again."""
-        with self._transaction() as connection:
-            for number in slides:
-                connection.execute(sa.delete(_SLIDE).where(_SLIDE.c.id == number))
+        if slides:
+            with self._transaction() as connection:
+                connection.execute(sa.delete(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number")), [{"number": one} for one in slides])
 
     def set_attempts(self, attempts: Mapping[SlideId, int]) -> None:
         """Note how often reading these slides was begun without coming to an end."""
-        with self._transaction() as connection:
-            for number, count in attempts.items():
-                connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == number).values(attempts=count))
+        self._update(("attempts",), [{"number": number, "attempts": count} for number, count in attempts.items()])
+
+    def _update(self, fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> None:
+        """Set these columns of many slides, each by its number."""
+        if values:
+            statement = sa.update(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number"))
+            statement = statement.values({name: sa.bindparam(f"new_{name}") for name in fields})
+            with self._transaction() as connection:
+                connection.execute(statement, [{"number": one["number"]} | {f"new_{name}": one[name] for name in fields} for one in values])
 
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""

@@ -12,7 +12,7 @@ import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pathfed_client.io.slide_files import (
     LED_SUFFIXES,
@@ -189,7 +189,9 @@ def _join(relative: str, name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    """As `PurePath.suffix` has it, in lower case; asked for every file."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
 
 
 def _may_be_slide(name: str) -> bool:

@@ -314,6 +314,16 @@ def test_scan_that_was_stopped_in_order_blames_no_slide(site, error):
     assert site.scan().slides_read == 2
 
 
+def test_resumed_scan_does_not_repeat_what_the_interrupted_one_could_not_read(site):
+    site.add("b.tif", "c.tif")
+    (site.folder / "a.tif").write_bytes(b"no slide")
+    site.map(a="P1", b="P2", c="P3")
+    with pytest.raises(KeyboardInterrupt):
+        site.scan(executor=Dies("b.tif", KeyboardInterrupt()))
+    assert site.scan().slides_read == 2
+    assert site.scan().slides_read == 1
+
+
 def test_slides_are_numbered_in_order_before_the_first_is_read(site):
     class Backwards(InlineExecutor):
         slots = 3

@@ -203,6 +203,17 @@ def test_slide_that_was_not_read_yet_keeps_its_number_when_it_is(store):
     assert store.slides(KEY) == {number: usable()}
 
 
+def test_many_slides_are_added_in_order_and_restated_at_once(store):
+    found = [replace(usable(f"{name}.tif", tiles=0), fingerprint="", status=SlideStatus.PENDING, grid=None) for name in "bca"]
+    numbers = store.add_slides(found)
+    assert list(numbers) == ["b.tif", "c.tif", "a.tif"]
+    assert list(numbers.values()) == sorted(numbers.values())
+    gone = {numbers["b.tif"]: replace(found[0], status=SlideStatus.MISSING, reason=ErrorCode.SLIDE_MISSING, detail="gone")}
+    store.restate_slides(gone)
+    assert [record.status for record in store.slides(KEY).values()] == ["pending", "missing", "pending"]
+    assert store.add_slides([]) == {}
+
+
 def test_moved_slides_keep_numbers_and_tiles_even_when_they_exchange_places(store):
     first = store.upsert_slide(usable("a.tif", content=b"a"), corners())
     second = store.upsert_slide(usable("b.tif", content=b"b", patient="2" * 32), corners(start=50))
