@@ -39,7 +39,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     """Make the site's home; the database with it.
 
     Raises:
-        SiteDataError: PF201, no slide folder; PF202, no patient list; PF215, slide folders overlap.
+        SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
         HostError: PF904, a file cannot be read or written, or the home exists.
         ProvenanceError: PF602, the server card does not verify.
     """

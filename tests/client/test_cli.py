@@ -173,7 +173,7 @@ def test_a_scan_names_everything_that_needs_a_look(own_slides, site_cli, tmp_pat
     done = site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
     assert done.status == 0
     assert done.json["patients"] == 3
-    assert done.json["by_reason"] == {"PF205": 1, "PF204": 1, "PF217": 2}
+    assert done.json["by_reason"] == {"PF205": 1, "PF204": 1, "PF219": 2}
     assert [entry["slide"] for entry in done.json["not_found"]] == ["absent.tif"]
     assert [entry["code"] for entry in done.json["patients_without_tile"]] == ["PF210"] * 4
     assert done.json["same_content"] == [["Yamashiro_biopsy.tif", "copied.tif"]]
@@ -190,7 +190,7 @@ def test_slides_may_lie_in_several_folders(own_slides, site_cli, tmp_path):
     (own_slides.slides / "Oyelaran_biopsy.tif").rename(archive / "Oyelaran_biopsy.tif")
     home = tmp_path / "home"
     inside = site_cli(*init_arguments(own_slides, home), "--slides", own_slides.slides.parent)
-    fails(inside, "PF215")
+    fails(inside, "PF217")
     assert site_cli(*init_arguments(own_slides, home), "--slides", archive).status == 0
     done = site_cli("scan", own_slides.signed_plan, "--home", home, "--workers", 2, "--json")
     assert (done.status, done.json["patients"]) == (0, 5)
@@ -198,7 +198,7 @@ def test_slides_may_lie_in_several_folders(own_slides, site_cli, tmp_path):
     shutil.rmtree(archive)
     away = site_cli("scan", own_slides.signed_plan, "--home", home)
     assert away.status == 0
-    assert "PF214" in away.out
+    assert "PF216" in away.out
     done = site_cli("scan", own_slides.signed_plan, "--home", home, "--json")
     assert (done.json["patients"], done.json["unreachable"][0]["folder"]) == (5, "archive//")
 

@@ -168,7 +168,7 @@ def scan(
         memory: of earlier scans of the same folders, or None.
 
     Raises:
-        SiteDataError: no slide there (PF201), folders that overlap (PF215), a list that cannot be used (PF202) or lists a slide twice
+        SiteDataError: no slide there (PF201), folders that overlap (PF217), a list that cannot be used (PF202) or lists a slide twice
             (PF203).
         CohortEmptyError: nothing can be trained on (PF211); the database is up to date all the same.
         HostError: the disk is full (PF901), the database fails, or the executor does (PF903, PF908); slides done so far are kept.

@@ -3,8 +3,8 @@
 Changes gather here and reach the database together (`flush`): all of them or none, but for slides that are found and not read. Guarantees:
 
 - **Which slides count is a function of what is there**, never of the order in which it was read. Of slides of one patient with the same
-  content the one whose path comes first is used (the others: PF216). Slides with the same content that are listed for different patients
-  are out, all of them (PF217): nobody here can know whose tissue it is. A slide becomes usable in the same transaction that settles this.
+  content the one whose path comes first is used (the others: PF218). Slides with the same content that are listed for different patients
+  are out, all of them (PF219): nobody here can know whose tissue it is. A slide becomes usable in the same transaction that settles this.
 - A slide keeps its number and tiles for as long as its content is the same, wherever it moves.
 """
 

@@ -2,8 +2,8 @@
 
 Each process reads one slide at a time, so it is always known whose fault an ending was. Guarantees:
 
-- a process that ends, whatever ended it, gives its slide the code PF218 and is replaced;
-- a slide that takes longer than the limit is given up with PF219, its process killed and replaced;
+- a process that ends, whatever ended it, gives its slide the code PF220 and is replaced;
+- a slide that takes longer than the limit is given up with PF221, its process killed and replaced;
 - no process outlives the scan, be it killed with -9 (the kernel ends them with their parent);
 - where memory runs out, the kernel ends a reading process before the scan;
 - a decoder's own messages, which may name files, go nowhere.

@@ -96,7 +96,7 @@ def check_folders(folders: Sequence[Path]) -> None:
     """Refuse folders that are equal or lie inside each other: their slides would be found twice.
 
     Raises:
-        SiteDataError: PF215.
+        SiteDataError: PF217.
     """
     real = [(Path(os.path.realpath(folder)), folder) for folder in folders]
     for index, (first, given) in enumerate(real):

@@ -135,7 +135,7 @@ def test_second_folder_renames_slides_and_reads_none_again(site, roots):
 def test_folder_inside_another_is_refused_before_anything_is_done(site, roots):
     roots.add(0, "a.tif")
     site.map(a="P1")
-    with pytest.raises(SiteDataError, match="PF215"):
+    with pytest.raises(SiteDataError, match="PF217"):
         roots.scan(roots.folders[0], roots.folders[0] / "deep")
     assert site.statuses() == {}
 

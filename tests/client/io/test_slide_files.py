@@ -54,7 +54,7 @@ def test_folders_that_overlap_are_refused(tmp_path, other):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a")
     check_folders([tmp_path / "a", tmp_path / "ab", tmp_path / "gone"])
-    with pytest.raises(SiteDataError, match="PF215"):
+    with pytest.raises(SiteDataError, match="PF217"):
         check_folders([tmp_path / "gone", tmp_path / "a", tmp_path / other])
 
 
