@@ -16,7 +16,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.plan import CohortPlan
 
 #: Raised by one whenever tissue, quality or grid rules change, so that slides are then read again.
-SCAN_RULES = 1
+SCAN_RULES = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def scan_key(plan: CohortPlan) -> Digest:
             "mpp_tolerance": plan.mpp_tolerance,
             "tile_px": plan.tile_px,
             "tissue_share": plan.tissue_share,
+            "quality": plan.quality.model_dump(mode="json"),
         }
     )
 
