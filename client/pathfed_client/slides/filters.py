@@ -2,6 +2,9 @@
 
 Order: tissue, then pen marks, then folds (all on the thumbnail), then focus (on sampled tiles). What a filter removed is counted on what
 the filters before it had left, in thumbnail cells and in tiles, so that a filter that silently takes everything is seen.
+
+Cost on one core, thumbnail already read: 7 ms for the CMU slide (175 x 131 cells), tiles laid three times included; 1.8 s and 0.3 GB for a
+thumbnail of 9 million cells, as the largest slides have.
 """
 
 from collections.abc import Callable, Mapping

@@ -14,7 +14,7 @@ of the TCGA slide's eosin for red ink).
 
 import numpy as np
 
-from pathfed_client.slides.masks import Mask, Plane, box_mean, majority, near
+from pathfed_client.slides.masks import Mask, Plane, box_mean, colour_in_density, majority, mean_density, near
 
 #: Mean density above which a cell beside ink is taken for its fringe.
 _FRINGE = 0.35
@@ -38,15 +38,15 @@ def pen_mask(density: Plane) -> Mask:
     if not core.any():
         return np.asarray(core)
     core = majority(np.asarray(core), 2)  # a stroke is wider than 40 um; what is smaller is blood or dust
-    fringe = near(core, 3) & (density.mean(axis=2) > _FRINGE)
+    fringe = near(core, 3) & (mean_density(density) > _FRINGE)
     return np.asarray(core | fringe)
 
 
 def _ink(density: Plane) -> Mask:
     """Cells no stain explains, of any of the four inks."""
     red, green, blue = density[..., 0], density[..., 1], density[..., 2]
-    mean = density.mean(axis=2)
-    colour = density.max(axis=2) - density.min(axis=2)
+    mean = mean_density(density)
+    colour = colour_in_density(density)
     green_ink = (green < 0.9 * np.minimum(red, blue)) & (mean > 0.12)
     blue_ink = (blue < red) & (
         ((red > 1.4 * green) & (red > 0.3)) | ((red > 1.25 * green) & (red > 0.42)) | ((red > 0.95 * green) & (red > 0.6))
