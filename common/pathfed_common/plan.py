@@ -92,12 +92,31 @@ class CohortPlan(_Section):
     mpp_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     #: Side of a square tile at `mpp`, pixels.
     tile_px: Annotated[int, Field(ge=32, le=1024)] = 224
+    #: Play of a tile, pixels at `mpp`: it is cut, at a place drawn anew each time, from a square (source) larger by this. Where a slide is
+    #: stored in tiles of its own, sources are the nearest whole number or whole part of those. 0: always cut at the same places.
+    play_px: Annotated[int, Field(ge=0, le=1024)] = 32
     #: Tiles drawn for a drawn patient (k), across all slides of that patient.
     tiles_per_patient: Annotated[int, Field(ge=1, le=1024)] = 4
     #: Smallest share of a tile's area that must be tissue.
     tissue_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     #: Pen marks, folds and focus.
     quality: QualityPlan = QualityPlan()
+
+    @property
+    def source_px(self) -> int:
+        """Side of a source, pixels at `mpp`, where nothing speaks for another."""
+        return self.tile_px + self.play_px
+
+
+class AugmentationPlan(_Section):
+    """How a tile is changed before training sees it, by draws of its own. Where it is cut from its source is `cohort.source_px`'s."""
+
+    #: Mirror left-right and top-bottom, each with probability 1/2.
+    flips: bool = True
+    #: Turn by 0, 90, 180 or 270 degrees.
+    quarter_turns: bool = True
+    #: Move haematoxylin, eosin and residual density each by a factor within 1 ± this and an offset within ± this; 0 for none.
+    hed_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
 class PrivacyPlan(_Section):
@@ -172,6 +191,7 @@ class Plan(_Section):
     encoder: EncoderPlan = EncoderPlan()
     objective: ObjectivePlan = ObjectivePlan()
     cohort: CohortPlan = CohortPlan()
+    augmentation: AugmentationPlan = AugmentationPlan()
     privacy: PrivacyPlan
     rounds: RoundsPlan
     server_optimiser: ServerOptimiserPlan = ServerOptimiserPlan()

@@ -4,6 +4,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -269,8 +270,10 @@ def test_a_disk_that_is_full_when_a_round_is_sealed_gives_the_code_and_the_round
     home = copy_home()
     shutil.rmtree(home.updates)
     home.updates.symlink_to(small_disk)
-    with SiteStore(home.database) as store:
-        answerer = SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)
+    with (
+        SiteStore(home.database) as store,
+        closing(SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)) as answerer,
+    ):
         assert answerer(world.offer(), world.base_state).code == "PF901"
         assert list(small_disk.iterdir()) == []
         assert store.get_sealed("run-1", 1) is None

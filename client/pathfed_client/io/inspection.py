@@ -15,12 +15,13 @@ from PIL import Image
 from pathfed_client.io.inspection_page import Shown, contact_sheet, overlay, page, png
 from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.slide_files import SlideFiles, find_slides
-from pathfed_client.slides.examine import examine, lay_tiles, slide_thumbnail
+from pathfed_client.slides.examine import examine, lay_tiles, slide_grid, slide_thumbnail
 from pathfed_client.slides.filters import FilteredSlideError, FilterReport, SlideMasks, slide_masks
 from pathfed_client.slides.focus import sharpness
 from pathfed_client.slides.quality import MPP_BOUNDS
 from pathfed_client.slides.reader import Thumbnail
-from pathfed_client.slides.tiling import TileGrid, fits, tile_grid
+from pathfed_client.slides.tile_map import TileMap
+from pathfed_client.slides.tiling import fits
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 from pathfed_common.plan import CohortPlan
@@ -82,10 +83,19 @@ class _Look:
     properties: dict[str, str] = field(default_factory=dict)
     thumbnail: Thumbnail | None = None
     masks: SlideMasks | None = None
-    grid: TileGrid | None = None
-    corners: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    map: TileMap | None = None
     filters: FilterReport | None = None
     tiles: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    @property
+    def corners(self) -> NDArray[np.int64]:
+        """Of the tiles, level-0 pixels, (n, 2)."""
+        return np.empty((0, 2), np.int64) if self.map is None else self.map.corners()
+
+    @property
+    def side(self) -> float:
+        """Of a tile's source, level-0 pixels."""
+        return 0.0 if self.map is None else self.map.grid.source_side
 
 
 def inspect(slides_folder: Path, name: str, plan: CohortPlan, out: Path) -> Inspection:
@@ -106,7 +116,7 @@ def inspect(slides_folder: Path, name: str, plan: CohortPlan, out: Path) -> Insp
     _make_folder(out)
     values = tuple(round(sharpness(tile), 3) for tile in look.tiles)
     pictures = {
-        "overlay": None if look.thumbnail is None else png(overlay(look.thumbnail, look.masks, look.corners, _side(look))),
+        "overlay": None if look.thumbnail is None else png(overlay(look.thumbnail, look.masks, look.corners, look.side)),
         "contact": png(contact_sheet(look.tiles, values)) if look.tiles else None,
     }
     paths = {key: out / f"{key}.png" for key, data in pictures.items() if data is not None}
@@ -177,7 +187,7 @@ def _judge(look: _Look, reader: OpenSlideReader, plan: CohortPlan, where: str) -
     except SiteDataError as error:
         look.error = error
     else:
-        look.filters, look.corners, look.grid = facts.filters, facts.corners, facts.grid
+        look.filters, look.map = facts.filters, facts.tiles
 
 
 def _picture(look: _Look, reader: OpenSlideReader, plan: CohortPlan) -> None:
@@ -188,11 +198,10 @@ def _picture(look: _Look, reader: OpenSlideReader, plan: CohortPlan) -> None:
     if look.error is not None and look.error.code is ErrorCode.SLIDE_NOT_BRIGHTFIELD:
         return  # what is tissue there cannot be told
     look.masks = slide_masks(look.thumbnail, plan.quality)
-    if look.grid is None and mpp is not None and fits(slide_mpp=mpp, plan=plan):
+    if look.map is None and mpp is not None and fits(slide_mpp=mpp, plan=plan):
         # A refused slide shows the tiles it would have had without filters, so that its eyes can judge the filters.
-        look.grid = tile_grid(slide_mpp=mpp, downsamples=reader.downsamples, plan=plan)
         bare = SlideMasks(look.masks.tissue, *(np.zeros_like(look.masks.tissue) for _ in range(2)))
-        look.corners, _ = lay_tiles(reader, bare, look.grid, look.thumbnail.cell, plan)
+        look.map, _ = lay_tiles(bare, slide_grid(reader, mpp, plan), look.thumbnail.cell, plan)
 
 
 def _believable(mpp: tuple[float, float] | None) -> float | None:
@@ -201,21 +210,17 @@ def _believable(mpp: tuple[float, float] | None) -> float | None:
 
 
 def _read_tiles(look: _Look, reader: OpenSlideReader, plan: CohortPlan) -> None:
-    if look.grid is None or len(look.corners) == 0:
+    if look.map is None or len(look.map) == 0:
         return
-    side = look.grid.level_px
-    for x, y in look.corners[np.unique(np.linspace(0, len(look.corners) - 1, CONTACT_TILES).astype(int))]:
+    grid, corners = look.map.grid, look.corners
+    for x, y in corners[np.unique(np.linspace(0, len(corners) - 1, CONTACT_TILES).astype(int))]:
         try:
-            pixels = reader.read_region(int(x), int(y), look.grid.level, side, side)
+            pixels = reader.read_region(int(x), int(y), grid.level, grid.crop, grid.crop)
         except SiteDataError:
             continue  # a hole; the verdict has judged how many there are
-        if side != plan.tile_px:
+        if grid.crop != plan.tile_px:
             pixels = np.asarray(Image.fromarray(pixels).resize((plan.tile_px, plan.tile_px), Image.Resampling.BOX))
         look.tiles.append(pixels)
-
-
-def _side(look: _Look) -> float:
-    return 0.0 if look.grid is None or look.thumbnail is None else look.grid.side
 
 
 def _words(error: SiteDataError) -> str:

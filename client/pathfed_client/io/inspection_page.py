@@ -44,7 +44,7 @@ def png(pixels: Pixels) -> bytes:
     return data.getvalue()
 
 
-def overlay(thumbnail: Thumbnail, masks: SlideMasks | None, corners: NDArray[np.int32], side: float) -> Pixels:
+def overlay(thumbnail: Thumbnail, masks: SlideMasks | None, corners: NDArray[np.int64], side: float) -> Pixels:
     """The thumbnail with the outline of tissue, ink and folds tinted, and the tiles' squares.
 
     Args:

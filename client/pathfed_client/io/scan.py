@@ -14,19 +14,20 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pathfed_client.cohort.cohort import Pseudonym, SlideId
 from pathfed_client.cohort.patient_list import Matching, PatientRow, decode_patient_list, match, parse_patient_list, pseudonym
+from pathfed_client.io.direct_reader import trusted_level
 from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.site_records import Event, SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.slide_files import FileState, SlideFiles, file_state, find_slides, fingerprint
+from pathfed_client.io.tile_index import IndexEntry, TileIndex, TileIndexWriter, index_file
 from pathfed_client.slides.examine import examine
 from pathfed_client.slides.filters import FilteredSlideError, FilterReport, FilterWarning, filter_warnings
+from pathfed_client.slides.tile_map import DamagedMapError, TileMap
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, SiteDataError
@@ -122,6 +123,8 @@ class _Scan:
     """One scan under way."""
 
     store: SiteStore
+    index: TileIndexWriter
+    maps: TileIndex
     plan: CohortPlan
     patients: dict[str, Pseudonym]
     known: dict[str, tuple[SlideId, SlideRecord]]
@@ -147,9 +150,19 @@ class _Scan:
 
     def _settled(self, record: SlideRecord, patient: Pseudonym | None) -> bool:
         """Whether an unchanged slide's row can be kept without opening the slide."""
-        if patient is None or record.tile_count > 0:
+        if patient is None:
             return True
+        if record.tiles is not None:
+            return self._is_indexed(record.tiles)
         return record.status is SlideStatus.REFUSED and record.reason not in _RETRIED
+
+    def _is_indexed(self, entry: IndexEntry) -> bool:
+        """Whether a slide's tile map is as it was written. One that is damaged costs that slide another reading."""
+        try:
+            self.maps.read(entry)
+        except DamagedMapError:
+            return False
+        return True
 
     def _restate(self, number: SlideId, record: SlideRecord, patient: Pseudonym | None) -> None:
         """The slide is as it was; who it belongs to may have changed."""
@@ -168,7 +181,7 @@ class _Scan:
         self.slides_read += 1
         try:
             with OpenSlideReader(slide.opened, name=slide.path) as reader:
-                facts = examine(reader, self.plan, where=slide.path)
+                facts = examine(reader, self.plan, where=slide.path, native=partial(trusted_level, reader, slide.files, slide.path))
         except SiteDataError as error:
             if isinstance(error, FilteredSlideError):
                 self.filters[slide.path] = error.report
@@ -183,10 +196,8 @@ class _Scan:
                 mpp=facts.mpp,
                 width=facts.width,
                 height=facts.height,
-                tile_count=len(facts.corners),
-                grid=facts.grid,
             )
-            self._save(record, facts.corners)
+            self._save(record, facts.tiles)
 
     def _refuse(self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, error: SiteDataError) -> None:
         detail = error.what if error.value is None else f"{error.what}: {error.value}"
@@ -212,8 +223,12 @@ class _Scan:
             patient=patient,
         )
 
-    def _save(self, record: SlideRecord, corners: NDArray[np.int32] | None) -> None:
-        self.store.upsert_slide(record, corners)
+    def _save(self, record: SlideRecord, tiles: TileMap | None) -> None:
+        """Put a slide's tiles into the index, then the slide into the database."""
+        if tiles is not None:
+            record = replace(record, tile_count=len(tiles), tiles=self.index.add(tiles))
+            self.index.sync()
+        self.store.upsert_slide(record)
         _LOG.debug("slide %s: %s %s, %d tiles", record.path, record.status, record.reason or "", record.tile_count)
 
 
@@ -247,16 +262,20 @@ def scan(
     rows = _rows(patient_list)
     matching = match(rows, {slide.path: slide.names for slide in slides}, where=str(patient_list))
     key = scan_key(plan)
-    work = _Scan(
-        store=store,
-        plan=plan,
-        patients={path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()},
-        known={record.path: (number, record) for number, record in store.slides(key).items()},
-    )
-    for done, slide in enumerate(slides, start=1):
-        work.visit(slide)
-        if progress is not None:
-            progress(done, len(slides))
+    index = index_file(store.tile_folder, key)
+    with TileIndexWriter(index) as writer, TileIndex(index) as maps:
+        work = _Scan(
+            store=store,
+            index=writer,
+            maps=maps,
+            plan=plan,
+            patients={path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()},
+            known={record.path: (number, record) for number, record in store.slides(key).items()},
+        )
+        for done, slide in enumerate(slides, start=1):
+            work.visit(slide)
+            if progress is not None:
+                progress(done, len(slides))
     _mark_missing(work, {slide.path for slide in slides})
     report = _report(work, rows, matching, pseudonym_key)
     _LOG.info("scan: %d slides, %d usable, %d read", len(report.slides), report.by_status.get(SlideStatus.USABLE, 0), report.slides_read)

@@ -1,5 +1,6 @@
 """One slide, from an open file to its tiles, or to the reason why it has none."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,10 +8,11 @@ from numpy.typing import NDArray
 
 from pathfed_client.slides.filters import FilterCount, FilteredSlideError, FilterReport, SlideMasks, filtered_tiles, slide_masks
 from pathfed_client.slides.focus import sharpness_at
-from pathfed_client.slides.masks import Mask
+from pathfed_client.slides.native import NativeLevel
 from pathfed_client.slides.quality import check_thumbnail, checked_mpp, flat_share, is_flat
 from pathfed_client.slides.reader import SlideReader, Thumbnail
-from pathfed_client.slides.tiling import TileGrid, fits, tile_corners, tile_grid
+from pathfed_client.slides.tile_map import TileMap, make_map
+from pathfed_client.slides.tiling import TileGrid, choose_level, fits, tile_grid
 from pathfed_client.slides.tissue import THUMBNAIL_MPP
 from pathfed_common.errors import ErrorCode, SiteDataError
 from pathfed_common.plan import CohortPlan
@@ -32,26 +34,33 @@ class SlideFacts:
         mpp: um/px of level 0.
         width: level-0 pixels.
         height: level-0 pixels.
-        grid: how its tiles lie and are read.
-        corners: int32 (n, 2), n >= 1, top-left (x, y) in level-0 pixels.
+        tiles: which sources are tiles, at least one, and how they are read.
         filters: what the quality filters removed.
     """
 
     mpp: Mpp
     width: int
     height: int
-    grid: TileGrid
-    corners: NDArray[np.int32]
+    tiles: TileMap
     filters: FilterReport
 
 
-def examine(reader: SlideReader, plan: CohortPlan, *, where: str) -> SlideFacts:
+#: The native tiles of a level, where they can be decoded directly and give what the reader gives.
+NativeOf = Callable[[int], NativeLevel | None]
+
+
+def through_the_reader(level: int) -> None:
+    """Nothing is decoded directly."""
+
+
+def examine(reader: SlideReader, plan: CohortPlan, *, where: str, native: NativeOf = through_the_reader) -> SlideFacts:
     """Check a slide and find its tiles.
 
     Args:
         reader: the open slide.
         plan: the cohort rules.
         where: the slide's name for errors.
+        native: asked once, for the level that tiles are read from.
 
     Raises:
         SiteDataError: unreadable (PF206), resolution missing, implausible or too coarse (PF207), not brightfield (PF208), or not one
@@ -60,16 +69,15 @@ def examine(reader: SlideReader, plan: CohortPlan, *, where: str) -> SlideFacts:
     """
     width, height = reader.dimensions
     mpp = usable_mpp(reader, plan, where=where)
-    grid = tile_grid(slide_mpp=mpp, downsamples=reader.downsamples, plan=plan)
     thumbnail = slide_thumbnail(reader, mpp)
     if is_flat(thumbnail.pixels):
         _check_probes(reader, where=where)  # clean glass is this even once it is small, but not close up
     check_thumbnail(thumbnail, where=where)
     masks = slide_masks(thumbnail, plan.quality)
-    corners, filters = lay_tiles(reader, masks, grid, thumbnail.cell, plan)
-    _check_tissue(masks, filters, len(corners), plan, where=where)
-    filters = _check_trial(reader, grid, corners, filters, plan, where=where)
-    return SlideFacts(mpp=mpp, width=width, height=height, grid=grid, corners=corners, filters=filters)
+    tiles, filters = lay_tiles(masks, slide_grid(reader, mpp, plan, native), thumbnail.cell, plan)
+    _check_tissue(masks, filters, len(tiles), plan, where=where)
+    filters = _check_trial(reader, tiles, filters, plan, where=where)
+    return SlideFacts(mpp=mpp, width=width, height=height, tiles=tiles, filters=filters)
 
 
 def usable_mpp(reader: SlideReader, plan: CohortPlan, *, where: str) -> Mpp:
@@ -99,16 +107,23 @@ def slide_thumbnail(reader: SlideReader, mpp: float) -> Thumbnail:
     return reader.thumbnail(min(THUMBNAIL_MAX_PX, max(64, round(max(reader.dimensions) * mpp / THUMBNAIL_MPP))))
 
 
-def lay_tiles(
-    reader: SlideReader, masks: SlideMasks, grid: TileGrid, cell: float, plan: CohortPlan
-) -> tuple[NDArray[np.int32], FilterReport]:
+def slide_grid(reader: SlideReader, mpp: float, plan: CohortPlan, native: NativeOf = through_the_reader) -> TileGrid:
+    """The sources of a slide that is fine enough for the plan, given um/px of level 0."""
+    level = choose_level(slide_mpp=mpp, downsamples=reader.downsamples, plan=plan)
+    return tile_grid(
+        slide_mpp=mpp,
+        level=level,
+        downsample=reader.downsamples[level],
+        size=reader.level_dimensions[level],
+        plan=plan,
+        native=native(level),
+    )
+
+
+def lay_tiles(masks: SlideMasks, grid: TileGrid, cell: float, plan: CohortPlan) -> tuple[TileMap, FilterReport]:
     """The tiles that the thumbnail's filters leave, and what each filter removed. The one place where a grid is laid on a mask."""
-    width, height = reader.dimensions
-
-    def lay(mask: Mask) -> NDArray[np.int32]:
-        return tile_corners(mask, cell=cell, width=width, height=height, side=grid.side, tissue_share=plan.tissue_share)
-
-    return filtered_tiles(masks, lay, plan.quality, cell=cell, side=grid.side)
+    cells, filters = filtered_tiles(masks, grid, plan, cell=cell)
+    return make_map(grid, cells), filters
 
 
 def _check_tissue(masks: SlideMasks, filters: FilterReport, tiles: int, plan: CohortPlan, *, where: str) -> None:
@@ -142,21 +157,20 @@ def _check_probes(reader: SlideReader, *, where: str) -> None:
         )
 
 
-def _check_trial(
-    reader: SlideReader, grid: TileGrid, corners: NDArray[np.int32], filters: FilterReport, plan: CohortPlan, *, where: str
-) -> FilterReport:
+def _check_trial(reader: SlideReader, tiles: TileMap, filters: FilterReport, plan: CohortPlan, *, where: str) -> FilterReport:
     """Read a few tiles; refuse a slide of which more than half fail though its thumbnail shows tissue there, or that is out of focus."""
+    corners, grid = tiles.corners(), tiles.grid
     picked = corners[np.unique(np.linspace(0, len(corners) - 1, TRIAL_TILES).astype(int))]
-    regions = [_region(reader, int(x), int(y), grid.level, grid.level_px) for x, y in picked]
-    tiles = [tile for tile in regions if tile is not None and flat_share(tile) <= plan.quality.flat_share and not is_flat(tile)]
-    if 2 * len(tiles) < len(picked):
+    regions = [_region(reader, int(x), int(y), grid.level, grid.crop) for x, y in picked]
+    read = [tile for tile in regions if tile is not None and flat_share(tile) <= plan.quality.flat_share and not is_flat(tile)]
+    if 2 * len(read) < len(picked):
         raise SiteDataError(
             ErrorCode.SLIDE_UNREADABLE,
             "tiles cannot be read where there is tissue",
             where=where,
-            value=f"{len(picked) - len(tiles)} of {len(picked)} tried",
+            value=f"{len(picked) - len(read)} of {len(picked)} tried",
         )
-    values = [sharpness_at(tile, plan.tile_px) for tile in tiles]
+    values = [sharpness_at(tile, plan.tile_px) for tile in read]
     sharp = sum(value >= plan.quality.min_sharpness for value in values)
     refused = sharp < plan.quality.sharp_share * len(values)
     kept = filters.tissue_cells - sum(count.cells for count in filters.removed)

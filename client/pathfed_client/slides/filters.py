@@ -7,23 +7,23 @@ Cost on one core, thumbnail already read: 7 ms for the CMU slide (175 x 131 cell
 thumbnail of 9 million cells, as the largest slides have.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathfed_client.slides.folds import fold_mask
-from pathfed_client.slides.masks import Mask, optical_density, shares
+from pathfed_client.slides.masks import Mask, optical_density
 from pathfed_client.slides.pen import pen_mask
 from pathfed_client.slides.reader import Thumbnail
+from pathfed_client.slides.tiling import TileGrid, cell_shares, tile_cells
 from pathfed_client.slides.tissue import tissue_of
 from pathfed_common.errors import ErrorCode, SiteDataError
-from pathfed_common.plan import QualityPlan
+from pathfed_common.plan import CohortPlan, QualityPlan
 
 FilterName = Literal["pen", "fold", "focus"]
-Corners = NDArray[np.int32]
 
 #: A filter that removes at least this share, of a slide's tissue or of all slides' together, is warned of.
 WARNING_SHARE = 0.9
@@ -107,33 +107,36 @@ def slide_masks(thumbnail: Thumbnail, plan: QualityPlan) -> SlideMasks:
     return SlideMasks(tissue=tissue, pen=pen, fold=fold)
 
 
-def filtered_tiles(
-    masks: SlideMasks, lay: Callable[[Mask], Corners], plan: QualityPlan, *, cell: float, side: int
-) -> tuple[Corners, FilterReport]:
-    """The tiles that the thumbnail's filters leave, and what each filter removed.
+def filtered_tiles(masks: SlideMasks, grid: TileGrid, plan: CohortPlan, *, cell: float) -> tuple[NDArray[np.bool_], FilterReport]:
+    """The sources that the thumbnail's filters leave as tiles, and what each filter removed.
 
-    A tile counts where the mask that is left gives it enough tissue, and where no more than `plan.artefact_share` of it is ink or fold.
+    A source counts where the mask that is left gives it enough tissue, and where no more than `plan.quality.artefact_share` of it is ink
+    or fold.
 
     Args:
         masks: of the slide.
-        lay: the tiles that a mask gives, int32 (n, 2); fewer cells never give a tile that more cells do not.
+        grid: the slide's sources.
         plan: the thresholds.
         cell: side of one thumbnail pixel, level-0 pixels.
-        side: of a tile, level-0 pixels.
+
+    Returns:
+        Bool (grid.rows, grid.columns), and the report.
     """
-    left, corners = masks.tissue, lay(masks.tissue)
-    report = FilterReport(tissue_cells=int(left.sum()), tissue_tiles=len(corners))
+    left, cells = masks.tissue, tile_cells(masks.tissue, cell=cell, grid=grid, tissue_share=plan.tissue_share)
+    report = FilterReport(tissue_cells=int(left.sum()), tissue_tiles=int(cells.sum()))
     removed: list[FilterCount] = []
     artefact = np.zeros_like(left)
-    for name, found in (("pen", masks.pen), ("fold", masks.fold)):
+    names: tuple[tuple[FilterName, Mask], ...] = (("pen", masks.pen), ("fold", masks.fold))
+    for name, found in names:
         rest, artefact = np.asarray(left & ~found), np.asarray(artefact | found)
-        kept = corners
+        kept = cells
         if found.any():
-            kept = lay(rest)
-            kept = kept[shares(artefact, kept, cell=cell, side=side) <= plan.artefact_share + 1e-9]
-        removed.append(FilterCount("pen" if name == "pen" else "fold", int(left.sum() - rest.sum()), len(corners) - len(kept)))
-        left, corners = rest, kept
-    return corners, FilterReport(report.tissue_cells, report.tissue_tiles, tuple(removed))
+            enough = tile_cells(rest, cell=cell, grid=grid, tissue_share=plan.tissue_share)
+            clean = cell_shares(artefact, cell=cell, grid=grid) <= plan.quality.artefact_share + 1e-9
+            kept = np.asarray(cells & enough & clean)
+        removed.append(FilterCount(name, int(left.sum() - rest.sum()), int(cells.sum() - kept.sum())))
+        left, cells = rest, kept
+    return cells, replace(report, removed=tuple(removed))
 
 
 @dataclass(frozen=True)

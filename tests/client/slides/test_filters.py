@@ -3,8 +3,9 @@ import pytest
 from thumbnails import inked, painted, thumbnail
 
 from pathfed_client.slides.filters import FilterCount, FilterReport, filter_warnings, filtered_tiles, slide_masks
-from pathfed_client.slides.tiling import tile_corners
-from pathfed_common.plan import QualityPlan
+from pathfed_client.slides.tile_map import make_map
+from pathfed_client.slides.tiling import TileGrid
+from pathfed_common.plan import CohortPlan, QualityPlan
 
 PLAN = QualityPlan()
 CELL, SIDE = 16.0, 224
@@ -17,13 +18,12 @@ def marked():
 
 
 def laid(pixels, plan=PLAN):
+    """Masks, corners of the tiles that are left in level-0 pixels, and the report."""
     masks = slide_masks(thumbnail(pixels), plan)
     height, width = (int(size * CELL) for size in masks.tissue.shape)
-
-    def lay(mask):
-        return tile_corners(mask, cell=CELL, width=width, height=height, side=SIDE, tissue_share=0.4)
-
-    return masks, *filtered_tiles(masks, lay, plan, cell=CELL, side=SIDE)
+    grid = TileGrid(level=0, downsample=1, width=width, height=height, step=SIDE, crop=SIDE, reduce=1, tile_px=SIDE, direct=False)
+    cells, report = filtered_tiles(masks, grid, CohortPlan(quality=plan), cell=CELL)
+    return masks, make_map(grid, cells).corners(), report
 
 
 def test_what_is_removed_and_what_is_left_add_up(marked):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thumbnails import thumbnail
 
-from pathfed_client.slides.masks import box_mean, majority, near, optical_density, sampled, shares, wide_mean
+from pathfed_client.slides.masks import box_mean, majority, near, optical_density, sampled, wide_mean
 
 
 def test_density_of_glass_is_nothing_whatever_its_tone():
@@ -53,23 +53,6 @@ def test_majority_drops_specks_and_near_spreads():
     mask[4, 4] = True
     assert not majority(mask, 1).any()
     assert near(mask, 2).sum() == 25
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 999), cell=st.sampled_from([1.0, 2.0, 3.0]), side=st.integers(1, 20))
-def test_share_of_a_square_is_that_of_its_pixels(seed, cell, side):
-    random = np.random.default_rng(seed)
-    mask = random.random((7, 9)) < 0.4
-    full = mask.repeat(int(cell), axis=0).repeat(int(cell), axis=1)
-    full = np.pad(full, ((0, 40), (0, 40)))
-    corners = random.integers(0, 20, (6, 2)).astype(np.int32)
-    expected = [full[y : y + side, x : x + side].mean() for x, y in corners]
-    np.testing.assert_allclose(shares(mask, corners, cell=cell, side=side), expected, atol=1e-9)
-
-
-def test_sizes_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="must be non-empty"):
-        shares(np.zeros((0, 3), bool), np.zeros((1, 2), np.int32), cell=1, side=1)
 
 
 def test_a_sample_is_spread_over_all_values():
