@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.scan import ScanReport
     from pathfed_common.processes import ProcessEnd
 
@@ -70,6 +71,13 @@ def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None
 
     with closing(open_store(home)) as store:
         return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress)
+
+
+def inspect(home: SiteHome, slide: str, cohort: CohortPlan, out: Path) -> "Inspection":
+    """Show one slide to the site's own eyes; see `io.inspection.inspect`."""
+    from pathfed_client.io import inspection
+
+    return inspection.inspect(home.slides, slide, cohort, out)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:

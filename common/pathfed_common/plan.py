@@ -61,6 +61,28 @@ class ObjectivePlan(_Section):
     normalise_target: bool = True
 
 
+class QualityPlan(_Section):
+    """Which parts of a slide are left out though they show tissue, and when a whole slide is.
+
+    The defaults stand where sharp, unmarked tissue of real slides is kept; the measurements are in the modules of `pathfed_client.slides`.
+    """
+
+    #: Leave out pen marks.
+    pen_marks: bool = True
+    #: Leave out folds.
+    folds: bool = True
+    #: A fold is at least this many times as dense (optical density) as the slide's median tissue.
+    fold_darkness: Annotated[float, Field(ge=1.2, le=10)] = 2.5
+    #: A tile is left out when a larger share of its area is pen mark or fold.
+    artefact_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    #: A tile is in focus from this sharpness on: mean step between pixels over mean step between blocks of 4 x 4. 0 takes everything.
+    min_sharpness: Annotated[float, Field(ge=0, le=1)] = 0.36
+    #: A slide is refused when a smaller share of its sampled tiles is in focus. 0 refuses none.
+    sharp_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    #: A tile is left out when a larger share of its blocks of 16 x 16 pixels is of one colour, as undecodable regions are.
+    flat_share: Annotated[float, Field(ge=0, le=1)] = 0.6
+
+
 class CohortPlan(_Section):
     """Which tiles of which slides a site contributes."""
 
@@ -77,6 +99,8 @@ class CohortPlan(_Section):
     tiles_per_patient: Annotated[int, Field(ge=1, le=1024)] = 4
     #: Smallest share of a tile's area that must be tissue.
     tissue_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+    #: Pen marks, folds and focus.
+    quality: QualityPlan = QualityPlan()
 
     @property
     def source_px(self) -> int:

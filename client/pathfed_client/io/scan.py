@@ -26,6 +26,7 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.slide_files import FileState, SlideFiles, file_state, find_slides, fingerprint
 from pathfed_client.io.tile_index import IndexEntry, TileIndex, TileIndexWriter, index_file
 from pathfed_client.slides.examine import examine
+from pathfed_client.slides.filters import FilteredSlideError, FilterReport, FilterWarning, filter_warnings
 from pathfed_client.slides.tile_map import DamagedMapError, TileMap
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common import digest
@@ -79,6 +80,8 @@ class ScanReport:
         not_found: lines of the list whose slide is not there, or whose name fits several.
         patients_without_tile: patients of the list who cannot take part.
         same_content: pairs of usable slides of different patients with the same bytes: the list may be wrong about one of them.
+        filters: what the quality filters removed of each slide opened by this scan that shows tissue.
+        filter_warnings: filters that removed nearly everything of a slide, or of all those slides together.
     """
 
     slides: tuple[SlideOutcome, ...]
@@ -88,6 +91,8 @@ class ScanReport:
     not_found: tuple[ListedSlide, ...] = ()
     patients_without_tile: tuple[PatientOutcome, ...] = ()
     same_content: tuple[tuple[str, str], ...] = ()
+    filters: dict[str, FilterReport] = field(default_factory=dict)
+    filter_warnings: tuple[FilterWarning, ...] = ()
 
     @property
     def by_status(self) -> dict[SlideStatus, int]:
@@ -124,6 +129,7 @@ class _Scan:
     patients: dict[str, Pseudonym]
     known: dict[str, tuple[SlideId, SlideRecord]]
     slides_read: int = field(default=0)
+    filters: dict[str, FilterReport] = field(default_factory=dict)
 
     def visit(self, slide: SlideFiles) -> None:
         """Bring one slide's row up to date."""
@@ -177,11 +183,14 @@ class _Scan:
             with OpenSlideReader(slide.opened, name=slide.path) as reader:
                 facts = examine(reader, self.plan, where=slide.path, native=partial(trusted_level, reader, slide.files, slide.path))
         except SiteDataError as error:
+            if isinstance(error, FilteredSlideError):
+                self.filters[slide.path] = error.report
             self._refuse(slide, state, patient, error)
         except (OSError, MemoryError, ValueError, ArithmeticError) as error:
             # What decoders raise on damaged files they did not foresee; anything else is a bug of ours and may stop the scan.
             self._refuse(slide, state, patient, SiteDataError(ErrorCode.SLIDE_UNREADABLE, f"the slide cannot be read: {error!r}"))
         else:
+            self.filters[slide.path] = facts.filters
             record = replace(
                 self._record(slide, state, patient, SlideStatus.USABLE),
                 mpp=facts.mpp,
@@ -338,6 +347,8 @@ def _report(work: _Scan, rows: tuple[PatientRow, ...], matching: Matching, key: 
             PatientOutcome(pseudonym=name, lines=tuple(where)) for name, where in lines.items() if name not in able
         ),
         same_content=_same_content(usable),
+        filters=work.filters,
+        filter_warnings=filter_warnings(work.filters),
     )
 
 

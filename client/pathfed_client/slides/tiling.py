@@ -20,7 +20,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.plan import CohortPlan
 
 #: Raised by one whenever tissue, quality or grid rules change, so that slides are then read again.
-SCAN_RULES = 2
+SCAN_RULES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ def scan_key(plan: CohortPlan) -> Digest:
             "tile_px": plan.tile_px,
             "play_px": plan.play_px,
             "tissue_share": plan.tissue_share,
+            "quality": plan.quality.model_dump(mode="json"),
         }
     )
 
@@ -180,7 +181,7 @@ def _aligned(wanted: int, crop: int, native: NativeLevel, reduce: int) -> int:
 
 
 def tile_cells(mask: NDArray[np.bool_], *, cell: float, grid: TileGrid, tissue_share: float) -> NDArray[np.bool_]:
-    """Which sources hold enough tissue.
+    """Which sources hold enough tissue, bool (grid.rows, grid.columns).
 
     Args:
         mask: bool (rows, columns), tissue, from the slide's top-left corner on; beyond the mask there is none.
@@ -188,19 +189,21 @@ def tile_cells(mask: NDArray[np.bool_], *, cell: float, grid: TileGrid, tissue_s
         grid: the slide's sources.
         tissue_share: smallest share of a source's area that is tissue, 0 to 1. A source without any tissue never counts.
 
-    Returns:
-        bool (grid.rows, grid.columns).
-
     Raises:
         ValueError: an empty mask, or a cell that is not positive.
     """
+    share = cell_shares(mask, cell=cell, grid=grid)
+    return np.asarray((share >= tissue_share - _ROUNDING) & (share > _ROUNDING))
+
+
+def cell_shares(mask: NDArray[np.bool_], *, cell: float, grid: TileGrid) -> NDArray[np.float64]:
+    """Share of each source's area that is masked, float (grid.rows, grid.columns); see `tile_cells`."""
     if mask.ndim != 2 or mask.size == 0 or not cell > 0:
         raise ValueError(f"mask must be 2-D and non-empty, cell positive, got {mask.shape}, cell {cell}")
     side = grid.source_side / cell
     ys, xs = (np.arange(number + 1, dtype=np.float64) * side for number in (grid.rows, grid.columns))
-    area = _summed(mask, ys, xs)
-    share = np.diff(np.diff(area, axis=0), axis=1) / side**2
-    return np.asarray((share >= tissue_share - _ROUNDING) & (share > _ROUNDING))
+    share: NDArray[np.float64] = np.diff(np.diff(_summed(mask, ys, xs), axis=0), axis=1) / side**2
+    return share
 
 
 #: Slack for rounding in the summed area, as a share of a source.

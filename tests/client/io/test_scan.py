@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.io import scan as scanning
@@ -16,7 +17,7 @@ from pathfed_client.io.site_records import SlideStatus
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
-from pathfed_common.plan import CohortPlan
+from pathfed_common.plan import CohortPlan, QualityPlan
 
 PLAN = CohortPlan(tile_px=224)
 KEY = bytes(range(32))
@@ -199,7 +200,7 @@ import os, signal, sys
 from pathlib import Path
 from pathfed_client.io.scan import scan
 from pathfed_client.io.site_store import SiteStore
-from pathfed_common.plan import CohortPlan
+from pathfed_common.plan import CohortPlan, QualityPlan
 
 home = Path(sys.argv[1])
 kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == 2 else None
@@ -273,6 +274,26 @@ def test_same_bytes_under_two_patients_are_pointed_out(site):
     (site.folder / "d.tif").write_bytes((site.folder / "c.tif").read_bytes())
     site.map(a="P1", b="P2", c="P3", d="P3")
     assert site.scan().same_content == (("a.tif", "b.tif"),)
+
+
+def test_a_filter_that_takes_a_whole_slide_is_in_the_report_and_warned_of(site, write_slide, tissue):
+    site.add("a.tif")
+    blurred = np.asarray(Image.fromarray(tissue).reduce(8).resize((tissue.shape[1], tissue.shape[0]), Image.Resampling.BICUBIC))
+    write_slide(site.folder / "b.tif", blurred)
+    site.map(a="P1", b="P2")
+    report = site.scan()
+    assert site.statuses()["b.tif"] == ("refused", "PF214")
+    assert set(report.filters) == {"a.tif", "b.tif"}
+    assert [(one.slide, one.filter, one.share) for one in report.filter_warnings] == [("b.tif", "focus", 1.0)]
+    assert json.loads(json.dumps(report.to_dict()))["filters"]["b.tif"]["removed"][2]["name"] == "focus"
+    assert site.scan().filter_warnings == (), "nothing was read again"
+
+
+def test_other_thresholds_are_another_scan(site):
+    site.add("a.tif")
+    site.map(a="P1")
+    site.scan()
+    assert site.scan(CohortPlan(quality=QualityPlan(fold_darkness=3))).slides_read == 1
 
 
 def test_report_can_be_printed_as_json(site):
