@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
@@ -91,6 +92,13 @@ def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanW
             return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, executor=executor, memory=memory)
 
         watch(once, tell, every_s=every_s, at_rest_s=at_rest_s)
+
+
+def inspect(home: SiteHome, slide: str, cohort: CohortPlan, out: Path) -> "Inspection":
+    """Show one slide to the site's own eyes; see `io.inspection.inspect`."""
+    from pathfed_client.io import inspection
+
+    return inspection.inspect(home.slides, slide, cohort, out)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:

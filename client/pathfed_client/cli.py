@@ -142,6 +142,10 @@ def _show_scan(report: "ScanReport") -> None:
     refused = [{"slide": one.path, "code": one.reason, "why": one.detail} for one in report.slides if one.reason is not None]
     absent = [{"line": one.line, "slide": one.slide, "code": one.code, "ambiguous": one.ambiguous} for one in report.not_found]
     without = [{"lines": one.lines, "code": one.code} for one in report.patients_without_tile]
+    warned = [
+        {"slide": one.slide or "all slides read", "filter": one.filter, "removed": f"{one.share:.0%}", "tiles": one.tiles}
+        for one in report.filter_warnings
+    ]
     twins = [{"slide": first, "same as": second} for first, second in report.same_content]
     away = [{"folder": one.folder or "the slide folder", "code": one.code, "why": one.detail} for one in report.unreachable]
     sections = (
@@ -149,11 +153,28 @@ def _show_scan(report: "ScanReport") -> None:
         ("slides that are not used", refused),
         ("lines of the patient list without one slide", absent),
         ("patients without a usable tile, by their lines in the list", without),
+        ("WARNING: a quality filter removed nearly all tissue; look with `pathfed-site inspect`", warned),
         ("WARNING: equal slides listed for different patients, all left out; a line of the list is wrong", twins),
     )
     for title, rows in sections:
         if rows:
             show(rows, as_json=False, title=title)
+
+
+@app.command()
+def inspect(
+    slide: Annotated[str, typer.Argument(help="The slide, by its path in the slides folder or its name in the patient list.")],
+    plan: Annotated[Path, typer.Option("--plan", help="The signed plan whose cohort rules are applied.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the page and its two pictures; made if need be, for your eyes alone.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Show what pathfed makes of one slide: tissue, pen marks, folds, tiles, sharpness and the verdict. Stays at this site."""
+    from pathfed_client import app as site
+
+    here = SiteHome(home)
+    _, found = site.read_signed_plan(here, plan)
+    show(site.inspect(here, slide, found.cohort, out).to_dict(), as_json=as_json, title="Inspected. What was written stays at this site.")
 
 
 @app.command()

@@ -168,6 +168,20 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "Run `pathfed-site scan` with the plan. A stopped scan resumes where it was.",
         "site",
     ),
+    Code.SLIDE_OUT_OF_FOCUS: CatalogEntry(
+        "A slide is out of focus",
+        "Too few of the tiles that were sampled reach the plan's `cohort.quality.min_sharpness`. The slide is set aside.",
+        "Look at its tiles with `pathfed-site inspect`, which gives the sharpness of each. Scan the glass slide again if they are blurred. "
+        "If they look sharp, tell the operator the values: the plan's threshold may not suit your scanner.",
+        "both",
+    ),
+    Code.SLIDE_FILTERED: CatalogEntry(
+        "The quality filters left no tile of a slide",
+        "The slide shows tissue, but pen marks or folds were found on all of its tiles. The message says which filter removed how many.",
+        "Look at the overlay with `pathfed-site inspect`. If the filter is right, clean the glass and scan it again. If it is wrong, and "
+        "above all if it takes many slides, tell the operator: the filters' thresholds are in the plan's `[cohort.quality]`.",
+        "both",
+    ),
     Code.SLIDE_FOLDER_UNREACHABLE: CatalogEntry(
         "A slide folder is out of reach",
         "One of the slide folders, or a folder inside it, cannot be listed, or is empty though it held slides before, as a mount "

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_common.errors import PathfedError
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "scan", "approve", "start", "status", "ledger")
+COMMANDS = ("init", "scan", "inspect", "approve", "start", "status", "ledger")
 
 
 def fails(done, code: str) -> None:
@@ -88,6 +89,19 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_a_slide_is_inspected_under_a_signed_plan(world, site_cli, copy_home, tmp_path):
+    home = copy_home().root
+    asked = ["inspect", "Oyelaran_biopsy.tif", "--plan", world.signed_plan, "--home", home, "--out", tmp_path / "look"]
+    done = site_cli(*asked, "--json")
+    assert (done.status, done.json["usable"], done.json["code"]) == (0, True, None)
+    assert Path(done.json["page"]).is_file()
+    assert Path(done.json["contact"]).is_file()
+    people = site_cli(*asked)
+    assert people.status == 0
+    assert "stays at this site" in people.out
+    fails(site_cli(*[word if word != "Oyelaran_biopsy.tif" else "none.tif" for word in asked], "--json"), "PF212")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +319,10 @@ def test_a_disk_that_is_full_when_a_round_is_sealed_gives_the_code_and_the_round
     home = copy_home()
     shutil.rmtree(home.updates)
     home.updates.symlink_to(small_disk)
-    with SiteStore(home.database) as store:
-        answerer = SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)
+    with (
+        SiteStore(home.database) as store,
+        closing(SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)) as answerer,
+    ):
         assert answerer(world.offer(), world.base_state).code == "PF901"
         assert list(small_disk.iterdir()) == []
         assert store.get_sealed("run-1", 1) is None

@@ -89,6 +89,11 @@ class OpenSlideReader:
         return self._downsamples
 
     @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each level, pixels of that level."""
+        return self._sizes
+
+    @property
     def mpp(self) -> tuple[float, float] | None:
         """um/px of level 0 along x and y as the file states it, or None when either is absent or no number."""
         try:

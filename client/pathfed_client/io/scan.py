@@ -30,6 +30,8 @@ from pathfed_client.io.site_records import Event, SlideStatus
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.slide_files import Folders, SlideFiles, check_folders, fingerprint_key, labelled, raw, slide_names, under
 from pathfed_client.io.slide_listing import Heads, list_slides
+from pathfed_client.io.tile_index import TileIndexWriter, index_file
+from pathfed_client.slides.filters import FilterReport, filter_warnings
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 from pathfed_common.plan import CohortPlan
@@ -69,6 +71,7 @@ class _Reading:
     queue: deque[SlideFiles]
     read: int = 0
     left: list[str] = field(default_factory=list)
+    filters: dict[str, FilterReport] = field(default_factory=dict)
     _leased: deque[SlideFiles] = field(default_factory=deque)
     _begun: dict[int, SlideFiles] = field(default_factory=dict)
     _unsaid: int = 0
@@ -121,6 +124,8 @@ class _Reading:
         record = replace(self.rows.records[slide.path], fingerprint=reading.fingerprint)
         self.read += 1
         self._unsaid += 1
+        if reading.filters is not None and not reading.unsettled:
+            self.filters[slide.path] = reading.filters
         if reading.unsettled:
             self.left.append(slide.path)
             self.rows.undo_begin([slide.path])
@@ -173,9 +178,28 @@ def scan(
         CohortEmptyError: nothing can be trained on (PF211); the database is up to date all the same.
         HostError: the disk is full (PF901), the database fails, or the executor does (PF903, PF908); slides done so far are kept.
     """
+    with TileIndexWriter(index_file(store.tile_folder, scan_key(plan))) as index:
+        report = _scan(
+            SlideRows(store, scan_key(plan), index), slides_folder, patient_list, plan, pseudonym_key, progress, executor, memory
+        )
+    _book(store, report, time.time() if now is None else now)
+    if report.patients == 0:
+        raise CohortEmptyError(report, where=next(iter(labelled(slides_folder).values())))
+    return report
+
+
+def _scan(
+    rows: SlideRows,
+    slides_folder: Folders,
+    patient_list: Path,
+    plan: CohortPlan,
+    pseudonym_key: bytes,
+    progress: Callable[[int, int], None] | None,
+    executor: SlideExecutor | None,
+    memory: ScanMemory | None,
+) -> ScanReport:
     memory = memory or ScanMemory()
     key = fingerprint_key(pseudonym_key)
-    rows = SlideRows(store, scan_key(plan))
     inventory = _inventory(slides_folder, rows, memory)
     listed = _rows(patient_list)
     kept = {path: slide_names(path, rows.records[path].parts) for path in inventory.kept}
@@ -185,18 +209,15 @@ def scan(
     said = _counter(progress, len(inventory.slides), len(inventory.slides) - len(planned.queue))
     reading = _Reading(rows, executor or InlineExecutor(), plan, key, said, deque(planned.queue))
     reading.run()
-    report = _report(store, rows, plan, listed, matching, pseudonym_key)
-    report = replace(
-        report,
+    return replace(
+        _report(rows, listed, matching, pseudonym_key),
         slides_read=reading.read,
         slides_moved=planned.moved,
         unreachable=tuple(UnreachableFolder(folder=place, detail=why) for place, why in inventory.unlisted.items()),
         left=tuple(sorted([*planned.left, *reading.left])),
+        filters=reading.filters,
+        filter_warnings=filter_warnings(reading.filters),
     )
-    _book(store, report, time.time() if now is None else now)
-    if report.patients == 0:
-        raise CohortEmptyError(report, where=next(iter(labelled(slides_folder).values())))
-    return report
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int, known: int) -> Callable[[], None]:
@@ -262,10 +283,8 @@ def _book(store: SiteStore, report: ScanReport, at: float) -> None:
     )
 
 
-def _report(
-    store: SiteStore, rows: SlideRows, plan: CohortPlan, listed: tuple[PatientRow, ...], matching: Matching, key: bytes
-) -> ScanReport:
-    records = list(store.slides(scan_key(plan)).values())
+def _report(rows: SlideRows, listed: tuple[PatientRow, ...], matching: Matching, key: bytes) -> ScanReport:
+    records = [rows.records[path] for path in sorted(rows.records)]
     usable = [record for record in records if record.status is SlideStatus.USABLE]
     able = {record.patient for record in usable}
     lines: defaultdict[Pseudonym, list[int]] = defaultdict(list)

@@ -6,12 +6,15 @@ this machine, `io.scan_dask` on many machines.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from pathfed_client.io.direct_reader import trusted_level
 from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.slide_files import FileState, file_state, fingerprint
 from pathfed_client.slides.examine import SlideFacts, examine
+from pathfed_client.slides.filters import FilteredSlideError, FilterReport
 from pathfed_common.errors import ErrorCode, SiteDataError
 from pathfed_common.plan import CohortPlan
 
@@ -47,6 +50,7 @@ class SlideReading:
         facts: of a usable slide.
         code: why it is not usable.
         detail: the same in words, for the site's own eyes.
+        filters: what the quality filters removed, of a slide that shows tissue.
         unsettled: it changed while it was read, and should be read again later.
     """
 
@@ -55,6 +59,7 @@ class SlideReading:
     facts: SlideFacts | None = field(default=None, repr=False)
     code: ErrorCode | None = None
     detail: str | None = field(default=None, repr=False)
+    filters: FilterReport | None = field(default=None, repr=False)
     unsettled: bool = False
 
 
@@ -123,12 +128,13 @@ def read_slide(task: SlideTask) -> SlideReading:
 def _examined(task: SlideTask, content: str) -> SlideReading:
     try:
         with OpenSlideReader(task.files[0], name=task.name, files=task.files) as reader:
-            facts = examine(reader, task.plan, where=task.name)
+            facts = examine(reader, task.plan, where=task.name, native=partial(trusted_level, reader, task.files, task.name))
     except SiteDataError as error:
         detail = error.what if error.value is None else f"{error.what}: {error.value}"
-        return SlideReading(number=task.number, fingerprint=content, code=error.code, detail=detail)
+        filters = error.report if isinstance(error, FilteredSlideError) else None
+        return SlideReading(number=task.number, fingerprint=content, code=error.code, detail=detail, filters=filters)
     except (OSError, MemoryError, ValueError, ArithmeticError) as error:
         # What decoders raise on damaged files they did not foresee; anything else is a bug of ours.
         detail = f"the slide cannot be read: {error!r}"
         return SlideReading(number=task.number, fingerprint=content, code=ErrorCode.SLIDE_UNREADABLE, detail=detail)
-    return SlideReading(number=task.number, fingerprint=content, facts=facts)
+    return SlideReading(number=task.number, fingerprint=content, facts=facts, filters=facts.filters)

@@ -1,11 +1,12 @@
 """What a scan found, as values. For the site's own eyes: they name files."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pathfed_client.cohort.cohort import Pseudonym
 from pathfed_client.io.site_records import SlideStatus
+from pathfed_client.slides.filters import FilterReport, FilterWarning
 from pathfed_common.errors import ErrorCode, SiteDataError
 
 
@@ -63,6 +64,8 @@ class ScanReport:
         same_content: pairs of slides of different patients with the same content: the list is wrong about one of them, both are out.
         unreachable: folders that could not be listed.
         left: slides that were still being written, left for the next scan.
+        filters: what the quality filters removed of each slide opened by this scan that shows tissue.
+        filter_warnings: filters that removed nearly everything of a slide, or of all those slides together.
     """
 
     slides: tuple[SlideOutcome, ...]
@@ -75,6 +78,8 @@ class ScanReport:
     same_content: tuple[tuple[str, str], ...] = ()
     unreachable: tuple[UnreachableFolder, ...] = ()
     left: tuple[str, ...] = ()
+    filters: dict[str, FilterReport] = field(default_factory=dict)
+    filter_warnings: tuple[FilterWarning, ...] = ()
 
     @property
     def by_status(self) -> dict[SlideStatus, int]:

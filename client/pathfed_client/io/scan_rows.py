@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathfed_client.cohort.cohort import Pseudonym, SlideId
 from pathfed_client.io.site_records import SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.tile_index import IndexEntry, TileIndex, TileIndexWriter
 from pathfed_client.slides.examine import SlideFacts
+from pathfed_client.slides.tile_map import DamagedMapError
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
 
@@ -26,27 +28,36 @@ _GONE = "no longer in the slides folder"
 class SlideRows:
     """One scan's rows, by path."""
 
-    def __init__(self, store: SiteStore, scan_key: Digest) -> None:
-        """Read the rows there are."""
+    def __init__(self, store: SiteStore, scan_key: Digest, index: TileIndexWriter) -> None:
+        """Read the rows there are. A slide whose tile map is damaged must be read again: its row comes without tiles."""
         self._store = store
+        self._index = index
         self.scan_key = scan_key
         self.records: dict[str, SlideRecord] = {}
         self.numbers: dict[str, SlideId] = {}
         self._groups: defaultdict[str, set[str]] = defaultdict(set)
         self._stale: set[str] = set()
-        self._whole: dict[str, SlideFacts | None] = {}
+        self._whole: set[str] = set()
         self._moved: dict[SlideId, SlideRecord] = {}
         self._forgotten: list[SlideId] = []
         self._restated: set[str] = set()
-        for number, record in store.slides(scan_key).items():
+        for number, record in self._intact(store.slides(scan_key)).items():
             self.records[record.path] = record
             self.numbers[record.path] = number
             self._groups[record.fingerprint].add(record.path)
 
+    def _intact(self, records: Mapping[SlideId, SlideRecord]) -> dict[SlideId, SlideRecord]:
+        with TileIndex(self._index.path) as maps:
+            return {number: record if _is_whole(record, maps) else _unread(record) for number, record in records.items()}
+
     def replace(self, record: SlideRecord, facts: SlideFacts | None = None) -> None:
-        """A slide was found, read or refused: its row is this one, with these facts if it is usable."""
-        self._put(record if facts is None else _usable(record, facts))
-        self._whole[record.path] = facts
+        """A slide was found, read or refused: its row is this one, with these facts if it is usable.
+
+        Raises:
+            HostError: its tiles cannot be written (PF901, PF904).
+        """
+        self._put(replace(record, tile_count=0, tiles=None) if facts is None else _usable(record, facts, self._index.add(facts.tiles)))
+        self._whole.add(record.path)
 
     def assign(self, path: str, patient: Pseudonym | None) -> None:
         """A known slide is there as it was; who it belongs to may have changed."""
@@ -108,21 +119,18 @@ class SlideRows:
         self._stale.clear()
         if not (self._whole or self._restated or self._moved or self._forgotten):
             return
-        fresh = [path for path in sorted(self._whole) if path not in self.numbers and self._whole[path] is None]
+        fresh = [path for path in sorted(self._whole) if path not in self.numbers and self.records[path].tiles is None]
+        self._index.sync()  # before a row refers to it
         with self._store.together():
             self._store.forget_slides(self._forgotten)
             self._store.move_slides(self._moved)
-            for path in sorted(set(self._whole) - set(fresh)):
-                self.numbers[path] = self._save(self.records[path], self._whole[path])
-            self._store.restate_slides({self.numbers[path]: self.records[path] for path in self._restated - set(self._whole)})
+            for path in sorted(self._whole - set(fresh)):
+                self.numbers[path] = self._store.upsert_slide(self.records[path])
+            self._store.restate_slides({self.numbers[path]: self.records[path] for path in self._restated - self._whole})
         for start in range(0, len(fresh), _AT_ONCE):  # none is usable yet; others must be able to write in between
             self.numbers |= self._store.add_slides([self.records[path] for path in fresh[start : start + _AT_ONCE]])
         for changes in (self._whole, self._restated, self._moved, self._forgotten):
             changes.clear()
-
-    def _save(self, record: SlideRecord, facts: SlideFacts | None) -> SlideId:
-        """Store a row and its tiles: the only place where a scan does. In the scan's own process, inside the transaction of `flush`."""
-        return self._store.upsert_slide(record, None if facts is None else facts.corners)
 
     def _restate(self, record: SlideRecord) -> None:
         if record != self.records[record.path]:
@@ -147,7 +155,21 @@ class SlideRows:
         return tuple(sorted(pairs))
 
 
-def _usable(record: SlideRecord, facts: SlideFacts) -> SlideRecord:
+def _is_whole(record: SlideRecord, maps: TileIndex) -> bool:
+    try:
+        if record.tiles is not None:
+            maps.read(record.tiles)
+    except DamagedMapError:
+        return False
+    return True
+
+
+def _unread(record: SlideRecord) -> SlideRecord:
+    """The row of a slide that must be read again."""
+    return replace(record, status=SlideStatus.PENDING, reason=None, detail=None, tile_count=0, tiles=None, attempts=0)
+
+
+def _usable(record: SlideRecord, facts: SlideFacts, entry: IndexEntry) -> SlideRecord:
     """The row of a slide that was read."""
     return replace(
         record,
@@ -157,8 +179,8 @@ def _usable(record: SlideRecord, facts: SlideFacts) -> SlideRecord:
         mpp=facts.mpp,
         width=facts.width,
         height=facts.height,
-        tile_count=len(facts.corners),
-        grid=facts.grid,
+        tile_count=len(facts.tiles),
+        tiles=entry,
         attempts=0,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pathfed_client.cohort.cohort import Pseudonym
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import RunName
@@ -54,7 +54,7 @@ class SlideRecord:
         width: level-0 pixels.
         height: level-0 pixels.
         tile_count: usable tiles.
-        grid: how the tiles lie, or None when there are none.
+        tiles: where its tile map lies in the tile index, or None when there are none.
         parts: the slide's files relative to its folder, the one to open first; empty for a slide of one file.
         attempts: how often reading it was begun without coming to an end.
     """
@@ -72,7 +72,7 @@ class SlideRecord:
     width: int = 0
     height: int = 0
     tile_count: int = 0
-    grid: TileGrid | None = None
+    tiles: IndexEntry | None = None
     parts: tuple[str, ...] = ()
     attempts: int = 0
 

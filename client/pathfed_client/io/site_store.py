@@ -12,20 +12,16 @@ The only module of the client that imports a database library. Guarantees:
 import json
 import shutil
 import sqlite3
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles
+from pathfed_client.cohort.cohort import Cohort, Pseudonym, SlideId
 from pathfed_client.io.site_records import (
     ApprovalState,
     Event,
@@ -35,7 +31,7 @@ from pathfed_client.io.site_records import (
     SlideStatus,
     StoredApproval,
 )
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
 
@@ -67,12 +63,11 @@ _SLIDE = sa.Table(
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
     sa.Column("tile_count", sa.Integer, nullable=False),
-    sa.Column("grid_side", sa.Integer),
-    sa.Column("grid_level", sa.Integer),
-    sa.Column("grid_level_px", sa.Integer),
-    sa.Column("corners", sa.LargeBinary, nullable=False),
+    sa.Column("index_offset", sa.Integer),
+    sa.Column("index_size", sa.Integer),
+    sa.Column("index_check", sa.Text),
     sa.UniqueConstraint("path", "scan_key"),
-    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND grid_side IS NOT NULL)"),
+    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND index_check IS NOT NULL)"),
     sa.Index("slide_cohort", "scan_key", "status", "patient"),
     sqlite_autoincrement=True,
 )
@@ -159,6 +154,11 @@ class SiteStore:
             self.close()
             raise
 
+    @property
+    def tile_folder(self) -> Path:
+        """Folder of the tile indexes, beside the database."""
+        return self.path.parent / "tiles"
+
     def __enter__(self) -> Self:
         return self
 
@@ -211,26 +211,24 @@ class SiteStore:
 
     # Slides
 
-    def upsert_slide(self, record: SlideRecord, corners: NDArray[np.int32] | None = None) -> SlideId:
+    def upsert_slide(self, record: SlideRecord) -> SlideId:
         """Store a slide under its path and scan key, replacing what was there.
 
         A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
         cohort's digest changes with its slides. A slide that was not read yet keeps the number it was given when it was found.
 
         Args:
-            record: the slide.
-            corners: int32 (n, 2), top-left (x, y) of its tiles, level-0 pixels; None for no tile.
+            record: the slide; its tile map is on the disk already.
 
         Returns:
             The slide's number.
 
         Raises:
-            ValueError: `record.tile_count` is not the number of corners.
+            ValueError: it has tiles without a tile map, or the reverse.
         """
-        blob = b"" if corners is None else np.ascontiguousarray(corners, "<i4").tobytes()
-        if len(blob) != 8 * record.tile_count:
-            raise ValueError(f"record.tile_count must be the number of corners, got {record.tile_count} and {len(blob) // 8}")
-        values = _slide_values(record) | {"corners": zlib.compress(blob, level=6)}
+        if (record.tile_count > 0) != (record.tiles is not None):
+            raise ValueError(f"a slide with {record.tile_count} tiles and tile map {record.tiles}")
+        values = _slide_values(record)
         same_place = (_SLIDE.c.path == record.path) & (_SLIDE.c.scan_key == record.scan_key)
         same_file = (
             same_place
@@ -268,7 +266,7 @@ class SiteStore:
         """Slides that were not known and have no tiles yet; numbers by path, ascending in this order. Quick for very many."""
         if not records:
             return {}
-        values = [_slide_values(record) | {"corners": zlib.compress(b"")} for record in records]
+        values = [_slide_values(record) for record in records]
         with self._transaction() as connection:
             last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_SLIDE.c.id), 0))).scalar_one()
             connection.execute(sa.insert(_SLIDE), values)
@@ -307,26 +305,19 @@ class SiteStore:
 
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""
-        columns = [column for column in _SLIDE.c if column.name != "corners"]
         with self._transaction(write=False) as connection:
-            rows = connection.execute(sa.select(*columns).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
+            rows = connection.execute(sa.select(_SLIDE).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
         return {SlideId(row.id): _slide_record(row) for row in rows}
 
     def cohort(self, scan_key: Digest) -> Cohort:
         """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan."""
         query = (
-            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.corners)
+            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.tile_count, _SLIDE.c.index_check)
             .where((_SLIDE.c.scan_key == scan_key) & (_SLIDE.c.status == SlideStatus.USABLE.value))
             .order_by(_SLIDE.c.patient, _SLIDE.c.id)
         )
         with self._transaction(write=False) as connection:
-            rows = connection.execute(query).all()
-        return Cohort(
-            tuple(
-                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners)) for row in group))
-                for name, group in groupby(rows, key=lambda row: row.patient)
-            )
-        )
+            return Cohort.of_rows((row[0], row[1], row[2], row[3]) for row in connection.execute(query))
 
     def summary(self, scan_key: Digest) -> ScanSummary:
         """Counts for `status` and the scan's report. Depends on patients: it stays at the site."""
@@ -479,15 +470,15 @@ def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
 
 
 def _slide_values(record: SlideRecord) -> dict[str, Any]:
-    grid = record.grid
-    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "grid"}
+    tiles = record.tiles
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "tiles"}
     return values | {
         "parts": json.dumps(record.parts),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
-        "grid_side": None if grid is None else grid.side,
-        "grid_level": None if grid is None else grid.level,
-        "grid_level_px": None if grid is None else grid.level_px,
+        "index_offset": None if tiles is None else tiles.offset,
+        "index_size": None if tiles is None else tiles.size,
+        "index_check": None if tiles is None else tiles.check,
     }
 
 
@@ -508,12 +499,8 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         width=row.width,
         height=row.height,
         tile_count=row.tile_count,
-        grid=None if row.grid_side is None else TileGrid(row.grid_side, row.grid_level, row.grid_level_px),
+        tiles=None if row.index_check is None else IndexEntry(row.index_offset, row.index_size, row.index_check),
     )
-
-
-def _corners(blob: bytes) -> NDArray[np.int32]:
-    return np.frombuffer(zlib.decompress(blob), "<i4").astype(np.int32, copy=False).reshape(-1, 2)
 
 
 def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:

@@ -58,7 +58,7 @@ def test_plans_with_other_tiles_are_scanned_apart(site):
     site.add("a.tif")
     site.map(a="P1")
     site.scan()
-    other = CohortPlan(tile_px=96)
+    other = CohortPlan(tile_px=96, play_px=0)
     assert site.scan(other).slides_read == 1
     assert site.store.cohort(scan_key(PLAN)).patients[0].tile_count == 6
     assert site.store.cohort(scan_key(other)).patients[0].tile_count == 48
@@ -151,10 +151,10 @@ def test_what_decoders_raise_stops_one_slide_only(site, monkeypatch, failure):
     site.map(a="P1", b="P2")
     real = vars(scan_reading)["examine"]
 
-    def fails_on_a(reader, plan, *, where):
+    def fails_on_a(reader, plan, *, where, **more):
         if where == "a.tif":
             raise failure
-        return real(reader, plan, where=where)
+        return real(reader, plan, where=where, **more)
 
     monkeypatch.setattr(scan_reading, "examine", fails_on_a)
     site.scan()

@@ -348,11 +348,11 @@ def test_slide_that_changes_while_it_is_read_is_left_for_the_next_scan(site, mon
     site.map(a="P1", b="P2")
     real = vars(scan_reading)["examine"]
 
-    def grows(reader, plan, *, where):
+    def grows(reader, plan, *, where, **more):
         if where == "a.tif":
             with (site.folder / "a.tif").open("ab") as file:
                 file.write(b"more")
-        return real(reader, plan, where=where)
+        return real(reader, plan, where=where, **more)
 
     monkeypatch.setattr(scan_reading, "examine", grows)
     report = site.scan()

@@ -27,10 +27,10 @@ PLANTED = """
 import ctypes, os, signal, sys, time
 from pathfed_client.io import scan_reading, scan_workers
 real = scan_reading.examine
-def examine(reader, plan, *, where):
+def examine(reader, plan, *, where, **more):
     if where == "b.tif":
         {deed}
-    return real(reader, plan, where=where)
+    return real(reader, plan, where=where, **more)
 scan_reading.examine = examine
 scan_workers.serve(int(sys.argv[1]))
 """
