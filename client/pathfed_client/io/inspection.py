@@ -14,7 +14,8 @@ from PIL import Image
 
 from pathfed_client.io.inspection_page import Shown, contact_sheet, overlay, page, png
 from pathfed_client.io.openslide_reader import OpenSlideReader
-from pathfed_client.io.slide_files import SlideFiles, find_slides
+from pathfed_client.io.slide_files import Folders, SlideFiles
+from pathfed_client.io.slide_listing import list_slides
 from pathfed_client.slides.examine import examine, lay_tiles, slide_grid, slide_thumbnail
 from pathfed_client.slides.filters import FilteredSlideError, FilterReport, SlideMasks, slide_masks
 from pathfed_client.slides.focus import sharpness
@@ -98,11 +99,11 @@ class _Look:
         return 0.0 if self.map is None else self.map.grid.source_side
 
 
-def inspect(slides_folder: Path, name: str, plan: CohortPlan, out: Path) -> Inspection:
+def inspect(slides_folder: Folders, name: str, plan: CohortPlan, out: Path) -> Inspection:
     """Look at one slide and write the page.
 
     Args:
-        slides_folder: the site's slides.
+        slides_folder: the site's slides: one folder, or several.
         name: the slide's path relative to the folder, or any name a patient list may give it.
         plan: the cohort rules.
         out: the folder to write into; made if it is not there.
@@ -144,11 +145,8 @@ def inspect(slides_folder: Path, name: str, plan: CohortPlan, out: Path) -> Insp
     return found
 
 
-def _named(folder: Path, name: str) -> SlideFiles:
-    try:
-        slides = find_slides(folder)
-    except OSError as error:
-        raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, f"the slides folder cannot be listed: {error.strerror}", where=folder) from error
+def _named(folders: Folders, name: str) -> SlideFiles:
+    slides = list_slides(folders).slides
     fitting = [slide for slide in slides if slide.path == name] or [slide for slide in slides if name in slide.names]
     if len(fitting) != 1:
         what = "there is no such slide in the slides folder" if not fitting else "several slides have this name"
@@ -166,7 +164,7 @@ def _look(slide: SlideFiles, plan: CohortPlan) -> _Look:
     """See as much of a slide as can be seen; the first thing that is wrong with it is the verdict's, not the page's."""
     look = _Look()
     try:
-        with OpenSlideReader(slide.opened, name=slide.path) as reader:
+        with OpenSlideReader(slide.files[0], name=slide.path, files=slide.files) as reader:
             look.dimensions, look.mpp, look.properties = reader.dimensions, reader.mpp, dict(reader.properties)
             _judge(look, reader, plan, slide.path)
             _picture(look, reader, plan)

@@ -2,15 +2,17 @@
 
 The only module of the client that imports a database library. Guarantees:
 
-- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all;
+- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all; inside
+  `together` several methods are one;
 - ledger entries are append-only and gapless, enforced by triggers inside the database;
 - several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
 - the file is readable by its owner alone: it holds slide names.
 """
 
+import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,6 +53,8 @@ _SLIDE = sa.Table(
     sa.Column("fingerprint", sa.Text, nullable=False),
     sa.Column("size", sa.Integer, nullable=False),
     sa.Column("mtime_ns", sa.Integer, nullable=False),
+    sa.Column("parts", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("detail", sa.Text),
@@ -141,6 +145,7 @@ class SiteStore:
         except OSError as error:
             raise HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be opened: {error.strerror}", where=path) from error
         self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
+        self._joint: sa.Connection | None = None
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         try:
@@ -186,10 +191,23 @@ class SiteStore:
     def _transaction(self, *, write: bool = True) -> Iterator[sa.Connection]:
         """One transaction, committed on leaving; database errors become ours."""
         try:
+            if self._joint is not None:
+                yield self._joint
+                return
             with self._engine.connect().execution_options(pathfed_write=write) as connection, connection.begin():
                 yield connection
         except sa.exc.DatabaseError as error:
             raise _host_error(error, self.path) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all that is done inside be one transaction, and one flush to the disk. For one thread."""
+        with self._transaction() as connection:
+            outer, self._joint = self._joint, connection
+            try:
+                yield
+            finally:
+                self._joint = outer
 
     # Slides
 
@@ -197,7 +215,7 @@ class SiteStore:
         """Store a slide under its path and scan key, replacing what was there.
 
         A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
-        cohort's digest changes with its slides.
+        cohort's digest changes with its slides. A slide that was not read yet keeps the number it was given when it was found.
 
         Args:
             record: the slide; its tile map is on the disk already.
@@ -214,7 +232,7 @@ class SiteStore:
         same_place = (_SLIDE.c.path == record.path) & (_SLIDE.c.scan_key == record.scan_key)
         same_file = (
             same_place
-            & (_SLIDE.c.fingerprint == record.fingerprint)
+            & _SLIDE.c.fingerprint.in_([record.fingerprint, ""])  # empty: not read yet, and none other than this
             & (_SLIDE.c.size == record.size)
             & (_SLIDE.c.mtime_ns == record.mtime_ns)
         )
@@ -243,6 +261,47 @@ class SiteStore:
             changed = connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == slide).values(**values)).rowcount
         if not changed:
             raise KeyError(f"no slide {slide}")
+
+    def add_slides(self, records: Sequence[SlideRecord]) -> dict[str, SlideId]:
+        """Slides that were not known and have no tiles yet; numbers by path, ascending in this order. Quick for very many."""
+        if not records:
+            return {}
+        values = [_slide_values(record) for record in records]
+        with self._transaction() as connection:
+            last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_SLIDE.c.id), 0))).scalar_one()
+            connection.execute(sa.insert(_SLIDE), values)
+            return {
+                row.path: SlideId(row.id) for row in connection.execute(sa.select(_SLIDE.c.id, _SLIDE.c.path).where(_SLIDE.c.id > last))
+            }
+
+    def restate_slides(self, records: Mapping[SlideId, SlideRecord]) -> None:
+        """As `set_slide_state`, of many slides at once; of each record only these fields count."""
+        fields = ("status", "reason", "detail", "patient")
+        self._update(fields, [{"number": number} | _slide_values(record) for number, record in records.items()])
+
+    def move_slides(self, moved: Mapping[SlideId, SlideRecord]) -> None:
+        """Slides that lie elsewhere now: path, parts and time change, numbers and tiles stay. Paths may be exchanged among them."""
+        with self.together():
+            self._update(("path",), [{"number": number, "path": f"/{number}"} for number in moved])  # no slide's name begins so
+            self._update(("path", "parts", "mtime_ns"), [{"number": number} | _slide_values(record) for number, record in moved.items()])
+
+    def forget_slides(self, slides: Collection[SlideId]) -> None:
+        """Take out slides; their numbers are not used again."""
+        if slides:
+            with self._transaction() as connection:
+                connection.execute(sa.delete(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number")), [{"number": one} for one in slides])
+
+    def set_attempts(self, attempts: Mapping[SlideId, int]) -> None:
+        """Note how often reading these slides was begun without coming to an end."""
+        self._update(("attempts",), [{"number": number, "attempts": count} for number, count in attempts.items()])
+
+    def _update(self, fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> None:
+        """Set these columns of many slides, each by its number."""
+        if values:
+            statement = sa.update(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number"))
+            statement = statement.values({name: sa.bindparam(f"new_{name}") for name in fields})
+            with self._transaction() as connection:
+                connection.execute(statement, [{"number": one["number"]} | {f"new_{name}": one[name] for name in fields} for one in values])
 
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""
@@ -414,6 +473,7 @@ def _slide_values(record: SlideRecord) -> dict[str, Any]:
     tiles = record.tiles
     values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "tiles"}
     return values | {
+        "parts": json.dumps(record.parts),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
         "index_offset": None if tiles is None else tiles.offset,
@@ -429,6 +489,8 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         size=row.size,
         mtime_ns=row.mtime_ns,
         scan_key=row.scan_key,
+        parts=tuple(json.loads(row.parts)),
+        attempts=row.attempts,
         status=SlideStatus(row.status),
         reason=None if row.reason is None else ErrorCode(row.reason),
         detail=row.detail,

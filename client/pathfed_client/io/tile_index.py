@@ -51,7 +51,11 @@ def index_file(folder: Path, scan_key: Digest) -> Path:
 
 
 class TileIndexWriter:
-    """Adds tile maps to an index. A context manager; at most one writer at a time."""
+    """Adds tile maps to an index. A context manager; at most one writer at a time.
+
+    Attributes:
+        path: the index.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the index for adding, making it if it is not there; one that is no index is begun anew.
@@ -59,7 +63,7 @@ class TileIndexWriter:
         Raises:
             HostError: another scan is adding to it (PF904), or it cannot be written (PF901, PF904).
         """
-        self._path = path
+        self.path = path
         self._unsynced = False
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -103,7 +107,7 @@ class TileIndexWriter:
         try:
             offset = self._write(data)
         except OSError as error:
-            raise disk_error(error, self._path) from error
+            raise disk_error(error, self.path) from error
         return IndexEntry(offset, len(data), data[-_CHECK_BYTES:].hex())
 
     def sync(self) -> None:
@@ -116,7 +120,7 @@ class TileIndexWriter:
             try:
                 os.fsync(self._number)
             except OSError as error:
-                raise disk_error(error, self._path) from error
+                raise disk_error(error, self.path) from error
             self._unsynced = False
 
     def _write(self, data: bytes) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pathfed_client.io.direct_reader import DirectLevel, open_direct
 from pathfed_client.io.openslide_reader import OpenSlideReader
-from pathfed_client.io.slide_files import file_state, opened_file
+from pathfed_client.io.slide_files import Folders, file_state, opened_file
 from pathfed_client.slides.quality import is_flat
 from pathfed_client.slides.tiling import TileGrid
 from pathfed_common.errors import ErrorCode, SiteDataError
@@ -27,12 +27,14 @@ class SlideSource:
 
     Attributes:
         path: its name in the site database.
+        parts: its files, see `io.site_records.SlideRecord`.
         size: bytes, over all its files.
         mtime_ns: latest modification of its files, nanoseconds since 1970 UTC.
         grid: how its tiles are read.
     """
 
     path: str = field(repr=False)
+    parts: tuple[str, ...] = field(repr=False)
     size: int
     mtime_ns: int
     grid: TileGrid
@@ -41,14 +43,14 @@ class SlideSource:
 class TileReader:
     """Reads tiles, keeping a bounded number of slides open. A context manager, for one thread."""
 
-    def __init__(self, folder: Path, *, open_slides: int = 16) -> None:
+    def __init__(self, folders: Folders, *, open_slides: int = 16) -> None:
         """Make a reader.
 
         Args:
-            folder: where the slides lie.
+            folders: where the slides lie: one folder, or several.
             open_slides: how many slides are kept open between calls.
         """
-        self._folder = folder
+        self._folders = folders
         self._limit = open_slides
         self._open: OrderedDict[SlideSource, DirectLevel | OpenSlideReader] = OrderedDict()
 
@@ -109,14 +111,14 @@ class TileReader:
             return self._open[slide]
         while len(self._open) >= self._limit:
             self._open.popitem(last=False)[1].close()
-        opened, files = opened_file(self._folder, slide.path)
+        opened, files = opened_file(self._folders, slide.path, slide.parts)
         state = file_state(files)
         if (state.size, state.mtime_ns) != (slide.size, slide.mtime_ns):
             raise ValueError("the slide has changed since it was scanned")
         if slide.grid.direct:
             self._open[slide] = self._direct(slide, files)
         else:
-            self._open[slide] = OpenSlideReader(opened, name=slide.path)
+            self._open[slide] = OpenSlideReader(opened, name=slide.path, files=files)
         return self._open[slide]
 
     def _direct(self, slide: SlideSource, files: tuple[Path, ...]) -> DirectLevel:

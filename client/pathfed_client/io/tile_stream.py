@@ -8,7 +8,6 @@ which order, is the same without.
 import logging
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from pathfed_client.cohort.cohort import SlideId, TileRef
 from pathfed_client.io.site_records import SlideRecord
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.slide_files import Folders
 from pathfed_client.io.tile_index import TileIndex, index_file
 from pathfed_client.io.tile_reader import SlideSource, TileReader
 from pathfed_client.io.tile_workers import TileJob, TileWorkers, read_into
@@ -40,13 +40,13 @@ class TileStream:
     """
 
     def __init__(
-        self, store: SiteStore, slides_folder: Path, plan: CohortPlan, *, workers: TileWorkers | None = None, open_slides: int = 16
+        self, store: SiteStore, slides_folder: Folders, plan: CohortPlan, *, workers: TileWorkers | None = None, open_slides: int = 16
     ) -> None:
         """Make a stream over the slides scanned under a plan's cohort rules.
 
         Args:
             store: the site database; read once, here.
-            slides_folder: where the slides lie.
+            slides_folder: where the slides lie: one folder, or several.
             plan: the cohort rules.
             workers: processes that read, for tiles of `plan.tile_px`; the caller's, who closes them. None: this process reads.
             open_slides: how many slides this process keeps open between calls.
@@ -158,4 +158,4 @@ class TileStream:
             raise ValueError(f"slide {ref.slide} is not of this scan")
         tiles = self._index.read(record.tiles)
         place = tiles.grid.place(*tiles.cell(ref.tile), ref.across, ref.down)
-        return TileJob(SlideSource(record.path, record.size, record.mtime_ns, tiles.grid), *place)
+        return TileJob(SlideSource(record.path, record.parts, record.size, record.mtime_ns, tiles.grid), *place)

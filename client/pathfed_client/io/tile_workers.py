@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfed_client.io.side_process import EndedError, SideProcess, serve
+from pathfed_client.io.slide_files import Folders
 from pathfed_client.io.tile_reader import SlideSource, TileReader
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 
@@ -65,11 +66,11 @@ class TileWorkers:
         tile_px: side of a tile, pixels.
     """
 
-    def __init__(self, folder: Path, tile_px: int, workers: int, *, slots: int = 128, open_slides: int = 16) -> None:
+    def __init__(self, folders: Folders, tile_px: int, workers: int, *, slots: int = 128, open_slides: int = 16) -> None:
         """Start the processes.
 
         Args:
-            folder: where the slides lie.
+            folders: where the slides lie: one folder, or several.
             tile_px: side of a tile, pixels.
             workers: processes, at least 1.
             slots: tiles held at most; at least `CHUNK`.
@@ -78,7 +79,12 @@ class TileWorkers:
         if workers < 1 or slots < CHUNK:
             raise ValueError(f"need at least 1 worker and {CHUNK} slots, got {workers} and {slots}")
         self.tile_px = tile_px
-        self._arguments = [str(tile_px), str(slots), str(open_slides), os.fspath(folder)]
+        self._arguments = [
+            str(tile_px),
+            str(slots),
+            str(open_slides),
+            *(os.fspath(folder) for folder in ([folders] if isinstance(folders, Path) else folders)),
+        ]
         self._memory = os.memfd_create("pathfed-tiles", os.MFD_CLOEXEC)
         os.ftruncate(self._memory, _bytes(tile_px, slots) + _PROGRESS * workers)
         self._tiles, self._progress = _views(self._memory, tile_px, slots)
@@ -217,10 +223,10 @@ def _views(memory: int, tile_px: int, slots: int) -> tuple[NDArray[np.uint8], ND
     return tiles, np.frombuffer(mapped, np.uint8, -1, size).view(np.int64)
 
 
-def main(end: int, memory: int, number: int, tile_px: int, slots: int, open_slides: int, folder: Path) -> None:
+def main(end: int, memory: int, number: int, tile_px: int, slots: int, open_slides: int, folders: Folders) -> None:
     """A reading process."""
     tiles, progress = _views(memory, tile_px, slots)
-    with TileReader(folder, open_slides=open_slides) as reader:
+    with TileReader(folders, open_slides=open_slides) as reader:
 
         def work(tasks: Sequence[tuple[int, TileJob] | None]) -> list[bool]:
             read = []
@@ -251,4 +257,4 @@ def read_into(tile: NDArray[np.uint8], reader: TileReader, job: TileJob) -> bool
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:7]]
-    main(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], Path(sys.argv[7]))
+    main(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], [Path(word) for word in sys.argv[7:]])

@@ -1,4 +1,5 @@
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,65 @@ def test_events_are_the_latest_oldest_first(store):
     for line in lines:
         store.add_event(line)
     assert store.events(limit=3) == lines[-3:]
+
+
+def test_slide_that_was_not_read_yet_keeps_its_number_when_it_is(store):
+    found = replace(usable(tiles=0), fingerprint="", status=SlideStatus.PENDING)
+    number = store.upsert_slide(found)
+    assert store.upsert_slide(usable()) == number
+    assert store.slides(KEY) == {number: usable()}
+
+
+def test_many_slides_are_added_in_order_and_restated_at_once(store):
+    found = [replace(usable(f"{name}.tif", tiles=0), fingerprint="", status=SlideStatus.PENDING) for name in "bca"]
+    numbers = store.add_slides(found)
+    assert list(numbers) == ["b.tif", "c.tif", "a.tif"]
+    assert list(numbers.values()) == sorted(numbers.values())
+    gone = {numbers["b.tif"]: replace(found[0], status=SlideStatus.MISSING, reason=ErrorCode.SLIDE_MISSING, detail="gone")}
+    store.restate_slides(gone)
+    assert [record.status for record in store.slides(KEY).values()] == ["pending", "missing", "pending"]
+    assert store.add_slides([]) == {}
+
+
+def test_moved_slides_keep_numbers_and_tiles_even_when_they_exchange_places(store):
+    first = store.upsert_slide(usable("a.tif", content=b"a"))
+    second = store.upsert_slide(usable("b.tif", content=b"b", patient="2" * 32))
+    tiles = store.cohort(KEY).digest
+    moved = {first: replace(usable("b.tif", content=b"a"), parts=("b.tif", "b/1"), mtime_ns=7), second: usable("a.tif", content=b"b")}
+    store.move_slides(moved)
+    assert {number: record.path for number, record in store.slides(KEY).items()} == {first: "b.tif", second: "a.tif"}
+    assert (store.slides(KEY)[first].parts, store.slides(KEY)[first].mtime_ns) == (("b.tif", "b/1"), 7)
+    assert store.cohort(KEY).digest == tiles
+
+
+def test_forgotten_number_is_not_used_again(store):
+    number = store.upsert_slide(usable())
+    store.forget_slides([number])
+    assert store.slides(KEY) == {}
+    assert store.upsert_slide(usable()) > number
+
+
+def test_attempts_are_kept(store):
+    number = store.upsert_slide(usable())
+    store.set_attempts({number: 2})
+    assert store.slides(KEY) == {number: replace(usable(), attempts=2)}
+
+
+def test_what_is_done_together_happens_whole_or_not_at_all(store):
+    def fails_half_way():
+        with store.together():
+            store.upsert_slide(usable())
+            store.set_slide_state(99, status=SlideStatus.MISSING)
+
+    with pytest.raises(KeyError):
+        fails_half_way()
+    assert store.slides(KEY) == {}
+    with store.together():
+        store.upsert_slide(usable())
+        store.upsert_slide(usable("b.tif"))
+        with closing(sqlite3.connect(store.path)) as other:
+            assert other.execute("SELECT count(*) FROM slide").fetchone() == (0,)
+    assert len(store.slides(KEY)) == 2
 
 
 def test_newer_schema_is_refused(tmp_path):

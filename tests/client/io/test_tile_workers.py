@@ -90,7 +90,7 @@ def test_a_slide_that_ends_its_process_costs_that_slide_alone(site, batches, exp
         "        os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    return real(tile, reader, job)\n"
         "tile_workers.read_into = read_into\n"
-        "tile_workers.main(*[int(word) for word in sys.argv[1:7]], Path(sys.argv[7]))\n"
+        "tile_workers.main(*[int(word) for word in sys.argv[1:7]], [Path(word) for word in sys.argv[7:]])\n"
     )
     monkeypatch.setattr(tile_workers, "_MODULE", script.stem)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -141,7 +141,7 @@ def test_a_slide_that_hangs_is_given_up(site, batches, expected, tmp_path, monke
         "        time.sleep(600)\n"
         "    return real(tile, reader, job)\n"
         "tile_workers.read_into = read_into\n"
-        "tile_workers.main(*[int(word) for word in sys.argv[1:7]], Path(sys.argv[7]))\n"
+        "tile_workers.main(*[int(word) for word in sys.argv[1:7]], [Path(word) for word in sys.argv[7:]])\n"
     )
     monkeypatch.setattr(tile_workers, "_MODULE", script.stem)
     monkeypatch.setattr(tile_workers, "TILE_TIMEOUT_S", 4.0)
