@@ -45,7 +45,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "policy.toml at a site": SitePolicy,
     "server.toml at the server": ServerSettings,
 }
-_TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
+_TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "tuple": "list of texts"}
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<", MultipleOf: "multiple of"}
 
 

@@ -50,6 +50,8 @@ from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
+from pathfed_client.io.tile_workers import TileWorkers
+from pathfed_client.training.augmentation import Augmentation
 from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
@@ -116,6 +118,7 @@ class SiteAnswerer:
         self._now = now
         self._sleep = sleep
         self._warm: tuple[Digest, MaskedAutoencoder] | None = None
+        self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
 
     def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
@@ -186,12 +189,13 @@ class SiteAnswerer:
         objective = self._objective(plan)
         state = _open_state(base_state, plan)
         try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
+        readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         entry = self._charge(task, secret)
         try:
             while True:
                 try:
-                    return self._seal(task, self._draw(task, objective, state, secret), entry)
+                    return self._seal(task, self._draw(task, objective, state, secret, readers), entry)
                 except WithdrawnMeanwhileError:
                     self._note_discarded(offer)
                 check_deadline(offer, self._now())
@@ -215,9 +219,13 @@ class SiteAnswerer:
             now=self._now(),
         )
 
-    def _draw(self, task: _Task, objective: MaskedAutoencoder, state: dict[str, torch.Tensor], secret: bytes) -> RoundOutcome:
+    def _draw(
+        self, task: _Task, objective: MaskedAutoencoder, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
+    ) -> RoundOutcome:
         plan = task.plan
-        with TileStream(self._store, self._home.slides, plan.cohort) as stream:
+        if readers is not None and not readers.is_open:
+            readers = None  # an earlier draw of this round had to do without; no process is started after the charge
+        with TileStream(self._store, self._home.slides, plan.cohort, workers=readers) as stream:
             return run_round(
                 objective=objective,
                 base_state=state,
@@ -228,12 +236,28 @@ class SiteAnswerer:
                 steps=plan.rounds.steps,
                 local_learning_rate=plan.rounds.local_learning_rate,
                 random=KeyedRandom(secret, {**task.context(), "secret": secret_id(secret)}),
+                augmentation=Augmentation(**plan.augmentation.model_dump()),
             )
 
     def _note_discarded(self, offer: RoundOffer) -> None:
         said = f"round {offer.round_index} of run {offer.run}: something was withdrawn; the draw is discarded, its charge stays"
         _log.info("%s", said)
         self._store.add_event(Event(at=self._now(), kind="round", detail=said))
+
+    def _tile_workers(self, plan: Plan) -> TileWorkers | None:
+        """The reading processes, kept from round to round."""
+        wanted, tile_px = self._home.policy.tile_workers, plan.cohort.tile_px
+        if self._readers is None or not self._readers.is_open or self._readers.tile_px != tile_px:
+            if self._readers is not None:
+                self._readers.close()
+            self._readers = TileWorkers(self._home.slides, tile_px, wanted) if wanted else None
+        return self._readers
+
+    def close(self) -> None:
+        """End the reading processes. Safe to call twice."""
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
 
     def _objective(self, plan: Plan) -> MaskedAutoencoder:
         if self._warm is None or self._warm[0] != plan.digest:

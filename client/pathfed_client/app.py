@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
-    from pathfed_client.io.scan import ScanReport
+    from pathfed_client.io.scan_report import ScanReport
+    from pathfed_client.io.scan_watch import Told
+    from pathfed_client.io.scan_where import ScanWhere
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
     from pathfed_common.processes import ProcessEnd
 
@@ -39,12 +42,16 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     """Make the site's home; the database with it.
 
     Raises:
-        SiteDataError: PF201, no slide folder; PF202, no patient list.
+        SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
         HostError: PF904, a file cannot be read or written, or the home exists.
         ProvenanceError: PF602, the server card does not verify.
     """
-    if not Path(settings.slides).is_dir():
-        raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "the slide folder does not exist", where=settings.slides)
+    from pathfed_client.io.slide_files import check_folders
+
+    for folder in settings.slides:
+        if not Path(folder).is_dir():
+            raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "the slide folder does not exist", where=folder)
+    check_folders([Path(folder) for folder in settings.slides])
     if not Path(settings.patients).is_file():
         raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
     made = create_home(home, settings, policy, files.read_given(server_card))
@@ -66,11 +73,12 @@ def open_store(home: SiteHome) -> SiteStore:
     return SiteStore(home.database)
 
 
-def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None]) -> "ScanReport":
-    """Scan the slides under a plan's cohort rules; see `io.scan.scan`."""
+def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
+    """Scan the slides under a plan's cohort rules, in processes of this machine or on a Dask cluster; see `io.scan.scan`."""
     from pathfed_client.io import scan as scanning
+    from pathfed_client.io.scan_where import ScanWhere, make_executor
 
-    with closing(open_store(home)) as store:
+    with closing(open_store(home)) as store, make_executor(where or ScanWhere()) as executor:
         return scanning.scan(
             store,
             home.slides,
@@ -79,21 +87,43 @@ def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None
             home.pseudonym_key,
             progress=progress,
             columns=home.settings.patient_list.configured(),
+            executor=executor,
         )
+
+
+def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanWhere", *, every_s: float, at_rest_s: float) -> None:
+    """Scan again and again until interrupted; see `io.scan_watch.watch`."""
+    from pathfed_client.io import scan as scanning
+    from pathfed_client.io.scan_watch import watch
+    from pathfed_client.io.scan_where import make_executor
+
+    columns = home.settings.patient_list.configured()
+    with suppress(KeyboardInterrupt), closing(open_store(home)) as store, make_executor(where) as executor:
+
+        def once(memory: scanning.ScanMemory) -> "ScanReport":
+            return scanning.scan(
+                store, home.slides, home.patients, cohort, home.pseudonym_key, columns=columns, executor=executor, memory=memory
+            )
+
+        watch(once, tell, every_s=every_s, at_rest_s=at_rest_s)
 
 
 def preview_patients(home: SiteHome) -> "tuple[Preview, SiteDataError | None]":
     """What a scan would make of the patient list, and the error it would end with. Writes nothing and opens no slide.
 
     Raises:
-        SiteDataError: PF201, no slide; PF202, the list cannot be read at all.
+        SiteDataError: PF201, no slide; PF202, the list cannot be read at all; PF217, slide folders overlap.
     """
     from pathfed_client.io.listing import preview, read_listing
-    from pathfed_client.io.scan import list_slides
+    from pathfed_client.io.slide_files import check_folders
+    from pathfed_client.io.slide_listing import list_slides, no_slide
 
-    slides = list_slides(home.slides)
-    listing = read_listing(home.patients, slides, home.settings.patient_list.configured())
-    return preview(listing, slides, home.pseudonym_key), listing.error
+    check_folders(home.slides)
+    there = list_slides(home.slides)
+    if not there.slides:
+        raise no_slide(there.unlisted, home.slides)
+    listing = read_listing(home.patients, there.names, home.settings.patient_list.configured())
+    return preview(listing, there.names, home.pseudonym_key, unreachable=there.unlisted), listing.error
 
 
 def withdraw(home: SiteHome, patients: "WithdrawalInput | None", slides: "WithdrawalInput | None") -> "WithdrawReport":
@@ -101,7 +131,7 @@ def withdraw(home: SiteHome, patients: "WithdrawalInput | None", slides: "Withdr
     from pathfed_client.cohort.patient_list import pseudonym
     from pathfed_client.io import withdrawing
     from pathfed_client.io.listing import read_list
-    from pathfed_client.io.scan import list_slides
+    from pathfed_client.io.slide_listing import list_slides
 
     def listed() -> set[str]:
         try:
@@ -110,15 +140,26 @@ def withdraw(home: SiteHome, patients: "WithdrawalInput | None", slides: "Withdr
             return set()  # what was scanned can be withdrawn all the same
         return {pseudonym(home.pseudonym_key, row.patient) for row in found.rows}
 
-    def names() -> dict[str, frozenset[str]]:
-        try:
-            return {slide.path: slide.names for slide in list_slides(home.slides)}
-        except SiteDataError:
-            return {}
-
     with closing(open_store(home)) as store:
-        known = withdrawing.KnownHere(listed, names)
+        known = withdrawing.KnownHere(listed, lambda: list_slides(home.slides).names)
         return withdrawing.withdraw(store, home.pseudonym_key, known, patients=patients, slides=slides, now=time.time())
+
+
+def inspect(home: SiteHome, slide: str, cohort: CohortPlan, out: Path) -> "Inspection":
+    """Show one slide to the site's own eyes; see `io.inspection.inspect`."""
+    from pathfed_client.io import inspection
+    from pathfed_client.io.listing import read_listing
+    from pathfed_client.io.slide_listing import list_slides
+
+    def listed_mpp(path: str) -> float | None:
+        try:
+            listing = read_listing(home.patients, list_slides(home.slides).names, home.settings.patient_list.configured())
+        except SiteDataError:
+            return None  # a slide can be looked at without a list
+        listed = listing.matching.slides.get(path)
+        return None if listed is None else listed.mpp
+
+    return inspection.inspect(home.slides, slide, cohort, out, listed_mpp=listed_mpp)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:

@@ -73,8 +73,11 @@ class Site:
 @contextmanager
 def opened(home: SiteHome) -> Iterator[Site]:
     clock = Clock()
-    with closing(SiteStore(home.database)) as store:
-        yield Site(home, store, clock, SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep))
+    with (
+        closing(SiteStore(home.database)) as store,
+        closing(SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep)) as answerer,
+    ):
+        yield Site(home, store, clock, answerer)
 
 
 @pytest.fixture
@@ -404,6 +407,19 @@ def test_who_is_withdrawn_while_a_round_is_computed_is_not_in_its_answer(world, 
     assert site.charges() == 2
     assert site.released() == ["run-1-000001.opening", "run-1-000001.safetensors"]
     assert [event.kind for event in site.store.events()][-2:] == ["withdraw", "round"]
+
+
+def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world, copy_home, monkeypatch):
+    """None may be started after the charge."""
+    with opened(copy_home(tile_workers=1)) as site:
+
+        def end_all() -> None:
+            withdraw(site, OYELARAN)
+            site.answer.close()
+
+        rounds = watch(monkeypatch, end_all)
+        assert site.answer(world.offer(), world.base_state).code is None
+        assert [len(names) for names in rounds.cohorts] == [5, 4]
 
 
 @pytest.mark.parametrize("who", ["a patient of the cohort", "a slide of the cohort", "a patient of no cohort"])

@@ -16,6 +16,8 @@ the fractions that floats are, and whole numbers are drawn. Weights change which
 from fractions import Fraction
 from math import lcm
 
+import numpy as np
+
 from pathfed_client.cohort.cohort import Cohort, Patient, TileRef
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -29,11 +31,13 @@ def draw_patients(cohort: Cohort, sampling_rate: float, random: KeyedRandom) -> 
         ValueError: the rate is not within 0 to 1.
     """
     drawn = random.bernoulli(len(cohort.patients), sampling_rate)
-    return tuple(patient for patient, is_drawn in zip(cohort.patients, drawn.tolist(), strict=True) if is_drawn)
+    return tuple(cohort.patients[place] for place in np.flatnonzero(drawn).tolist())
 
 
 def draw_tiles(patient: Patient, tiles: int, random: KeyedRandom) -> tuple[TileRef, ...]:
     """That many distinct tiles across all the patient's slides, by the law above; all of them where there are fewer.
+
+    Each is cut at a place inside its source that is drawn too.
 
     Raises:
         ValueError: `tiles` is below 1.
@@ -41,9 +45,10 @@ def draw_tiles(patient: Patient, tiles: int, random: KeyedRandom) -> tuple[TileR
     if tiles < 1:
         raise ValueError(f"tiles must be at least 1, got {tiles}")
     count = patient.tile_count
-    if len({slide.weight for slide in patient.slides}) <= 1:
-        return tuple(patient.tile(int(index)) for index in random.choose(count, min(tiles, count)))
-    return tuple(patient.tile(index) for index in _weighted(patient, min(tiles, count), random))
+    equal = len({slide.weight for slide in patient.slides}) <= 1
+    chosen = random.choose(count, min(tiles, count)).tolist() if equal else _weighted(patient, min(tiles, count), random)
+    places = random.child("places").uniforms(2 * len(chosen)).reshape(-1, 2)
+    return tuple(patient.tile(index, float(u), float(v)) for index, (u, v) in zip(chosen, places, strict=True))
 
 
 def _weighted(patient: Patient, tiles: int, random: KeyedRandom) -> list[int]:
@@ -52,7 +57,7 @@ def _weighted(patient: Patient, tiles: int, random: KeyedRandom) -> list[int]:
     Time and memory grow with the tiles drawn and the slides, not with the tiles there are.
     """
     weights = _whole([slide.weight for slide in patient.slides])
-    left = [len(slide.corners) for slide in patient.slides]
+    left = [slide.tiles for slide in patient.slides]
     firsts = [sum(left[:at]) for at in range(len(left))]
     moved: list[dict[int, int]] = [{} for _ in left]
     chosen = []

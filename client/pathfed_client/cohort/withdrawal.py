@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pathfed_client.cohort.cohort import Pseudonym
-from pathfed_common import digest
-from pathfed_common.digest import Digest
 
-#: What a scan writes for a slide that cannot be reached: it names no contents.
-NO_CONTENTS = digest.of_bytes(b"")
+#: What a scan writes for a slide that was not read: it names no contents.
+NO_CONTENTS = ""
 
 
 class WithdrawnKind(StrEnum):
@@ -43,7 +41,7 @@ class Withdrawn:
     name: str
 
 
-def of_slide(key: bytes, path: str, fingerprint: Digest | None) -> frozenset[Withdrawn]:
+def of_slide(key: bytes, path: str, fingerprint: str | None) -> frozenset[Withdrawn]:
     """The names a slide is kept under.
 
     Args:
@@ -57,7 +55,7 @@ def of_slide(key: bytes, path: str, fingerprint: Digest | None) -> frozenset[Wit
     return frozenset(names)
 
 
-def is_withdrawn(withdrawn: Collection[Withdrawn], key: bytes, *, patient: Pseudonym | None, path: str, fingerprint: Digest | None) -> bool:
+def is_withdrawn(withdrawn: Collection[Withdrawn], key: bytes, *, patient: Pseudonym | None, path: str, fingerprint: str | None) -> bool:
     """Whether a slide is withdrawn, by its patient, its path or its contents."""
     if not withdrawn:
         return False

@@ -1,4 +1,4 @@
-"""The patient list laid against the slides folder: what a scan acts on, and what `pathfed-site patients` shows.
+"""The patient list laid against the slide folders: what a scan acts on, and what `pathfed-site patients` shows.
 
 Nothing is written and no slide is opened here; only the heads of DICOM files are read, to tell which of them are one slide.
 """
@@ -14,7 +14,7 @@ from pathfed_client.cohort.matching import Matching, match, names_and_stems
 from pathfed_client.cohort.patient_list import KEPT, Finding, PatientList, pseudonym, read_patient_list
 from pathfed_client.cohort.withdrawal import Withdrawn, is_withdrawn
 from pathfed_client.io.site_records import SlideStatus
-from pathfed_client.io.slide_files import SUFFIXES, SlideFiles
+from pathfed_client.io.slide_files import SUFFIXES
 from pathfed_common.errors import ErrorCode, SiteDataError
 
 #: Findings that end a scan with an error once it is done, the gravest first.
@@ -134,19 +134,19 @@ class Listing:
         return slides, out
 
 
-def read_listing(path: Path, slides: Collection[SlideFiles], columns: Mapping[str, str] | None = None) -> Listing:
+def read_listing(path: Path, slides: Mapping[str, Collection[str]], columns: Mapping[str, str] | None = None) -> Listing:
     """Read a patient list and lay it against slides.
 
     Args:
         path: the list.
-        slides: all slides that are there.
+        slides: of each slide that is there, or may be, by its path: what the list may call it (`slide_files.slide_names`).
         columns: configured headers, see `cohort.list_file.read_table`.
 
     Raises:
         SiteDataError: the list cannot be read at all (PF202).
     """
     table, listed = read_list(path, columns)
-    names = {slide.path: names_and_stems(slide.names, SUFFIXES) for slide in slides}
+    names = {slide: names_and_stems(called, SUFFIXES) for slide, called in slides.items()}
     return Listing(path, table, listed, match(listed, names))
 
 
@@ -180,6 +180,7 @@ class Preview:
         unmapped: slides that are on no line.
         not_found: lines whose slide is not there, or whose name fits several.
         list_findings: lines that cannot be used, and slides that are out for what the list says of them.
+        unreachable: folders that could not be listed, with the reason; lines of their slides come under `not_found`.
         attributes: of each attribute, its values with the number of slides that would be read; an empty value for those without.
     """
 
@@ -195,6 +196,7 @@ class Preview:
     unmapped: tuple[str, ...]
     not_found: tuple[ListedSlide, ...]
     list_findings: tuple[Finding, ...]
+    unreachable: Mapping[str, str]
     attributes: Mapping[str, Mapping[str, int]]
 
     def to_dict(self) -> dict[str, object]:
@@ -202,8 +204,15 @@ class Preview:
         return asdict(self)
 
 
-def preview(listing: Listing, slides: Collection[SlideFiles], key: bytes) -> Preview:
-    """What a scan would make of a list."""
+def preview(listing: Listing, slides: Collection[str], key: bytes, *, unreachable: Mapping[str, str] | None = None) -> Preview:
+    """What a scan would make of a list.
+
+    Args:
+        listing: the list, laid against these slides.
+        slides: paths of the slides that are there.
+        key: of the pseudonyms.
+        unreachable: folders that could not be listed, with the reason.
+    """
     mapped, table = listing.matching.slides, listing.table
     known = {*mapped, *listing.matching.refused}
     counts = {name: Counter(slide.attributes.get(name, "") for slide in mapped.values()) for name in KEPT}
@@ -217,9 +226,10 @@ def preview(listing: Listing, slides: Collection[SlideFiles], key: bytes) -> Pre
         slides=len(slides),
         mapped=len(mapped),
         patients=len({pseudonym(key, slide.patient) for slide in mapped.values()}),
-        unmapped=tuple(sorted(slide.path for slide in slides if slide.path not in known)),
+        unmapped=tuple(sorted(path for path in slides if path not in known)),
         not_found=listing.not_found,
         list_findings=listing.findings,
+        unreachable=dict(unreachable or {}),
         attributes={name: dict(sorted(count.items())) for name, count in counts.items() if set(count) - {""}},
     )
 

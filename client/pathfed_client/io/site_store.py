@@ -2,7 +2,8 @@
 
 The only module of the client that imports a database library. Guarantees:
 
-- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all;
+- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all; inside
+  `together` several methods are one;
 - ledger entries are append-only and gapless, and withdrawals are for good, enforced by triggers inside the database;
 - several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
 - the file is readable by its owner alone: it holds slide names.
@@ -11,20 +12,16 @@ The only module of the client that imports a database library. Guarantees:
 import json
 import shutil
 import sqlite3
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles
+from pathfed_client.cohort.cohort import Cohort, Pseudonym, SlideId
 from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind
 from pathfed_client.io.site_records import (
     ApprovalState,
@@ -35,7 +32,7 @@ from pathfed_client.io.site_records import (
     StoredApproval,
     WithdrawnMeanwhileError,
 )
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
@@ -58,6 +55,8 @@ _SLIDE = sa.Table(
     sa.Column("fingerprint", sa.Text, nullable=False),
     sa.Column("size", sa.Integer, nullable=False),
     sa.Column("mtime_ns", sa.Integer, nullable=False),
+    sa.Column("parts", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("detail", sa.Text),
@@ -66,13 +65,12 @@ _SLIDE = sa.Table(
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
     sa.Column("tile_count", sa.Integer, nullable=False),
-    sa.Column("grid_side", sa.Integer),
-    sa.Column("grid_level", sa.Integer),
-    sa.Column("grid_level_px", sa.Integer),
-    sa.Column("corners", sa.LargeBinary, nullable=False),
-    sa.Column("attributes", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("index_offset", sa.Integer),
+    sa.Column("index_size", sa.Integer),
+    sa.Column("index_check", sa.Text),
+    sa.Column("attributes", sa.Text, nullable=False),
     sa.UniqueConstraint("path", "scan_key"),
-    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND grid_side IS NOT NULL)"),
+    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND index_check IS NOT NULL)"),
     sa.Index("slide_cohort", "scan_key", "status", "patient"),
     sqlite_autoincrement=True,
 )
@@ -163,6 +161,7 @@ class SiteStore:
         except OSError as error:
             raise HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be opened: {error.strerror}", where=path) from error
         self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
+        self._joint: sa.Connection | None = None
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         try:
@@ -170,6 +169,11 @@ class SiteStore:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tile_folder(self) -> Path:
+        """Folder of the tile indexes, beside the database."""
+        return self.path.parent / "tiles"
 
     def __enter__(self) -> Self:
         return self
@@ -203,40 +207,52 @@ class SiteStore:
     def _transaction(self, *, write: bool = True) -> Iterator[sa.Connection]:
         """One transaction, committed on leaving; database errors become ours."""
         try:
+            if self._joint is not None:
+                yield self._joint
+                return
             with self._engine.connect().execution_options(pathfed_write=write) as connection, connection.begin():
                 yield connection
         except sa.exc.DatabaseError as error:
             raise _host_error(error, self.path) from error
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all that is done inside be one transaction, and one flush to the disk. For one thread."""
+        with self._transaction() as connection:
+            outer, self._joint = self._joint, connection
+            try:
+                yield
+            finally:
+                self._joint = outer
+
     # Slides
 
-    def upsert_slide(self, record: SlideRecord, corners: NDArray[np.int32] | None = None) -> SlideId:
+    def upsert_slide(self, record: SlideRecord) -> SlideId:
         """Store a slide under its path and scan key, replacing what was there.
 
-        A number names content: a file whose bytes, size, time or resolution changed gets a new number, and numbers are never used
-        again, so that a cohort's digest changes with its slides.
+        A number names content and the tiles found in it: a file whose bytes, size, time or resolution changed gets a new number, and
+        numbers are never used again, so that a cohort's digest changes with its slides. A slide that was not read yet keeps the number it
+        was given when it was found.
 
         Args:
-            record: the slide.
-            corners: int32 (n, 2), top-left (x, y) of its tiles, level-0 pixels; None for no tile.
+            record: the slide; its tile map is on the disk already.
 
         Returns:
             The slide's number.
 
         Raises:
-            ValueError: `record.tile_count` is not the number of corners.
+            ValueError: it has tiles without a tile map, or the reverse.
         """
-        blob = b"" if corners is None else np.ascontiguousarray(corners, "<i4").tobytes()
-        if len(blob) != 8 * record.tile_count:
-            raise ValueError(f"record.tile_count must be the number of corners, got {record.tile_count} and {len(blob) // 8}")
-        values = _slide_values(record) | {"corners": zlib.compress(blob, level=6)}
+        if (record.tile_count > 0) != (record.tiles is not None):
+            raise ValueError(f"a slide with {record.tile_count} tiles and tile map {record.tiles}")
+        values = _slide_values(record)
         same_place = (_SLIDE.c.path == record.path) & (_SLIDE.c.scan_key == record.scan_key)
         same_file = (
             same_place
-            & (_SLIDE.c.fingerprint == record.fingerprint)
+            & _SLIDE.c.fingerprint.in_([record.fingerprint, ""])  # empty: not read yet, and none other than this
             & (_SLIDE.c.size == record.size)
             & (_SLIDE.c.mtime_ns == record.mtime_ns)
-            & _SLIDE.c.mpp.is_not_distinct_from(record.mpp)
+            & (_SLIDE.c.mpp.is_(None) | _SLIDE.c.mpp.is_not_distinct_from(record.mpp))
         )
         with self._transaction() as connection:
             connection.execute(sa.delete(_SLIDE).where(same_place & ~same_file))
@@ -252,35 +268,69 @@ class SiteStore:
         reason: ErrorCode | None = None,
         detail: str | None = None,
         patient: Pseudonym | None = None,
-        attributes: Mapping[str, str] | None = None,
     ) -> None:
         """Change who a slide belongs to and whether it counts, without reading it again; its tiles stay.
-
-        Attributes stay where None is given.
 
         Raises:
             KeyError: there is no such slide.
         """
         values = {"status": status.value, "reason": None if reason is None else reason.value, "detail": detail, "patient": patient}
-        if attributes is not None:
-            values["attributes"] = _attributes_text(attributes)
         with self._transaction() as connection:
             changed = connection.execute(sa.update(_SLIDE).where(_SLIDE.c.id == slide).values(**values)).rowcount
         if not changed:
             raise KeyError(f"no slide {slide}")
 
+    def add_slides(self, records: Sequence[SlideRecord]) -> dict[str, SlideId]:
+        """Slides that were not known and have no tiles yet; numbers by path, ascending in this order. Quick for very many."""
+        if not records:
+            return {}
+        values = [_slide_values(record) for record in records]
+        with self._transaction() as connection:
+            last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_SLIDE.c.id), 0))).scalar_one()
+            connection.execute(sa.insert(_SLIDE), values)
+            return {
+                row.path: SlideId(row.id) for row in connection.execute(sa.select(_SLIDE.c.id, _SLIDE.c.path).where(_SLIDE.c.id > last))
+            }
+
+    def restate_slides(self, records: Mapping[SlideId, SlideRecord]) -> None:
+        """As `set_slide_state`, of many slides at once, and what the list says of them; of each record only these fields count."""
+        fields = ("status", "reason", "detail", "patient", "attributes")
+        self._update(fields, [{"number": number} | _slide_values(record) for number, record in records.items()])
+
+    def move_slides(self, moved: Mapping[SlideId, SlideRecord]) -> None:
+        """Slides that lie elsewhere now: path, parts and time change, numbers and tiles stay. Paths may be exchanged among them."""
+        with self.together():
+            self._update(("path",), [{"number": number, "path": f"/{number}"} for number in moved])  # no slide's name begins so
+            self._update(("path", "parts", "mtime_ns"), [{"number": number} | _slide_values(record) for number, record in moved.items()])
+
+    def forget_slides(self, slides: Collection[SlideId]) -> None:
+        """Take out slides; their numbers are not used again."""
+        if slides:
+            with self._transaction() as connection:
+                connection.execute(sa.delete(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number")), [{"number": one} for one in slides])
+
+    def set_attempts(self, attempts: Mapping[SlideId, int]) -> None:
+        """Note how often reading these slides was begun without coming to an end."""
+        self._update(("attempts",), [{"number": number, "attempts": count} for number, count in attempts.items()])
+
+    def _update(self, fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> None:
+        """Set these columns of many slides, each by its number."""
+        if values:
+            statement = sa.update(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number"))
+            statement = statement.values({name: sa.bindparam(f"new_{name}") for name in fields})
+            with self._transaction() as connection:
+                connection.execute(statement, [{"number": one["number"]} | {f"new_{name}": one[name] for name in fields} for one in values])
+
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""
-        columns = [column for column in _SLIDE.c if column.name != "corners"]
         with self._transaction(write=False) as connection:
-            rows = connection.execute(sa.select(*columns).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
+            rows = connection.execute(sa.select(_SLIDE).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
         return {SlideId(row.id): _slide_record(row) for row in rows}
 
     def all_slides(self) -> list[SlideRecord]:
         """All slides under any rules; a slide that was scanned under several comes several times."""
-        columns = [column for column in _SLIDE.c if column.name != "corners"]
         with self._transaction(write=False) as connection:
-            rows = connection.execute(sa.select(*columns).order_by(_SLIDE.c.path, _SLIDE.c.id)).all()
+            rows = connection.execute(sa.select(_SLIDE).order_by(_SLIDE.c.path, _SLIDE.c.id)).all()
         return [_slide_record(row) for row in rows]
 
     def cohort(self, scan_key: Digest, weigh: Callable[[SlideRecord], float | None] = lambda _: 1.0) -> Cohort:
@@ -298,14 +348,7 @@ class SiteStore:
             .order_by(_SLIDE.c.patient, _SLIDE.c.id)
         )
         with self._transaction(write=False) as connection:
-            rows = connection.execute(query).all()
-        weighed = [(row, weight) for row in rows if (weight := weigh(_slide_record(row))) is not None]
-        return Cohort(
-            tuple(
-                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners), weight) for row, weight in group))
-                for name, group in groupby(weighed, key=lambda pair: pair[0].patient)
-            )
-        )
+            return Cohort.of_rows(_weighed(connection.execute(query), weigh))
 
     # Withdrawals
 
@@ -489,15 +532,16 @@ def _attributes_text(attributes: Mapping[str, str]) -> str:
 
 
 def _slide_values(record: SlideRecord) -> dict[str, Any]:
-    grid = record.grid
-    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "grid"}
+    tiles = record.tiles
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "tiles"}
     return values | {
         "attributes": _attributes_text(record.attributes),
+        "parts": json.dumps(record.parts),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
-        "grid_side": None if grid is None else grid.side,
-        "grid_level": None if grid is None else grid.level,
-        "grid_level_px": None if grid is None else grid.level_px,
+        "index_offset": None if tiles is None else tiles.offset,
+        "index_size": None if tiles is None else tiles.size,
+        "index_check": None if tiles is None else tiles.check,
     }
 
 
@@ -508,6 +552,8 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         size=row.size,
         mtime_ns=row.mtime_ns,
         scan_key=row.scan_key,
+        parts=tuple(json.loads(row.parts)),
+        attempts=row.attempts,
         status=SlideStatus(row.status),
         reason=None if row.reason is None else ErrorCode(row.reason),
         detail=row.detail,
@@ -516,13 +562,17 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         width=row.width,
         height=row.height,
         tile_count=row.tile_count,
-        grid=None if row.grid_side is None else TileGrid(row.grid_side, row.grid_level, row.grid_level_px),
+        tiles=None if row.index_check is None else IndexEntry(row.index_offset, row.index_size, row.index_check),
         attributes=json.loads(row.attributes),
     )
 
 
-def _corners(blob: bytes) -> NDArray[np.int32]:
-    return np.frombuffer(zlib.decompress(blob), "<i4").astype(np.int32, copy=False).reshape(-1, 2)
+def _weighed(rows: Iterable[sa.Row[Any]], weigh: Callable[[SlideRecord], float | None]) -> Iterator[tuple[str, int, int, str, float]]:
+    """Rows of a cohort, see `Cohort.of_rows`; slides without a weight are left out."""
+    for row in rows:
+        weight = weigh(_slide_record(row))
+        if weight is not None:
+            yield row.patient, row.id, row.tile_count, row.index_check, weight
 
 
 def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:

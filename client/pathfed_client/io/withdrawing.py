@@ -13,7 +13,7 @@ from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind, of_slide
 from pathfed_client.io.site_records import Event, SlideRecord
 from pathfed_client.io.site_store import SiteStore
-from pathfed_client.io.slide_files import SUFFIXES
+from pathfed_client.io.slide_files import SUFFIXES, slide_names
 from pathfed_common.errors import ErrorCode, SiteDataError
 
 _SHOWN = 20
@@ -65,7 +65,7 @@ class KnownHere:
 
     Attributes:
         listed: pseudonyms of the patient list.
-        names: of each slide in the folder by its path, all its names.
+        names: of each slide in the folders by its path, all its names.
     """
 
     listed: Callable[[], Collection[str]]
@@ -127,9 +127,9 @@ def _paths(given: WithdrawalInput, scanned: Collection[SlideRecord], known: Know
     paths = {record.path for record in scanned}
     if all(text in paths for _, text in given.lines()):
         return {text for _, text in given.lines()}
-    names = {path: {path, path.rpartition("/")[2]} for path in paths}
+    names = {record.path: slide_names(record.path, record.parts) for record in scanned}
     for path, more in known.names().items():
-        names[path] = names.get(path, set()) | set(more)
+        names[path] = names.get(path, frozenset()) | set(more)
     finder = SlideFinder({path: names_and_stems(found, SUFFIXES) for path, found in names.items()})
     fitting = [(line, finder.find(text)) for line, text in given.lines()]
     unclear = [line for line, found in fitting if len(found) != 1]

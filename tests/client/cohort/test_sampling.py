@@ -3,7 +3,6 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,14 +20,11 @@ def random(**context: str | int) -> KeyedRandom:
 
 
 def patient(number: int, *tiles_of_slides: int) -> Patient:
-    slides = [
-        SlideTiles(SlideId(10 * number + index), np.stack([np.arange(count), np.full(count, index)], 1).astype(np.int32))
-        for index, count in enumerate(tiles_of_slides)
-    ]
+    slides = [SlideTiles(SlideId(10 * number + index), count, f"{count:032x}") for index, count in enumerate(tiles_of_slides)]
     return Patient(Pseudonym(f"{number:032x}"), tuple(slides))
 
 
-COHORT = Cohort(tuple(patient(number, 2) for number in range(20)))
+COHORT = Cohort.of(patient(number, 2) for number in range(20))
 
 
 def test_each_patient_is_drawn_with_the_rate_and_independently() -> None:
@@ -44,8 +40,8 @@ def test_each_patient_is_drawn_with_the_rate_and_independently() -> None:
 
 def test_a_draw_may_be_empty_and_may_be_everyone() -> None:
     assert draw_patients(COHORT, 0.0, random()) == ()
-    assert draw_patients(COHORT, 1.0, random()) == COHORT.patients
-    assert draw_patients(Cohort(()), 0.5, random()) == ()
+    assert draw_patients(COHORT, 1.0, random()) == tuple(COHORT.patients)
+    assert draw_patients(Cohort.of(()), 0.5, random()) == ()
 
 
 def test_tiles_are_drawn_across_all_slides_without_repetition() -> None:
@@ -61,7 +57,7 @@ def test_tiles_are_drawn_across_all_slides_without_repetition() -> None:
 
 def test_a_patient_with_fewer_tiles_gives_all_of_them_once() -> None:
     refs = draw_tiles(patient(1, 2, 1), 8, random())
-    assert sorted((ref.slide, ref.x) for ref in refs) == [(10, 0), (10, 1), (11, 0)]
+    assert sorted((ref.slide, ref.tile) for ref in refs) == [(10, 0), (10, 1), (11, 0)]
 
 
 def test_a_patient_without_tiles_gives_none() -> None:
@@ -76,12 +72,12 @@ def test_no_tile_asked_for_is_refused() -> None:
 def weighted(*slides: tuple[int, float]) -> Patient:
     """A patient with slides of (tiles, weight)."""
     plain = patient(1, *(tiles for tiles, _ in slides))
-    return Patient(plain.pseudonym, tuple(replace(one, weight=weight) for one, (_, weight) in zip(plain.slides, slides, strict=True)))
+    return Patient(plain.pseudonym, tuple(one._replace(weight=weight) for one, (_, weight) in zip(plain.slides, slides, strict=True)))
 
 
 def index(ref: TileRef, of: Patient) -> int:
-    firsts = np.cumsum([0, *(len(slide.corners) for slide in of.slides)])
-    return int(firsts[ref.slide - 10] + ref.x)
+    firsts = np.cumsum([0, *(slide.tiles for slide in of.slides)])
+    return int(firsts[ref.slide - 10] + ref.tile)
 
 
 def law(weights: Sequence[float], k: int) -> dict[tuple[int, ...], float]:
@@ -116,8 +112,8 @@ def test_tiles_are_drawn_by_exactly_the_stated_law_and_by_no_other(k: int) -> No
 
 def test_tiles_of_one_slide_are_equally_likely_whatever_the_weights() -> None:
     of = weighted((6, 7.0), (4, 0.001))
-    firsts = Counter(draw_tiles(of, 1, random(step=step))[0].x for step in range(3000))
-    assert stats.chisquare([firsts[x] for x in range(6)]).pvalue > 1e-4
+    firsts = Counter(draw_tiles(of, 1, random(step=step))[0].tile for step in range(3000))
+    assert stats.chisquare([firsts[tile] for tile in range(6)]).pvalue > 1e-4
 
 
 def test_a_common_factor_of_all_weights_changes_nothing_and_equal_weights_draw_as_none() -> None:
@@ -135,8 +131,9 @@ def test_a_common_factor_of_all_weights_changes_nothing_and_equal_weights_draw_a
 def test_weighted_tiles_are_distinct_and_all_of_them_where_there_are_fewer(slides, tiles, step) -> None:
     of = weighted(*slides)
     refs = draw_tiles(of, tiles, random(step=step))
-    assert len(refs) == len(set(refs)) == min(tiles, of.tile_count)
+    assert len(refs) == len({(ref.slide, ref.tile) for ref in refs}) == min(tiles, of.tile_count)
     assert refs == draw_tiles(of, tiles, random(step=step)), "keyed: the same draw again"
+    assert draw_tiles(of, max(1, tiles // 2), random(step=step)) == refs[: max(1, tiles // 2)], "a shorter draw is a longer one's beginning"
 
 
 def test_large_numbers_below_a_bound_are_uniform() -> None:
@@ -149,6 +146,13 @@ def test_large_numbers_below_a_bound_are_uniform() -> None:
 
 
 def test_a_weight_is_part_of_the_cohorts_digest() -> None:
-    one, other = (Cohort((weighted((2, 1.0), (3, weight)),)) for weight in (1.0, 2.0))
+    one, other = (Cohort.of((weighted((2, 1.0), (3, weight)),)) for weight in (1.0, 2.0))
     assert one.digest != other.digest
-    assert one.digest == Cohort((patient(1, 2, 3),)).digest
+    assert one.digest == Cohort.of((patient(1, 2, 3),)).digest
+    assert [slide.weight for slide in other.patients[0].slides] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_cohort_refuses_weights_that_are_no_weights(weight: float) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Cohort.of((weighted((2, weight)),))

@@ -5,7 +5,7 @@ import pytest
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind, of_slide
 from pathfed_client.io.listing import WITHDRAWN, Placed, preview, read_listing
-from pathfed_client.io.slide_files import find_slides
+from pathfed_client.io.slide_listing import list_slides
 from pathfed_common.errors import ErrorCode, SiteDataError
 
 KEY = bytes(range(32))
@@ -20,7 +20,7 @@ def lay(tmp_path, write_dicom):
         (folder / name).write_bytes(b"never opened")
     for name in ("1.dcm", "2.dcm"):
         write_dicom(folder / "series" / name, "1.2.3")
-    slides = find_slides(folder)
+    slides = list_slides(folder).names
 
     def read(*lines: str, header: str = "slide,patient,organ,mpp"):
         path = tmp_path / "p.csv"
@@ -87,4 +87,4 @@ def test_a_preview_names_no_patient(lay):
 
 def test_a_list_that_is_not_there_is_told(tmp_path):
     with pytest.raises(SiteDataError, match="PF202"):
-        read_listing(tmp_path / "none.csv", [])
+        read_listing(tmp_path / "none.csv", {})

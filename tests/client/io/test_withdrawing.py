@@ -104,6 +104,27 @@ def test_a_withdrawn_slide_leaves_its_patient_the_others(site, name):
     assert site.tiles() == {"P1": 6, "P2": 6}
 
 
+def test_a_slide_listed_by_mistake_for_a_withdrawn_patient_is_read_once_the_list_is_right(site):
+    site.withdraw(patients="P1")
+    site.write_slide(site.folder / "new.tif", shift=77)
+    site.map("a.tif,P1", "b.tif,P2", "c.tif,P1", "new.tif,P1")
+    assert site.scan().slides_read == 0
+    site.map("a.tif,P1", "b.tif,P2", "c.tif,P1", "new.tif,P9")
+    assert site.scan().slides_read == 1
+    assert site.tiles() == {"P2": 6, "P9": 6}
+
+
+def test_copies_of_a_withdrawn_slide_are_out_with_it(site):
+    (site.folder / "copy.tif").write_bytes((site.folder / "a.tif").read_bytes())
+    site.map("a.tif,P1", "b.tif,P2", "c.tif,P1", "copy.tif,P1")
+    site.scan()
+    site.withdraw(slides="a.tif")
+    assert site.tiles() == {"P1": 6, "P2": 6}
+    site.map("a.tif,P1", "b.tif,P2", "c.tif,P1", "copy.tif,P9")
+    site.scan()
+    assert site.tiles() == {"P1": 6, "P2": 6}
+
+
 def test_a_scan_under_way_cannot_bring_a_withdrawn_slide_back(site):
     """It read the withdrawals before this one, and writes the row after it."""
     before = dict(site.store.slides(scan_key(PLAN)))
