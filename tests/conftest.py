@@ -1,4 +1,4 @@
-"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread a process, fixed examples."""
+"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread each, fixed examples."""
 
 import os
 from typing import Any

@@ -85,7 +85,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def leaves_no_process(tmp_path: Path) -> Iterator[None]:
     """Fails a test after which a process that names its folder is left."""
     yield
-    left = wait_for(lambda: processes_of(tmp_path), until=lambda found: not found, within_s=15)
+    left = wait_for(lambda: processes_of(tmp_path), until=lambda found: not found, within_s=60)
     assert not left, [process.cmdline() for process in left]
 
 

@@ -16,9 +16,11 @@ from pathfed_common.encoder.vit import VisionTransformer
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
+#: A demo, and the fixture's, at a tenth of the usual speed.
+pytestmark = pytest.mark.timeout(1300)
 
 
-def _run(*arguments: object, within_s: float = 240) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object, within_s: float = 600) -> subprocess.CompletedProcess[str]:
     command, *rest = (str(argument) for argument in arguments)
     return subprocess.run([str(BIN / command), *rest], capture_output=True, text=True, timeout=within_s)
 
@@ -37,7 +39,7 @@ def demo(tmp_path_factory, plan_file, hospitals):
 
 def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -> None:
     out, _ = demo
-    assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=10)
+    assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=60)
 
 
 def test_everything_it_says_is_there_is_there(demo) -> None:

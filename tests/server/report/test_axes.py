@@ -26,7 +26,8 @@ def test_ticks_cover_the_values_are_even_and_few(one, other):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(5e-324, 5e-324), (0.0, 5e-324), (-5e-324, 5e-324), (1.0, 1.0 + 2**-52), (-3.0, -3.0), (1e9, 1e9 + 1e-7), (0.0, 1e-299)]
+    ("low", "high"),
+    [(5e-324, 5e-324), (0.0, 5e-324), (-5e-324, 5e-324), (1.0, 1.0 + 2**-52), (-3.0, -3.0), (1e9, 1e9 + 1e-7), (0.0, 1e-299)],
 )
 def test_values_that_a_drawing_cannot_tell_apart_get_an_axis_that_holds_them(low, high):
     ticks = nice_ticks(low, high)
