@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_fixtures import chromium
 
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import preset
@@ -47,6 +48,22 @@ def test_everything_it_says_is_there_is_there(demo) -> None:
     for place in ("record/encoder/model.safetensors", "report.html", "server/pathfed.db", "logs", "commands.log", "trust.json"):
         assert (out / place).exists(), place
     assert "pathfed verify" in printed
+
+
+def test_its_report_shows_the_participants_their_memory_and_painted_tiles_in_a_browser(demo) -> None:
+    out, _ = demo
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto((out / "report.html").as_uri())
+        sites = [path.name for path in sorted((out / "sites").iterdir())]
+        assert page.locator("table.sites tbody th").all_inner_texts() == sites
+        assert page.locator("section[aria-labelledby=memory] tbody th").all_inner_texts() == ["server", *sites]
+        assert page.locator("section[aria-labelledby=memory] .bad").count() == 0
+        widths = page.locator("section[aria-labelledby=tiles] img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        assert len(widths) == 12
+        assert set(widths) == {96}
+        assert "verified" in (page.locator("section.verdict").get_attribute("class") or "")
+        assert page.locator("figure.panel").filter(has_text="time slot").count() == 1
 
 
 def test_the_record_verifies_with_trusted_keys_and_says_so_without(demo) -> None:
@@ -108,7 +125,7 @@ def test_every_ledger_verifies_and_its_epsilon_is_what_three_accountants_allow(d
         assert found["entries"][-1]["epsilon_total"] == pytest.approx(found["epsilon"], abs=1e-9)
 
 
-def test_a_second_demo_replaces_the_first_and_nothing_else(tmp_path, plan_file, hospitals) -> None:
+def test_a_folder_that_is_not_a_demos_is_left_as_it_is(tmp_path, plan_file, hospitals) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     refused = _demo(tmp_path, plan_file, hospitals)
     assert refused.returncode == 19
