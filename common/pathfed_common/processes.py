@@ -12,10 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pathfed_common.errors import ErrorCode, HostError
@@ -167,17 +170,47 @@ class Supervisor:
             self._orphaned.add(child.process.pid)
 
 
-def owned() -> dict[str, Any]:
-    """Arguments of `subprocess.Popen` for a child in a session of its own, which the kernel ends (SIGTERM) when its owner dies (Linux).
+def start_owned(argv: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """Start a child in a session of its own, which the kernel ends (SIGTERM) when its owner dies (Linux).
 
-    The owner is the calling thread: call it from the main one.
+    Its owner is the calling thread: call it from the main one. `options` are those of `subprocess.Popen`. An interrupt that comes while
+    the process forks takes effect afterwards: Python would raise it inside a fork handler (`os.register_at_fork`), and lose it there.
+
+    Raises:
+        FileNotFoundError: no such command.
     """
     owner = os.getpid()
-    return {"start_new_session": True, "preexec_fn": (lambda: _die_with(owner)) if _prctl is not None else None}
+    with _interrupts_held():
+        return subprocess.Popen(
+            list(argv), start_new_session=True, preexec_fn=(lambda: _die_with(owner)) if _prctl is not None else None, **options
+        )
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let the handlers of SIGINT and SIGTERM wait until the block ends."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler ever runs
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted: list[tuple[int, FrameType | None]] = []
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for came, frame in noted[:1]:
+            first = handlers[signal.Signals(came)]
+            if callable(first):
+                first(came, frame)
 
 
 def end_all(children: Iterable["subprocess.Popen[Any]"], grace_s: float) -> None:
-    """End children begun with `owned` arguments, in the order given: asked first, by force after `grace_s` seconds in all.
+    """End children of `start_owned`, in the order given: asked first, by force after `grace_s` seconds in all.
 
     What they started, and left behind in their sessions, is asked and ended after them.
     """
@@ -199,13 +232,12 @@ def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
     spec.log.parent.mkdir(parents=True, exist_ok=True)
     with spec.log.open("ab") as log:
         try:
-            return subprocess.Popen(
-                list(spec.argv),
+            return start_owned(
+                spec.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **spec.environment},
-                **owned(),
             )
         except FileNotFoundError as error:
             raise HostError(ErrorCode.TOOL_MISSING, f"{spec.name} cannot be started: no such command", where=spec.argv[0]) from error

@@ -22,8 +22,8 @@ from pathfed_common.processes import (
     accepts_connections,
     end_all,
     free_port,
-    owned,
     require_free_port,
+    start_owned,
 )
 
 
@@ -175,9 +175,9 @@ time.sleep(60)
 
 def test_a_command_begun_beside_others_ends_with_its_owner_and_on_demand(tmp_path):
     script = """
-import subprocess, time
-from pathfed_common.processes import owned
-print(subprocess.Popen(["sleep", "60"], **owned()).pid, flush=True)
+import time
+from pathfed_common.processes import start_owned
+print(start_owned(["sleep", "60"]).pid, flush=True)
 time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
@@ -186,12 +186,31 @@ time.sleep(60)
         assert alive(pid)
         owner.kill()
     assert eventually(lambda: not alive(pid))
-    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True, **owned()) as command:
+    with start_owned(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as command:
         assert command.stdout is not None
         grandchild = int(command.stdout.readline())
         end_all([command], grace_s=10)
         assert command.returncode == -signal.SIGTERM
     assert eventually(lambda: not alive(grandchild))
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_comes_while_the_owner_forks_is_not_lost(number):
+    """Python runs its handler in the first fork handler, and throws away what is raised there."""
+    script = f"""
+import os, signal
+from pathfed_common.console import end_on_terminate
+from pathfed_common.processes import start_owned
+end_on_terminate()
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{number}))
+try:
+    start_owned(["true"])
+    print("lost")
+except KeyboardInterrupt:
+    print("heeded")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "heeded\n"
 
 
 def test_ctrl_c_reaches_the_owner_alone(supervisor, spec):

@@ -189,8 +189,9 @@ def _commands(out: Path) -> str:
     return log.read_text() if log.exists() else ""
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "terminated"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "how"), [*((moment, "ctrl-c") for moment in MOMENTS), ("sites scan", "terminated"), ("rounds", "terminated")]
+)
 def test_ending_the_demo_at_any_moment_leaves_no_process(tmp_path, plan_file, hospitals, wait_for, leaves_no_process, moment, how) -> None:
     """Ctrl-C reaches every process of the terminal's group; a service manager's SIGTERM the demo alone."""
     out = tmp_path / "out"

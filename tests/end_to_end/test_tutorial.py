@@ -42,7 +42,7 @@ def lines(block: str) -> list[str]:
     return [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_the_commands_of_the_tutorial_lead_to_a_verified_record(tmp_path, wait_for, started, leaves_no_process) -> None:
+def test_the_commands_of_the_tutorial_lead_to_a_verified_record(tmp_path, wait_for, leaves_no_process, started) -> None:
     generate_hospitals(tmp_path / "pathfed-demo" / "data", hospitals=2, patients=14, slides_per_patient=1, seed=0, side_px=(768, 1024))
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, error_from_dict
-from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, end_all, owned
+from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, end_all, start_owned
 
 _RESTARTS = 2
 _COMMANDS_GRACE_S = 10.0
@@ -113,7 +113,7 @@ class Consortium:
         with (self.out / "commands.log").open("a", encoding="utf-8") as log:
             log.write(shlex.join([command, *argv[1:]]) + "\n")
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-        process = subprocess.Popen([*argv, "--json"], **pipes, **owned())
+        process = start_owned([*argv, "--json"], **pipes)
         self._begun.append(process)
         return process
 
