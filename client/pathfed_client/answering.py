@@ -16,10 +16,10 @@ Whatever goes wrong becomes a code; a code is decided by public facts (see train
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 
 import torch
 
@@ -148,8 +148,10 @@ class SiteAnswerer:
         return None
 
     def _cohort(self, plan: Plan) -> Cohort:
-        """The patients as they are now. An approved plan was scanned, so an empty cohort is no error: whether a site answers must not
-        depend on its last patient. Noise is released."""
+        """The patients as they are now.
+
+        An approved plan was scanned, so an empty cohort is no error: whether a site answers must not depend on its last patient.
+        """
         cohort = self._store.cohort(scan_key(plan.cohort))
         if not cohort.patients:
             _log.warning("no patient is left under this plan's rules; the answer will be noise alone")
@@ -265,20 +267,11 @@ class SiteAnswerer:
             self._sleep(max(0.0, reply_time(offer, plan.rounds.reply_slot_s, self._now()) - self._now()))
 
 
-def _place(error: BaseException) -> str:
+def _place(error: Exception) -> str:
     """Where in our own code an exception came from: the innermost frame that is ours, module and line. Names no data."""
-    ours = [
-        f"{frame.tb_frame.f_globals['__name__']}:{frame.tb_lineno}"
-        for frame in _frames(error.__traceback__)
-        if frame.tb_frame.f_globals.get("__name__", "").startswith("pathfed_")
-    ]
+    modules = ((str(frame.f_globals.get("__name__")), line) for frame, line in traceback.walk_tb(error.__traceback__))
+    ours = [f"{module}:{line}" for module, line in modules if module.startswith("pathfed_")]
     return ours[-1] if ours else "an unknown place"
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
-    while traceback is not None:
-        yield traceback
-        traceback = traceback.tb_next
 
 
 def _open_state(base_state: bytes, plan: Plan) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, SealedUpdate
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.slides.tiling import scan_key
-from pathfed_client.training import local_round
+from pathfed_client.training import local_round, private_step
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.encoder import weights
@@ -456,7 +457,7 @@ def rescan(site: Site, world) -> None:
 @pytest.mark.parametrize("changed", ["plan", "run", "round", "base_state", "cohort", "declared_patients", "code", "secret"])
 def test_a_change_in_anything_a_release_depends_on_is_another_release(world, site, dump_state, monkeypatch, changed):
     _, before = stopped(site, world, monkeypatch)
-    change = {}
+    change: dict[str, Any] = {}
     if changed == "plan":
         change["plan"] = with_plan(world, site.home, name="other").digest
     elif changed == "declared_patients":
@@ -492,7 +493,7 @@ def test_sites_with_other_secrets_have_independent_noise(world, copy_home, undis
 def test_a_round_of_three_steps_is_charged_stated_and_taken_as_three(world, site, monkeypatch):
     plan = with_plan(world, site.home, rounds=world.plan.rounds.model_copy(update={"steps": 3}))
     taken = []
-    take = local_round.private_step
+    take = private_step.private_step
 
     def counted(*args, **options):
         taken.append(args)
@@ -521,7 +522,7 @@ def test_a_rescan_between_the_charge_and_the_retry_is_another_release_with_noise
 
 def test_how_long_a_round_took_is_in_nothing_that_leaves(world, copy_home, monkeypatch):
     """Two sites with the same keys and secrets, one of them slow, within one slot: the same answer at the same time."""
-    run_round = answering.run_round
+    run_round = local_round.run_round
     said, left_at = [], []
     for name, took_s in (("fast", 0.25), ("slow", 3.0)):
         with opened(copy_home(name)) as site, monkeypatch.context() as patch:

@@ -31,9 +31,11 @@ from typing import Any
 
 from pathfed_common.errors import ErrorCode, PrivacyError
 
-#: PLD may exceed the Renyi bound, or fall below the lower bound, by this much before the accountants are said to disagree: rounding.
+#: PLD may exceed the Renyi bound by this much before the accountants are said to disagree: rounding.
 RDP_TOLERANCE = 1e-6
-LOWER_TOLERANCE = 1e-6
+#: PLD may fall below the lower bound by this much: rounding, of log-gammas of the number of steps.
+LOWER_TOLERANCE = 1e-5
+_DRAWS_KEPT = 512
 #: PLD may leave the PRV interval by this much.
 PRV_TOLERANCE = 1e-3
 #: The ledger asks all accountants again once the steps have grown so many times.
@@ -226,22 +228,39 @@ def _gaussian(noise: float, rate: float, interval: float) -> Any:
 
 @lru_cache(maxsize=4096)
 def _lower_bound(rate: float, noise: float, steps: int, delta: float) -> float:
+    """The best of some thresholds, none beyond 37 standard deviations. What is left out or rounded here can only lower the power."""
     import numpy as np
-    from scipy.stats import binom, norm
 
     spread = noise * math.sqrt(steps)
-    reach = 8 * math.sqrt(steps * rate * (1 - rate)) + 8
-    # Drawn so many times: what is left out of the sum below only lowers the power.
-    drawn = np.unique(np.linspace(max(0, math.floor(steps * rate - reach)), min(steps, math.ceil(steps * rate + reach)), 2048).astype(int))
-    thresholds = np.linspace(-2 * spread, 9 * spread + drawn[-1], 256)
-    # Every draw between two kept numbers counts as the lower one, which lowers the power too.
-    weights = np.diff(np.append(binom.cdf(drawn - 1, steps, rate), binom.cdf(drawn[-1], steps, rate)))
-    power = norm.sf((thresholds[:, None] - drawn) / spread) @ weights
-    shown = power - delta
-    if not (shown > 0).any():
+    drawn, weights = _draws(rate, steps)
+    thresholds = np.linspace(-2.0, min(37.0, 9.0 + drawn[-1] / spread), 256)
+    power = _tail(thresholds[:, None] - drawn / spread) @ weights
+    shown = power > delta
+    if not shown.any():
         return 0.0
-    bounds = np.log(shown[shown > 0]) - norm.logsf(thresholds[shown > 0] / spread)
-    return max(0.0, float(bounds.max()))
+    return max(0.0, float((np.log(power[shown] - delta) - np.log(_tail(thresholds[shown]))).max()))
+
+
+def _draws(rate: float, steps: int) -> tuple[Any, Any]:
+    """In how many of the steps a patient is drawn, ascending, and with which probability; neighbours counted as the lowest of them."""
+    import numpy as np
+
+    if rate == 1:
+        return np.array([steps]), np.array([1.0])
+    reach = 8 * math.sqrt(steps * rate * (1 - rate)) + 8
+    numbers = range(max(0, math.floor(steps * rate - reach)), min(steps, math.ceil(steps * rate + reach)) + 1)
+    constant, yes, no = math.lgamma(steps + 1), math.log(rate), math.log1p(-rate)
+    logs = (constant - math.lgamma(n + 1) - math.lgamma(steps - n + 1) + n * yes + (steps - n) * no for n in numbers)
+    probabilities = np.fromiter(map(math.exp, logs), float, len(numbers))
+    starts = np.arange(0, len(numbers), -(-len(numbers) // _DRAWS_KEPT))
+    return np.array(numbers)[starts], np.add.reduceat(probabilities, starts) / max(1.0, probabilities.sum())
+
+
+def _tail(deviations: Any) -> Any:
+    """The probability that a standard normal number is above each, shape kept."""
+    import numpy as np
+
+    return np.frompyfunc(lambda z: 0.5 * math.erfc(z / math.sqrt(2)), 1, 1)(deviations).astype(float)
 
 
 @lru_cache(maxsize=4096)

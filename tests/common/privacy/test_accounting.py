@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -183,7 +184,9 @@ def test_pld_is_never_below_the_exact_epsilon_where_there_is_one(sigma: float, s
     assert shown == pytest.approx(exact, rel=0.01)  # the sum is all that an attacker needs there
 
 
-@pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "share"), [(0.04, 1.5, 2250, 1e-5, 0.85), (0.02, 1.0, 2000, 1e-6, 0.7), (0.1, 4.0, 500, 1e-6, 0.95)])
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps", "delta", "share"), [(0.04, 1.5, 2250, 1e-5, 0.85), (0.02, 1.0, 2000, 1e-6, 0.7), (0.1, 4.0, 500, 1e-6, 0.95)]
+)
 def test_what_a_test_shows_is_close_below_pld(rate: float, sigma: float, steps: int, delta: float, share: float) -> None:
     ours = composed_epsilon([event(rate, sigma, steps)], delta)
     assert share * ours < lower_bound([event(rate, sigma, steps)], delta) < ours
