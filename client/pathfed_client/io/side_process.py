@@ -38,7 +38,7 @@ class EndedError(Exception):
 
 
 def module_command(module: str) -> tuple[str, ...]:
-    """Runs an installed module. (`-P`: what lies in the current folder does not count.)"""
+    """What runs an installed module; nothing that lies in the current folder counts (`-P`)."""
     return (sys.executable, "-P", "-m", module)
 
 
