@@ -33,7 +33,9 @@ from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, SealedUpdate, StoredApproval
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
+from pathfed_client.io.tile_workers import TileWorkers
 from pathfed_client.slides.tiling import scan_key
+from pathfed_client.training.augmentation import Augmentation
 from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
@@ -95,6 +97,7 @@ class SiteAnswerer:
         self._now = now
         self._sleep = sleep
         self._warm: tuple[Digest, MaskedAutoencoder] | None = None
+        self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
 
     def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
@@ -171,6 +174,7 @@ class SiteAnswerer:
         objective = self._objective(plan)
         state = _open_state(base_state, plan)
         try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
+        readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         context = {**task.context(), "secret": secret_id(secret)}
         entry = self._ledger.charge(
@@ -184,7 +188,7 @@ class SiteAnswerer:
             now=self._now(),
         )
         try:
-            with TileStream(self._store, self._home.slides, plan.cohort) as stream:
+            with TileStream(self._store, self._home.slides, plan.cohort, workers=readers) as stream:
                 outcome = run_round(
                     objective=objective,
                     base_state=state,
@@ -195,12 +199,28 @@ class SiteAnswerer:
                     steps=plan.rounds.steps,
                     local_learning_rate=plan.rounds.local_learning_rate,
                     random=KeyedRandom(secret, context),
+                    augmentation=Augmentation(**plan.augmentation.model_dump()),
                 )
             return self._seal(task, outcome, entry)
         except Exception:
             # From the charge on, time may tell how many patients were drawn: a failure, too, leaves at a time slot.
             self._wait_for_slot(offer, plan)
             raise
+
+    def _tile_workers(self, plan: Plan) -> TileWorkers | None:
+        """The reading processes, kept from round to round."""
+        wanted, tile_px = self._home.policy.tile_workers, plan.cohort.tile_px
+        if self._readers is None or not self._readers.is_open or self._readers.tile_px != tile_px:
+            if self._readers is not None:
+                self._readers.close()
+            self._readers = TileWorkers(self._home.slides, tile_px, wanted) if wanted else None
+        return self._readers
+
+    def close(self) -> None:
+        """End the reading processes. Safe to call twice."""
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
 
     def _objective(self, plan: Plan) -> MaskedAutoencoder:
         if self._warm is None or self._warm[0] != plan.digest:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.io.run_secrets import RunSecrets
@@ -39,10 +39,16 @@ class SiteSettings(Settings):
 
     #: The site's name in the consortium: lower-case letters, digits and inner hyphens.
     name: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")
-    #: Folder with the slides, read recursively and only ever read.
-    slides: str
+    #: Folders with the slides, searched with all that is below them and only ever read. None may lie inside another.
+    slides: tuple[str, ...] = Field(min_length=1)
     #: CSV export of the lab system with the columns slide and patient.
     patients: str
+
+    @field_validator("slides", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        """A list, as TOML gives it, or one folder's name alone."""
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,9 @@ class SiteHome:
         return site_name(self.settings.name)
 
     @property
-    def slides(self) -> Path:
-        """The slides' folder."""
-        return Path(self.settings.slides)
+    def slides(self) -> tuple[Path, ...]:
+        """The slides' folders."""
+        return tuple(Path(folder) for folder in self.settings.slides)
 
     @property
     def patients(self) -> Path:

@@ -169,6 +169,64 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "Run `pathfed-site scan` with the plan. A stopped scan resumes where it was.",
         "site",
     ),
+    Code.SLIDE_OUT_OF_FOCUS: CatalogEntry(
+        "A slide is out of focus",
+        "Too few of the tiles that were sampled reach the plan's `cohort.quality.min_sharpness`. The slide is set aside.",
+        "Look at its tiles with `pathfed-site inspect`, which gives the sharpness of each. Scan the glass slide again if they are blurred. "
+        "If they look sharp, tell the operator the values: the plan's threshold may not suit your scanner.",
+        "both",
+    ),
+    Code.SLIDE_FILTERED: CatalogEntry(
+        "The quality filters left no tile of a slide",
+        "The slide shows tissue, but pen marks or folds were found on all of its tiles. The message says which filter removed how many.",
+        "Look at the overlay with `pathfed-site inspect`. If the filter is right, clean the glass and scan it again. If it is wrong, and "
+        "above all if it takes many slides, tell the operator: the filters' thresholds are in the plan's `[cohort.quality]`.",
+        "both",
+    ),
+    Code.SLIDE_FOLDER_UNREACHABLE: CatalogEntry(
+        "A slide folder is out of reach",
+        "One of the slide folders, or a folder inside it, cannot be listed, or is empty though it held slides before, as a mount "
+        "point is when the share is away. Nothing was concluded about the slides there: they stay as they were; the rest was scanned.",
+        "Mount the share again, or give the service's user the right to read it, and scan again. A folder that was emptied on purpose: "
+        "take it out of `site.toml`.",
+        "site",
+    ),
+    Code.SLIDE_FOLDERS_OVERLAP: CatalogEntry(
+        "Slide folders overlap",
+        "Two of the slide folders are the same, or one lies inside the other. Every slide there would be found twice.",
+        "Name the outer folder only: folders are searched with everything below them.",
+        "site",
+    ),
+    Code.SLIDE_DUPLICATE: CatalogEntry(
+        "A slide is there twice",
+        "Another slide of the same patient has the same content. One of the two is used, the one whose path comes first; this one is not.",
+        "Nothing needs doing. Remove the copy if it was not meant to be there.",
+        "site",
+    ),
+    Code.SLIDE_SHARED: CatalogEntry(
+        "The same content is listed for different patients",
+        "Two files hold the same slide, and the patient list gives them to different patients. One of the lines is wrong, and nobody "
+        "but the hospital knows which. If such a slide counted, taking out one patient would not take out all that depends on that "
+        "person, so all of them are left out.",
+        "Find out whose slide it is, and remove the wrong line or the wrong copy. Then scan again.",
+        "site",
+    ),
+    Code.SLIDE_CRASHED: CatalogEntry(
+        "A slide ends the process that reads it",
+        "The process that read the slide ended: its decoder crashed, or it took more memory than there is. That cost this slide only. "
+        "It is tried again at the next scans, three times in all.",
+        "Look at the slide in a viewer on a machine that may crash, and copy it again from the scanner. A new copy gets new tries. "
+        "If many slides end so, the machine has too little memory: use fewer `--workers`.",
+        "site",
+    ),
+    Code.SLIDE_TIMEOUT: CatalogEntry(
+        "Reading a slide takes too long",
+        "The slide was not read within the time limit, and the process that read it was ended. It is tried again at the next scans, "
+        "three times in all.",
+        "If the share is slow, give more time with `--slide-timeout`. If only this slide is slow, copy it "
+        "again; a new copy gets new tries.",
+        "site",
+    ),
 }
 
 _PRIVACY: dict[Code, CatalogEntry] = {
@@ -527,6 +585,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "Install pathfed with the extra for this role, for instance `pip install 'pathfed[client]'`, and start it from the same "
         "environment.",
         "both",
+    ),
+    Code.SCHEDULER_LOST: CatalogEntry(
+        "The Dask scheduler cannot be used",
+        "The scheduler does not answer, has no worker, or was lost during the scan. What was read until then is in the site database; "
+        "only the slides being read at that moment are read again.",
+        "Start the scheduler and its workers again and run the same command: it resumes. Without `--scheduler` the scan runs on this "
+        "machine alone.",
+        "site",
     ),
 }
 

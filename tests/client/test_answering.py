@@ -76,8 +76,11 @@ class Site:
 @contextmanager
 def opened(home: SiteHome) -> Iterator[Site]:
     clock = Clock()
-    with closing(SiteStore(home.database)) as store:
-        yield Site(home, store, clock, SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep))
+    with (
+        closing(SiteStore(home.database)) as store,
+        closing(SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep)) as answerer,
+    ):
+        yield Site(home, store, clock, answerer)
 
 
 @pytest.fixture

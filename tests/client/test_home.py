@@ -12,7 +12,7 @@ from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_common.errors import HostError, PathfedError
 from pathfed_common.provenance.documents import SiteCard
 
-SETTINGS = SiteSettings(name="site-a", slides='/data/"slides"\\new\nline', patients="/data/patients.csv")
+SETTINGS = SiteSettings(name="site-a", slides=('/data/"slides"\\new\nline', "/archive"), patients="/data/patients.csv")
 POLICY = SitePolicy(max_epsilon=3.5, delta=1e-6, reply_slots=False, threads=2)
 
 
@@ -27,6 +27,21 @@ def test_a_home_reads_back_what_it_was_made_with(world, tmp_path):
     assert home.name == "site-a"
     assert home.server_card.evidence_key == world.server_key.public
     assert home.ca_file.read_text() == home.server_card.ca_pem
+
+
+def test_one_folder_may_be_written_without_a_list(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    settings = home.root / "site.toml"
+    settings.write_text('name = "site-a"\nslides = "/data"\npatients = "/data/patients.csv"\n')
+    assert SiteHome(home.root).slides == (Path("/data"),)
+
+
+@pytest.mark.parametrize("slides", ["[]", "[1]", "true"])
+def test_slides_are_one_folder_or_several(world, tmp_path, slides):
+    home = made(world, tmp_path / "home")
+    (home.root / "site.toml").write_text(f'name = "site-a"\nslides = {slides}\npatients = "/data/patients.csv"\n')
+    with pytest.raises(HostError, match="PF905"):
+        SiteHome(home.root).slides  # noqa: B018 - reading is what fails
 
 
 def test_every_key_is_its_owners_alone(world, tmp_path):
