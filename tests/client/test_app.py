@@ -4,7 +4,7 @@ from contextlib import closing
 import pytest
 
 from pathfed_client import app
-from pathfed_client.home import SiteHome
+from pathfed_client.home import SiteHome, hold
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError
@@ -140,6 +140,12 @@ def test_a_site_does_not_start_with_a_key_that_others_may_read(copy_home, key):
     home = copy_home()
     (home.root / "keys" / key).chmod(0o644)
     with pytest.raises(HostError, match="PF906"):
+        app.start(home, print)
+
+
+def test_a_second_start_in_the_same_home_is_refused(copy_home):
+    home = copy_home()
+    with hold(home, "site"), pytest.raises(HostError, match=r"PF904.*another process runs this site"):
         app.start(home, print)
 
 
