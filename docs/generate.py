@@ -44,7 +44,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "policy.toml at a site": SitePolicy,
     "server.toml at the server": ServerSettings,
 }
-_TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
+_TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "tuple": "list of texts"}
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<", MultipleOf: "multiple of"}
 
 
@@ -112,9 +112,14 @@ def field_comments(module: ModuleType) -> dict[str, str]:
 def plan_sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Each table of a plan: its TOML name ("" for the top) and its model."""
     yield "", plan_module.Plan
-    for name, field in plan_module.Plan.model_fields.items():
+    yield from _nested_sections(plan_module.Plan, "")
+
+
+def _nested_sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in model.model_fields.items():
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            yield name, field.annotation
+            yield f"{prefix}{name}", field.annotation
+            yield from _nested_sections(field.annotation, f"{prefix}{name}.")
 
 
 def plan_keys() -> list[str]:
@@ -124,7 +129,7 @@ def plan_keys() -> list[str]:
         f"{section}.{name}" if section else name
         for section, model in plan_sections()
         for name in model.model_fields
-        if section or name not in nested
+        if (f"{section}.{name}" if section else name) not in nested
     ]
 
 
@@ -190,7 +195,8 @@ def plan_page() -> str:
     ]
     for section, model in plan_sections():
         out.append(f"\n## {f'[{section}]' if section else 'Top level'}\n\n{inspect.cleandoc(model.__doc__ or '')}\n\n")
-        out.append(_table(model, leave_out=() if section else nested))
+        inner = {name.removeprefix(f"{section}.") if section else name for name in nested}
+        out.append(_table(model, leave_out=inner))
     return "".join(out)
 
 

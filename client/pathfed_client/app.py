@@ -8,13 +8,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathfed_client.gate.site_policy import SitePolicy, check_plan
-from pathfed_client.home import SiteHome, SiteSettings, create_home
+from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
@@ -26,23 +26,31 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
-    from pathfed_client.io.scan import ScanReport
+    from pathfed_client.io.inspection import Inspection
+    from pathfed_client.io.scan_report import ScanReport
+    from pathfed_client.io.scan_watch import Told
+    from pathfed_client.io.scan_where import ScanWhere
     from pathfed_common.processes import ProcessEnd
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
 _TICK_S = 0.25
+_RUNNER_PATIENCE_S = 20.0
 
 
 def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
     """Make the site's home; the database with it.
 
     Raises:
-        SiteDataError: PF201, no slide folder; PF202, no patient list.
+        SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
         HostError: PF904, a file cannot be read or written, or the home exists.
         ProvenanceError: PF602, the server card does not verify.
     """
-    if not Path(settings.slides).is_dir():
-        raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "the slide folder does not exist", where=settings.slides)
+    from pathfed_client.io.slide_files import check_folders
+
+    for folder in settings.slides:
+        if not Path(folder).is_dir():
+            raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "the slide folder does not exist", where=folder)
+    check_folders([Path(folder) for folder in settings.slides])
     if not Path(settings.patients).is_file():
         raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
     made = create_home(home, settings, policy, files.read_given(server_card))
@@ -64,12 +72,34 @@ def open_store(home: SiteHome) -> SiteStore:
     return SiteStore(home.database)
 
 
-def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None]) -> "ScanReport":
-    """Scan the slides under a plan's cohort rules; see `io.scan.scan`."""
+def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
+    """Scan the slides under a plan's cohort rules, in processes of this machine or on a Dask cluster; see `io.scan.scan`."""
     from pathfed_client.io import scan as scanning
+    from pathfed_client.io.scan_where import ScanWhere, make_executor
 
-    with closing(open_store(home)) as store:
-        return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress)
+    with closing(open_store(home)) as store, make_executor(where or ScanWhere()) as executor:
+        return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress, executor=executor)
+
+
+def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanWhere", *, every_s: float, at_rest_s: float) -> None:
+    """Scan again and again until interrupted; see `io.scan_watch.watch`."""
+    from pathfed_client.io import scan as scanning
+    from pathfed_client.io.scan_watch import watch
+    from pathfed_client.io.scan_where import make_executor
+
+    with suppress(KeyboardInterrupt), closing(open_store(home)) as store, make_executor(where) as executor:
+
+        def once(memory: scanning.ScanMemory) -> "ScanReport":
+            return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, executor=executor, memory=memory)
+
+        watch(once, tell, every_s=every_s, at_rest_s=at_rest_s)
+
+
+def inspect(home: SiteHome, slide: str, cohort: CohortPlan, out: Path) -> "Inspection":
+    """Show one slide to the site's own eyes; see `io.inspection.inspect`."""
+    from pathfed_client.io import inspection
+
+    return inspection.inspect(home.slides, slide, cohort, out)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:
@@ -253,13 +283,19 @@ def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
 
 
 def start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    """Run the site's processes until interrupted.
+    """Run the site's processes until interrupted. One such command a home.
 
     Raises:
-        HostError: PF903, a process will not stay up; PF907, a command is missing.
+        HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing.
         TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged.
     """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    with hold(home, "site"):
+        _start(home, tell)
+
+
+def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
     from pathfed_client.transport.site_engine import SiteFiles, start_site
     from pathfed_common.processes import Supervisor
 
@@ -328,10 +364,15 @@ def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
 
 
 def run_resident(home: SiteHome, address: str) -> None:
-    """The runner's process: answer the SuperNode at `address` until ended."""
+    """The runner's process: answer the SuperNode at `address` until ended.
+
+    Raises:
+        HostError: PF904, another runner works in this home and does not end.
+    """
     from pathfed_client.transport import resident_runner
 
-    with closing(open_store(home)) as store:
+    # A runner that is being replaced may need a moment to end.
+    with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
         app = make_flower_app(home, store)
         warm_up(home)
         resident_runner.run(address, home.superexec_secret, app)

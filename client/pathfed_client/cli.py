@@ -13,7 +13,11 @@ from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
 if TYPE_CHECKING:
-    from pathfed_client.io.scan import ScanReport
+    from pathfed_client.io.scan_report import ScanReport
+    from pathfed_client.io.scan_watch import Told
+    from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_common.errors import SiteDataError
+    from pathfed_common.plan import CohortPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 
@@ -25,7 +29,7 @@ _HOME = Path("pathfed-site")
 @app.command()
 def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
-    slides: Annotated[Path, typer.Option(help="Folder with the slides; it is only ever read.")],
+    slides: Annotated[list[Path], typer.Option(help="Folder with the slides; it is only ever read. May be given several times.")],
     patients: Annotated[Path, typer.Option(help="CSV with the columns slide and patient.")],
     server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
@@ -41,7 +45,9 @@ def init(
     from pathfed_client.home import SiteSettings
     from pathfed_common.settings import checked
 
-    settings = checked(SiteSettings, {"name": name, "slides": str(slides.resolve()), "patients": str(patients.resolve())})
+    settings = checked(
+        SiteSettings, {"name": name, "slides": [str(folder.resolve()) for folder in slides], "patients": str(patients.resolve())}
+    )
     policy = checked(SitePolicy, {"max_epsilon": max_epsilon, "delta": delta, "threads": threads, "reply_slots": reply_slots})
     made = site.init(home, settings, policy, server_card)
     show(
@@ -52,19 +58,51 @@ def init(
 
 
 @app.command()
-def scan(plan: PlanFile, home: Home = _HOME, as_json: Json = False) -> None:
+def scan(
+    plan: PlanFile,
+    workers: Annotated[int | None, typer.Option(min=1, help="Reading processes; one for each usable CPU if not given.")] = None,
+    slide_timeout: Annotated[float, typer.Option(min=1, help="Seconds a slide may take to read.")] = 300.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on and take up new and changed slides, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between scans.")] = 60.0,
+    at_rest: Annotated[float, typer.Option(min=0, help="With --watch: seconds a slide must not have changed before it is read.")] = 30.0,
+    scheduler: Annotated[str | None, typer.Option(help="HOST:PORT of a Dask scheduler to read with.")] = None,
+    scheduler_ca: Annotated[Path | None, typer.Option(help="PEM of the CA of the scheduler's TLS.")] = None,
+    scheduler_cert: Annotated[Path | None, typer.Option(help="PEM of this client's certificate for it.")] = None,
+    scheduler_key: Annotated[Path | None, typer.Option(help="PEM of that certificate's key.")] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
-    from pathfed_client.io.scan import CohortEmptyError
+    from pathfed_client.io.scan_where import ScanWhere
 
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
+    console.end_on_terminate()
+    where = ScanWhere(
+        workers=workers,
+        slide_timeout_s=slide_timeout,
+        scheduler=scheduler,
+        scheduler_ca=scheduler_ca,
+        scheduler_cert=scheduler_cert,
+        scheduler_key=scheduler_key,
+    )
+    if watch:
+        site.watch_slides(here, found.cohort, _tell_pass(as_json=as_json), where, every_s=every, at_rest_s=at_rest)
+    else:
+        _scan_once(here, found.cohort, where, as_json=as_json)
+
+
+def _scan_once(here: SiteHome, cohort: "CohortPlan", where: "ScanWhere", *, as_json: bool) -> None:
+    from pathfed_client import app as site
+    from pathfed_client.io.scan_report import CohortEmptyError
+
     columns = (TextColumn("scan"), BarColumn(), MofNCompleteColumn(), TextColumn("slides"), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True, disable=as_json) as bar:
         task = bar.add_task("scan", total=None)
         empty: CohortEmptyError | None = None
         try:
-            report = site.scan(here, found.cohort, lambda done, total: bar.update(task, completed=done, total=total))
+            report = site.scan(here, cohort, lambda done, total: bar.update(task, completed=done, total=total), where)
         except CohortEmptyError as error:
             report, empty = error.report, error
     if as_json:
@@ -75,23 +113,68 @@ def scan(plan: PlanFile, home: Home = _HOME, as_json: Json = False) -> None:
         raise empty
 
 
+def _tell_pass(*, as_json: bool) -> "Told":
+    """Says what a pass of a watch found: a line for people, one JSON value for scripts."""
+    from pathfed_client.io.scan_report import ScanReport
+
+    tell = console.teller(as_json=False)
+
+    def told(found: "ScanReport | SiteDataError") -> None:
+        if as_json:
+            show(found.to_dict() if isinstance(found, ScanReport) else {"error": found.to_dict()}, as_json=True)
+        elif isinstance(found, ScanReport):
+            refused = ", ".join(f"{code.value} x {count}" for code, count in sorted(found.by_reason.items()))
+            counts = f"{len(found.slides)} slides, {found.slides_read} read, {found.patients} patients, {found.tiles} tiles"
+            tell(counts + (f"; not used: {refused}" if refused else "") + (f"; being written: {len(found.left)}" if found.left else ""))
+        else:
+            tell(f"{found.code.value} {found.what}")
+
+    return told
+
+
 def _show_scan(report: "ScanReport") -> None:
     """What a scan found, for people: counts, then everything that needs a look."""
-    figures = {"slides": len(report.slides), "read": report.slides_read, "patients": report.patients, "tiles": report.tiles}
+    figures = {
+        **{"slides": len(report.slides), "read": report.slides_read, "moved": report.slides_moved},
+        **{"patients": report.patients, "tiles": report.tiles},
+    }
     show(figures, as_json=False, title="scan")
     refused = [{"slide": one.path, "code": one.reason, "why": one.detail} for one in report.slides if one.reason is not None]
     absent = [{"line": one.line, "slide": one.slide, "code": one.code, "ambiguous": one.ambiguous} for one in report.not_found]
     without = [{"lines": one.lines, "code": one.code} for one in report.patients_without_tile]
+    warned = [
+        {"slide": one.slide or "all slides read", "filter": one.filter, "removed": f"{one.share:.0%}", "tiles": one.tiles}
+        for one in report.filter_warnings
+    ]
     twins = [{"slide": first, "same as": second} for first, second in report.same_content]
+    away = [{"folder": one.folder or "the slide folder", "code": one.code, "why": one.detail} for one in report.unreachable]
     sections = (
+        ("folders out of reach: their slides stay as they were", away),
         ("slides that are not used", refused),
         ("lines of the patient list without one slide", absent),
         ("patients without a usable tile, by their lines in the list", without),
-        ("WARNING: equal slides listed for different patients; one line of the list may be wrong", twins),
+        ("WARNING: a quality filter removed nearly all tissue; look with `pathfed-site inspect`", warned),
+        ("WARNING: equal slides listed for different patients, all left out; a line of the list is wrong", twins),
     )
     for title, rows in sections:
         if rows:
             show(rows, as_json=False, title=title)
+
+
+@app.command()
+def inspect(
+    slide: Annotated[str, typer.Argument(help="The slide, by its path in the slides folder or its name in the patient list.")],
+    plan: Annotated[Path, typer.Option("--plan", help="The signed plan whose cohort rules are applied.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the page and its two pictures; made if need be, for your eyes alone.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Show what pathfed makes of one slide: tissue, pen marks, folds, tiles, sharpness and the verdict. Stays at this site."""
+    from pathfed_client import app as site
+
+    here = SiteHome(home)
+    _, found = site.read_signed_plan(here, plan)
+    show(site.inspect(here, slide, found.cohort, out).to_dict(), as_json=as_json, title="Inspected. What was written stays at this site.")
 
 
 @app.command()

@@ -95,9 +95,10 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "site",
     ),
     Code.SLIDE_LISTED_TWICE: CatalogEntry(
-        "A slide is listed for two patients",
-        "One slide stands in the patient list more than once. If it counted for two patients, taking out one of them would not "
-        "take out all that depends on that person, and the privacy guarantee would not hold. The list is refused as a whole.",
+        "A slide is listed twice",
+        "One slide stands in the patient list more than once, for two patients or for the same one again. If it counted for two "
+        "patients, taking out one of them would not take out all that depends on that person, and the privacy guarantee would not "
+        "hold; and a list with repeated rows is not certain to be right elsewhere. It is refused as a whole.",
         "Find out whose slide it is and leave one row. If one slide truly carries tissue of two people, leave it out.",
         "site",
     ),
@@ -168,6 +169,64 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "Run `pathfed-site scan` with the plan. A stopped scan resumes where it was.",
         "site",
     ),
+    Code.SLIDE_OUT_OF_FOCUS: CatalogEntry(
+        "A slide is out of focus",
+        "Too few of the tiles that were sampled reach the plan's `cohort.quality.min_sharpness`. The slide is set aside.",
+        "Look at its tiles with `pathfed-site inspect`, which gives the sharpness of each. Scan the glass slide again if they are blurred. "
+        "If they look sharp, tell the operator the values: the plan's threshold may not suit your scanner.",
+        "both",
+    ),
+    Code.SLIDE_FILTERED: CatalogEntry(
+        "The quality filters left no tile of a slide",
+        "The slide shows tissue, but pen marks or folds were found on all of its tiles. The message says which filter removed how many.",
+        "Look at the overlay with `pathfed-site inspect`. If the filter is right, clean the glass and scan it again. If it is wrong, and "
+        "above all if it takes many slides, tell the operator: the filters' thresholds are in the plan's `[cohort.quality]`.",
+        "both",
+    ),
+    Code.SLIDE_FOLDER_UNREACHABLE: CatalogEntry(
+        "A slide folder is out of reach",
+        "One of the slide folders, or a folder inside it, cannot be listed, or is empty though it held slides before, as a mount "
+        "point is when the share is away. Nothing was concluded about the slides there: they stay as they were; the rest was scanned.",
+        "Mount the share again, or give the service's user the right to read it, and scan again. A folder that was emptied on purpose: "
+        "take it out of `site.toml`.",
+        "site",
+    ),
+    Code.SLIDE_FOLDERS_OVERLAP: CatalogEntry(
+        "Slide folders overlap",
+        "Two of the slide folders are the same, or one lies inside the other. Every slide there would be found twice.",
+        "Name the outer folder only: folders are searched with everything below them.",
+        "site",
+    ),
+    Code.SLIDE_DUPLICATE: CatalogEntry(
+        "A slide is there twice",
+        "Another slide of the same patient has the same content. One of the two is used, the one whose path comes first; this one is not.",
+        "Nothing needs doing. Remove the copy if it was not meant to be there.",
+        "site",
+    ),
+    Code.SLIDE_SHARED: CatalogEntry(
+        "The same content is listed for different patients",
+        "Two files hold the same slide, and the patient list gives them to different patients. One of the lines is wrong, and nobody "
+        "but the hospital knows which. If such a slide counted, taking out one patient would not take out all that depends on that "
+        "person, so all of them are left out.",
+        "Find out whose slide it is, and remove the wrong line or the wrong copy. Then scan again.",
+        "site",
+    ),
+    Code.SLIDE_CRASHED: CatalogEntry(
+        "A slide ends the process that reads it",
+        "The process that read the slide ended: its decoder crashed, or it took more memory than there is. That cost this slide only. "
+        "It is tried again at the next scans, three times in all.",
+        "Look at the slide in a viewer on a machine that may crash, and copy it again from the scanner. A new copy gets new tries. "
+        "If many slides end so, the machine has too little memory: use fewer `--workers`.",
+        "site",
+    ),
+    Code.SLIDE_TIMEOUT: CatalogEntry(
+        "Reading a slide takes too long",
+        "The slide was not read within the time limit, and the process that read it was ended. It is tried again at the next scans, "
+        "three times in all.",
+        "If the share is slow, give more time with `--slide-timeout`. If only this slide is slow, copy it "
+        "again; a new copy gets new tries.",
+        "site",
+    ),
 }
 
 _PRIVACY: dict[Code, CatalogEntry] = {
@@ -198,18 +257,21 @@ _PRIVACY: dict[Code, CatalogEntry] = {
     ),
     Code.LEDGER_DAMAGED: CatalogEntry(
         "The privacy ledger does not verify",
-        "An entry of the ledger is missing, changed, out of order or wrongly signed. The site refuses to release anything, "
-        "because what was spent is no longer certain.",
+        "An entry of the ledger is missing, changed, out of order or wrongly signed, or its end was cut off: a statement that this "
+        "site has sealed names an entry that is no longer there. The site refuses to release anything, because what was spent is no "
+        "longer certain.",
         "Do not edit the database. Find out what happened to the disk. Restoring an older copy would forget what was spent since;"
         " that is not a remedy. Keep the damaged database as evidence and ask the operator which statements of this site the "
         "record holds.",
         "site",
     ),
     Code.ACCOUNTANTS_DISAGREE: CatalogEntry(
-        "The two accountants disagree",
-        "The epsilon computed by dp_accounting and the bounds computed by opacus differ by more than their stated tolerances. "
-        "Since one of them must be wrong, the site has refused to charge.",
-        "Report it with the plan's privacy section and the versions of both packages. Do not raise the tolerance.",
+        "The privacy accountants disagree",
+        "The epsilon computed by dp_accounting (PLD) lies outside the bounds that independent methods give: above opacus' Renyi "
+        "bound, below what a simple attack demonstrates, or outside the bounds of opacus' PRV accountant, by more than the stated "
+        "tolerances. One of them must be wrong, so nothing was charged or released.",
+        "Install the pinned versions of dp-accounting and opacus. If it stays, report the figures of the message with the plan's "
+        "privacy section and both versions. Do not raise a tolerance.",
         "both",
     ),
     Code.BASE_STATE_UNTRAINABLE: CatalogEntry(
@@ -288,9 +350,12 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.ROUND_OUT_OF_ORDER: CatalogEntry(
         "A round is out of order",
-        "The offer names an earlier round than one this site has already answered, or a round the plan does not have. It was "
-        "refused, so that no round is answered twice with different noise.",
-        "After the server was restored from a backup it may offer old rounds: continue from the last round that the record holds.",
+        "The offer names an earlier round than one this site has already answered, or a round the plan does not have, or its times "
+        "do not fit: its deadline has passed or is not the plan's, or it lies in the future by the site's clock. It was refused and "
+        "nothing was charged, so that no round is answered twice with different noise and nothing is spent on an answer that cannot "
+        "count.",
+        "Compare the clocks of site and server (a few minutes are tolerated). After the server was restored from a backup it may offer "
+        "old rounds: continue from the last round that the record holds.",
         "operator",
     ),
     Code.SITE_INTERNAL: CatalogEntry(
@@ -498,12 +563,13 @@ _HOST: dict[Code, CatalogEntry] = {
         "The home folder cannot be used",
         "The folder of this site, server or run is missing, not ours, in use by another process, not empty where it must be, or "
         "not writable.",
-        "Check the path, its owner and its rights. One home serves one process at a time.",
+        "Check the path, its owner and its rights. One home serves one `start` at a time; stop the other one.",
         "both",
     ),
     Code.SETTINGS_INVALID: CatalogEntry(
         "The settings are invalid",
-        "A settings or policy file, or an option of the command, has an unknown key, a wrong type, or a value out of bounds.",
+        "A settings or policy file, or an option of the command, has an unknown key, a wrong type, or a value out of bounds; or a "
+        "policy's delta was changed, which is fixed for the ledger's life.",
         "The message names the file and the key, or the option. `--help` shows what each option takes.",
         "both",
     ),
@@ -519,6 +585,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "Install pathfed with the extra for this role, for instance `pip install 'pathfed[client]'`, and start it from the same "
         "environment.",
         "both",
+    ),
+    Code.SCHEDULER_LOST: CatalogEntry(
+        "The Dask scheduler cannot be used",
+        "The scheduler does not answer, has no worker, or was lost during the scan. What was read until then is in the site database; "
+        "only the slides being read at that moment are read again.",
+        "Start the scheduler and its workers again and run the same command: it resumes. Without `--scheduler` the scan runs on this "
+        "machine alone.",
+        "site",
     ),
 }
 

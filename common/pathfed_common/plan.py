@@ -19,8 +19,6 @@ from pathfed_common.ids import site_name
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.validation import Fault, first_finding
 
-PLAN_VERSION = 1
-
 Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -61,6 +59,28 @@ class ObjectivePlan(_Section):
     normalise_target: bool = True
 
 
+class QualityPlan(_Section):
+    """Which parts of a slide are left out though they show tissue, and when a whole slide is.
+
+    The defaults stand where sharp, unmarked tissue of real slides is kept; the measurements are in the modules of `pathfed_client.slides`.
+    """
+
+    #: Leave out pen marks.
+    pen_marks: bool = True
+    #: Leave out folds.
+    folds: bool = True
+    #: A fold is at least this many times as dense (optical density) as the slide's median tissue.
+    fold_darkness: Annotated[float, Field(ge=1.2, le=10)] = 2.5
+    #: A tile is left out when a larger share of its area is pen mark or fold.
+    artefact_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    #: A tile is in focus from this sharpness on: mean step between pixels over mean step between blocks of 4 x 4. 0 takes everything.
+    min_sharpness: Annotated[float, Field(ge=0, le=1)] = 0.36
+    #: A slide is refused when a smaller share of its sampled tiles is in focus. 0 refuses none.
+    sharp_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    #: A tile is left out when a larger share of its blocks of 16 x 16 pixels is of one colour, as undecodable regions are.
+    flat_share: Annotated[float, Field(ge=0, le=1)] = 0.6
+
+
 class CohortPlan(_Section):
     """Which tiles of which slides a site contributes."""
 
@@ -70,10 +90,31 @@ class CohortPlan(_Section):
     mpp_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     #: Side of a square tile at `mpp`, pixels.
     tile_px: Annotated[int, Field(ge=32, le=1024)] = 224
+    #: Play of a tile, pixels at `mpp`: it is cut, at a place drawn anew each time, from a square (source) larger by this. Where a slide is
+    #: stored in tiles of its own, sources are the nearest whole number or whole part of those. 0: always cut at the same places.
+    play_px: Annotated[int, Field(ge=0, le=1024)] = 32
     #: Tiles drawn for a drawn patient (k), across all slides of that patient.
     tiles_per_patient: Annotated[int, Field(ge=1, le=1024)] = 4
     #: Smallest share of a tile's area that must be tissue.
     tissue_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+    #: Pen marks, folds and focus.
+    quality: QualityPlan = QualityPlan()
+
+    @property
+    def source_px(self) -> int:
+        """Side of a source, pixels at `mpp`, where nothing speaks for another."""
+        return self.tile_px + self.play_px
+
+
+class AugmentationPlan(_Section):
+    """How a tile is changed before training sees it, by draws of its own. Where it is cut from its source is `cohort.source_px`'s."""
+
+    #: Mirror left-right and top-bottom, each with probability 1/2.
+    flips: bool = True
+    #: Turn by 0, 90, 180 or 270 degrees.
+    quarter_turns: bool = True
+    #: Move haematoxylin, eosin and residual density each by a factor within 1 ± this and an offset within ± this; 0 for none.
+    hed_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
 class PrivacyPlan(_Section):
@@ -148,6 +189,7 @@ class Plan(_Section):
     encoder: EncoderPlan = EncoderPlan()
     objective: ObjectivePlan = ObjectivePlan()
     cohort: CohortPlan = CohortPlan()
+    augmentation: AugmentationPlan = AugmentationPlan()
     privacy: PrivacyPlan
     rounds: RoundsPlan
     server_optimiser: ServerOptimiserPlan = ServerOptimiserPlan()

@@ -21,8 +21,9 @@ class Settings(BaseModel):
     @classmethod
     def _writable(cls, value: object) -> object:
         """A path whose bytes are no text (Python marks them with surrogates) cannot be written into a settings file."""
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"must be text, got {value!a}")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"must be text, got {text!a}")
         return value
 
 
@@ -67,7 +68,7 @@ def checked(model: type[Model], raw: Mapping[str, object], *, where: str = "opti
 
 
 def to_toml(model: Settings, heading: str) -> str:
-    """The settings as TOML text under a comment. Values are texts, numbers and truths only: that is all a settings file needs."""
+    """The settings as TOML text under a comment. Values are texts, numbers, truths and lists of them."""
     lines = [f"# {line}" for line in heading.splitlines()]
     for key, value in model.model_dump().items():
         if value is None:
@@ -81,5 +82,7 @@ def _literal(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_literal(item) for item in value)}]"
     # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is and TOML does not allow.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

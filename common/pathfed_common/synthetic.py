@@ -126,6 +126,25 @@ def paint(width: int, height: int, random: np.random.Generator, stain: Stain, an
     Returns:
         uint8 RGB (height, width, 3).
     """
+    return paint_with_tissue(width, height, random, stain, anatomy, glass=glass)[0]
+
+
+def paint_with_tissue(
+    width: int, height: int, random: np.random.Generator, stain: Stain, anatomy: Anatomy, *, glass: bool = True
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The picture that `paint` makes, and where its tissue is: what a segmentation can be held against.
+
+    Args:
+        width: pixels.
+        height: pixels.
+        random: the source of everything random in it.
+        stain: its colours.
+        anatomy: what the tissue is like.
+        glass: as for `paint`.
+
+    Returns:
+        uint8 RGB (height, width, 3), and bool (height, width): inside the outline of the tissue, its own lumens and clefts included.
+    """
     brush = _Brush(width, height, random, _material(*((512, 512) if max(width, height) <= 512 else (1280, 2048))))
     tissue = brush.outline() if glass else brush.flat(1)
     epithelium = brush.epithelium(anatomy)
@@ -138,7 +157,7 @@ def paint(width: int, height: int, random: np.random.Generator, stain: Stain, an
     hematoxylin += nuclei
     hematoxylin += 0.02 * brush.window("grain") * (0.15 + tissue)
     eosin += 0.008 * brush.window("grain")
-    return _developed(hematoxylin, eosin, stain)
+    return _developed(hematoxylin, eosin, stain), np.asarray(tissue > 0.5)
 
 
 def _developed(hematoxylin: Plane, eosin: Plane, stain: Stain) -> NDArray[np.uint8]:

@@ -112,7 +112,7 @@ class PathfedSide:
 
     def _site(self, slides: Path, patients: Path, signed_plan: Path) -> SiteHome:
         name = slides.parent.name
-        settings = SiteSettings(name=name, slides=str(slides), patients=str(patients))
+        settings = SiteSettings(name=name, slides=(str(slides),), patients=str(patients))
         policy = SitePolicy(max_epsilon=100.0, delta=1e-5, reply_slots=False, threads=1)
         home = client.init(self.root / "sites" / name, settings, policy, self.home.card_file)
         server.add_site(self.home.root, home.card_file)

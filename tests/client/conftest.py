@@ -93,7 +93,7 @@ class World:
 
     def init(self, root: Path, **policy: Any) -> SiteHome:
         """A fresh home."""
-        settings = SiteSettings(name=SITE, slides=str(self.slides), patients=str(self.patients))
+        settings = SiteSettings(name=SITE, slides=(str(self.slides),), patients=str(self.patients))
         return app.init(root, settings, SitePolicy(**{"max_epsilon": 100.0, "delta": 1e-6, **policy}), self.card)
 
     def offer(self, *, base_state: bytes | None = None, key: SigningKey | None = None, **changes: Any) -> bytes:

@@ -7,7 +7,7 @@ from tls_listener import listening
 
 from pathfed_client import app
 from pathfed_client.gate.site_policy import SitePolicy
-from pathfed_client.home import SiteHome, SiteSettings
+from pathfed_client.home import SiteHome, SiteSettings, hold
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError, TransportError
@@ -155,7 +155,7 @@ def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(wo
             name="test", evidence_key=world.server_key.public, ca_pem=tls.ca_certificate.decode(), fleet_address=f"127.0.0.1:{port}"
         )
         (tmp_path / "card").write_bytes(card.to_bytes(world.server_key))
-        settings = SiteSettings(name=SiteName("late"), slides=str(world.slides), patients=str(world.patients))
+        settings = SiteSettings(name=SiteName("late"), slides=(str(world.slides),), patients=str(world.patients))
         home = app.init(tmp_path / "home", settings, SitePolicy(max_epsilon=10.0, delta=1e-6), tmp_path / "card")
         with pytest.raises(TransportError, match=r"PF401.*expired"):
             app.start(home, print)
@@ -179,6 +179,12 @@ def test_a_process_that_ended_and_is_started_again_is_told_with_its_reason(copy_
     assert told[0].startswith(f"{code} {name} ended (1) and is started again")
     with pytest.raises(PathfedError, match=code):
         app._tell_end(ProcessEnd(name=name, status=1, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
+
+
+def test_a_second_start_in_the_same_home_is_refused(copy_home):
+    home = copy_home()
+    with hold(home, "site"), pytest.raises(HostError, match=r"PF904.*another process runs this site"):
+        app.start(home, print)
 
 
 def test_what_is_no_home_is_left_as_it_is(tmp_path):

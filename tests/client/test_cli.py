@@ -1,9 +1,11 @@
 """`pathfed-site` as a hospital's IT meets it: exit statuses, JSON, and nothing half-written."""
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_common.errors import PathfedError
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "scan", "approve", "start", "status", "ledger")
+COMMANDS = ("init", "scan", "inspect", "approve", "start", "status", "ledger")
 
 
 def fails(done, code: str) -> None:
@@ -87,6 +89,19 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_a_slide_is_inspected_under_a_signed_plan(world, site_cli, copy_home, tmp_path):
+    home = copy_home().root
+    asked = ["inspect", "Oyelaran_biopsy.tif", "--plan", world.signed_plan, "--home", home, "--out", tmp_path / "look"]
+    done = site_cli(*asked, "--json")
+    assert (done.status, done.json["usable"], done.json["code"]) == (0, True, None)
+    assert Path(done.json["page"]).is_file()
+    assert Path(done.json["contact"]).is_file()
+    people = site_cli(*asked)
+    assert people.status == 0
+    assert "stays at this site" in people.out
+    fails(site_cli(*[word if word != "Oyelaran_biopsy.tif" else "none.tif" for word in asked], "--json"), "PF212")
 
 
 @pytest.mark.parametrize(
@@ -171,16 +186,64 @@ def test_a_scan_names_everything_that_needs_a_look(own_slides, site_cli, tmp_pat
         file.write("copied.tif,PATIENTID-9\nabsent.tif,PATIENTID-10\n")
     done = site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
     assert done.status == 0
-    assert done.json["patients"] == 5
-    assert done.json["by_reason"] == {"PF205": 1, "PF204": 1}
+    assert done.json["patients"] == 3
+    assert done.json["by_reason"] == {"PF205": 1, "PF204": 1, "PF219": 2}
     assert [entry["slide"] for entry in done.json["not_found"]] == ["absent.tif"]
-    assert [entry["code"] for entry in done.json["patients_without_tile"]] == ["PF210", "PF210"]
+    assert [entry["code"] for entry in done.json["patients_without_tile"]] == ["PF210"] * 4
     assert done.json["same_content"] == [["Yamashiro_biopsy.tif", "copied.tif"]]
     people = site_cli("scan", own_slides.signed_plan, "--home", home.root)
     told = " ".join(people.out.split())
     for word in ("PF204", "stranger.tif", "PF205", "absent.tif", "PF210", "WARNING", "copied.tif"):
         assert word in told
     assert "PATIENTID" not in told
+
+
+def test_slides_may_lie_in_several_folders(own_slides, site_cli, tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (own_slides.slides / "Oyelaran_biopsy.tif").rename(archive / "Oyelaran_biopsy.tif")
+    home = tmp_path / "home"
+    inside = site_cli(*init_arguments(own_slides, home), "--slides", own_slides.slides.parent)
+    fails(inside, "PF217")
+    assert site_cli(*init_arguments(own_slides, home), "--slides", archive).status == 0
+    done = site_cli("scan", own_slides.signed_plan, "--home", home, "--workers", 2, "--json")
+    assert (done.status, done.json["patients"]) == (0, 5)
+    assert done.json["slides"][0]["path"] == "archive//Oyelaran_biopsy.tif"
+    shutil.rmtree(archive)
+    away = site_cli("scan", own_slides.signed_plan, "--home", home)
+    assert away.status == 0
+    assert "PF216" in away.out
+    done = site_cli("scan", own_slides.signed_plan, "--home", home, "--json")
+    assert (done.json["patients"], done.json["unreachable"][0]["folder"]) == (5, "archive//")
+
+
+def test_watching_takes_up_new_slides_until_it_is_ended(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home").root
+    late = own_slides.slides / "Yamashiro_biopsy.tif"
+    late.rename(tmp_path / "late.tif")
+    options = ["--home", str(home), "--workers", "1", "--watch", "--every", "0.1", "--at-rest", "0", "--json"]
+    source = "from pathfed_client.cli import main; main()"
+    command = [sys.executable, "-c", source, "scan", str(own_slides.signed_plan), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["patients"] == 4
+        (tmp_path / "late.tif").rename(late)
+        while json.loads(process.stdout.readline())["patients"] != 5:
+            pass
+        process.terminate()
+        assert process.wait() == 0
+    assert site_cli("scan", own_slides.signed_plan, "--home", home, "--json").json["slides_read"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--scheduler", "10.0.0.1:8786"], "PF905"),
+        (["--scheduler", "10.0.0.1:8786", "--scheduler-ca", "ca.pem"], "PF905"),
+    ],
+)
+def test_a_scheduler_elsewhere_wants_all_of_tls(world, site_cli, copy_home, options, code):
+    fails(site_cli("scan", world.signed_plan, "--home", copy_home().root, *options, "--json"), code)
 
 
 def test_a_scan_that_finds_nothing_to_train_on_shows_why_before_it_fails(own_slides, site_cli, tmp_path):
@@ -256,8 +319,10 @@ def test_a_disk_that_is_full_when_a_round_is_sealed_gives_the_code_and_the_round
     home = copy_home()
     shutil.rmtree(home.updates)
     home.updates.symlink_to(small_disk)
-    with SiteStore(home.database) as store:
-        answerer = SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)
+    with (
+        SiteStore(home.database) as store,
+        closing(SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)) as answerer,
+    ):
         assert answerer(world.offer(), world.base_state).code == "PF901"
         assert list(small_disk.iterdir()) == []
         assert store.get_sealed("run-1", 1) is None

@@ -1,4 +1,6 @@
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,11 +8,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from pathfed_client.gate.site_policy import SitePolicy
-from pathfed_client.home import SiteHome, SiteSettings, create_home
+from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_common.errors import HostError, PathfedError
 from pathfed_common.provenance.documents import SiteCard
 
-SETTINGS = SiteSettings(name="site-a", slides='/data/"slides"\\new\nline', patients="/data/patients.csv")
+SETTINGS = SiteSettings(name="site-a", slides=('/data/"slides"\\new\nline', "/archive"), patients="/data/patients.csv")
 POLICY = SitePolicy(max_epsilon=3.5, delta=1e-6, reply_slots=False, threads=2)
 
 
@@ -25,6 +27,21 @@ def test_a_home_reads_back_what_it_was_made_with(world, tmp_path):
     assert home.name == "site-a"
     assert home.server_card.evidence_key == world.server_key.public
     assert home.ca_file.read_text() == home.server_card.ca_pem
+
+
+def test_one_folder_may_be_written_without_a_list(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    settings = home.root / "site.toml"
+    settings.write_text('name = "site-a"\nslides = "/data"\npatients = "/data/patients.csv"\n')
+    assert SiteHome(home.root).slides == (Path("/data"),)
+
+
+@pytest.mark.parametrize("slides", ["[]", "[1]", "true"])
+def test_slides_are_one_folder_or_several(world, tmp_path, slides):
+    home = made(world, tmp_path / "home")
+    (home.root / "site.toml").write_text(f'name = "site-a"\nslides = {slides}\npatients = "/data/patients.csv"\n')
+    with pytest.raises(HostError, match="PF905"):
+        SiteHome(home.root).slides  # noqa: B018 - reading is what fails
 
 
 def test_every_key_is_its_owners_alone(world, tmp_path):
@@ -83,3 +100,26 @@ def test_a_folder_that_is_no_home_says_so(tmp_path):
     for read in (lambda: home.settings, lambda: home.policy, lambda: home.server_card):
         with pytest.raises(HostError, match=r"PF904.*init"):
             read()
+
+
+def test_a_home_is_held_by_one_process_and_let_go_afterwards(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    refused = pytest.raises(HostError, match=r"PF904.*another process runs this site")
+    with hold(home, "site"), hold(home, "runner"), refused, hold(home, "site"):
+        pass
+    with hold(home, "site"):
+        pass
+
+
+def test_a_killed_process_lets_go_of_the_home_and_its_lock_is_waited_for(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    code = "import sys; from pathlib import Path; from pathfed_client.home import SiteHome, hold\n"
+    code += "with hold(SiteHome(Path(sys.argv[1])), 'site'):\n    print('held', flush=True)\n    sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, home.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(HostError, match="PF904"), hold(home, "site", patience_s=0.3):
+            pass
+        other.kill()
+        with hold(home, "site", patience_s=60):
+            pass

@@ -27,6 +27,13 @@ count = 3
 """
 
 
+def written(value: Any) -> str:
+    """A value, or a table of them, in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {literal(item)}" for key, item in value.items()) + "}"
+    return literal(value)
+
+
 def toml(**changes: Any) -> str:
     """The smallest plan with keys set by their dotted name (`privacy__delta`), as TOML."""
     raw = tomllib.loads(LEAST)
@@ -39,7 +46,7 @@ def toml(**changes: Any) -> str:
     lines = [f"{key} = {literal(value)}" for key, value in raw.items() if not isinstance(value, dict)]
     for section, keys in raw.items():
         if isinstance(keys, dict):
-            lines += [f"[{section}]", *(f"{key} = {literal(value)}" for key, value in keys.items())]
+            lines += [f"[{section}]", *(f"{key} = {written(value)}" for key, value in keys.items())]
     return "\n".join(lines)
 
 
@@ -78,6 +85,8 @@ CHANGES = st.fixed_dictionaries(
         "cohort__mpp_tolerance": st.floats(0, 0.5) | st.just(-0.0),
         "cohort__tile_px": st.sampled_from([32, 64, 224, 512]),
         "cohort__tissue_share": st.floats(0, 1),
+        "cohort__quality__folds": st.booleans(),
+        "cohort__quality__fold_darkness": st.floats(1.2, 10) | st.integers(2, 10),
         "privacy__expected_patients": st.floats(1, 1e7) | st.integers(1, 10**7),
         "privacy__noise_multiplier": st.floats(1e-6, 1e4),
         "privacy__delta": st.floats(1e-300, 1e-3),
@@ -132,8 +141,19 @@ OTHER = {
     "cohort__mpp": 1.0,
     "cohort__mpp_tolerance": 0.2,
     "cohort__tile_px": 64,
+    "cohort__play_px": 0,
     "cohort__tiles_per_patient": 5,
     "cohort__tissue_share": 0.5,
+    "cohort__quality__pen_marks": False,
+    "cohort__quality__folds": False,
+    "cohort__quality__fold_darkness": 2.2,
+    "cohort__quality__artefact_share": 0.2,
+    "cohort__quality__min_sharpness": 0.3,
+    "cohort__quality__sharp_share": 0.5,
+    "cohort__quality__flat_share": 0.5,
+    "augmentation__flips": False,
+    "augmentation__quarter_turns": False,
+    "augmentation__hed_jitter": 0.05,
     "privacy__expected_patients": 5.0,
     "privacy__noise_multiplier": 1.1,
     "privacy__clip_norm": 1.1,
@@ -166,7 +186,9 @@ def test_every_key_changed_changes_the_digest():
     assert len(set(digests)) == len(digests)
 
 
-@pytest.mark.parametrize("section", ["", "encoder", "objective", "cohort", "privacy", "rounds", "server_optimiser", "wire"])
+@pytest.mark.parametrize(
+    "section", ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "rounds", "server_optimiser", "wire"]
+)
 def test_an_unknown_key_is_named(section):
     error = refusal(toml(**{f"{section}__sigma" if section else "sigma": 3}))
     assert error.code is ErrorCode.PLAN_UNKNOWN_KEY

@@ -21,10 +21,14 @@ class Colours:
 
     def __init__(self) -> None:
         self.asked: list[tuple[TileRef, ...]] = []
+        self.expected: list[tuple[TileRef, ...]] = []
+
+    def expect(self, batches: Sequence[Sequence[TileRef]], /) -> None:
+        self.expected = [tuple(refs) for refs in batches]
 
     def read(self, refs: Sequence[TileRef], /) -> NDArray[np.uint8]:
         self.asked.append(tuple(refs))
-        tiles = [np.random.default_rng([ref.slide, ref.x, ref.y]).integers(0, 256, (SIDE, SIDE, 3), np.uint8) for ref in refs]
+        tiles = [np.random.default_rng([ref.slide, ref.tile]).integers(0, 256, (SIDE, SIDE, 3), np.uint8) for ref in refs]
         return np.stack(tiles)
 
 
@@ -83,12 +87,9 @@ def cohort() -> Callable[..., Cohort]:
     def make(*tile_counts: int, slides: int = 2) -> Cohort:
         patients = []
         for number, count in enumerate(tile_counts):
-            places = np.array_split(np.arange(count), slides)
-            parts = [
-                SlideTiles(SlideId(number * slides + index), np.stack([part * SIDE, part * 0 + number], 1).astype(np.int32))
-                for index, part in enumerate(places)
-            ]
+            shares = [len(part) for part in np.array_split(np.arange(count), slides)]
+            parts = [SlideTiles(SlideId(number * slides + index), share, f"{share:032x}") for index, share in enumerate(shares)]
             patients.append(Patient(Pseudonym(f"{number:032x}"), tuple(parts)))
-        return Cohort(tuple(patients))
+        return Cohort.of(patients)
 
     return make

@@ -4,6 +4,8 @@ Patients are drawn by Poisson sampling: each independently with the public rate 
 leaves the site only as a noised figure. Tiles are drawn across all slides of a drawn patient, none twice; nothing is ever padded.
 """
 
+import numpy as np
+
 from pathfed_client.cohort.cohort import Cohort, Patient, TileRef
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -15,11 +17,13 @@ def draw_patients(cohort: Cohort, sampling_rate: float, random: KeyedRandom) -> 
         ValueError: the rate is not within 0 to 1.
     """
     drawn = random.bernoulli(len(cohort.patients), sampling_rate)
-    return tuple(patient for patient, is_drawn in zip(cohort.patients, drawn.tolist(), strict=True) if is_drawn)
+    return tuple(cohort.patients[place] for place in np.flatnonzero(drawn).tolist())
 
 
 def draw_tiles(patient: Patient, tiles: int, random: KeyedRandom) -> tuple[TileRef, ...]:
     """That many distinct tiles across all the patient's slides, every choice equally likely; all of them where there are fewer.
+
+    Each is cut at a place inside its source that is drawn too.
 
     Raises:
         ValueError: `tiles` is below 1.
@@ -27,4 +31,6 @@ def draw_tiles(patient: Patient, tiles: int, random: KeyedRandom) -> tuple[TileR
     if tiles < 1:
         raise ValueError(f"tiles must be at least 1, got {tiles}")
     count = patient.tile_count
-    return tuple(patient.tile(int(index)) for index in random.choose(count, min(tiles, count)))
+    chosen = random.choose(count, min(tiles, count))
+    places = random.child("places").uniforms(2 * len(chosen)).reshape(-1, 2)
+    return tuple(patient.tile(int(index), float(u), float(v)) for index, (u, v) in zip(chosen, places, strict=True))

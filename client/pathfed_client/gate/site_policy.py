@@ -18,6 +18,8 @@ class SitePolicy(Settings):
     reply_slots: bool = True
     #: CPU threads training may use.
     threads: int = Field(default=1, ge=1, le=1024)
+    #: Processes that read slides ahead of training. 0: training reads for itself, and a slide that crashes its decoder ends the client.
+    tile_workers: int = Field(default=1, ge=0, le=256)
 
 
 def check_plan(policy: SitePolicy, plan: Plan, declared_patients: int, epsilon_of_plan: float) -> None:

@@ -3,8 +3,9 @@
 Label and macro images are never opened: they show names and handwriting.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import numpy as np
@@ -29,25 +30,35 @@ _BAND_PX = 8_000_000  # pixels decoded at once for a thumbnail: 32 MB
 class OpenSlideReader:
     """One slide opened with OpenSlide; implements `SlideReader`. A context manager."""
 
-    def __init__(self, path: Path, *, name: str) -> None:
+    def __init__(self, path: Path, *, name: str, files: Sequence[Path] = ()) -> None:
         """Open a slide.
 
         Args:
             path: the file; for DICOM any file of the series.
             name: what to call it in errors: its path relative to the slides folder.
+            files: all its files. OpenSlide looks for a DICOM series in one folder; a series that is spread over several is opened
+                through a folder of links.
 
         Raises:
             SiteDataError: it cannot be opened (PF205).
         """
         self._path = path
         self._name = name
-        self._slide = self._opened()
+        self._links: TemporaryDirectory[str] | None = None
+        if path.suffix.lower() not in (".mrxs", ".vms", ".vmu") and len({file.parent for file in files}) > 1:
+            self._links = TemporaryDirectory(prefix="pathfed-series-")
+            self._path = _linked(files, Path(self._links.name))
+        try:
+            self._slide = self._opened()
+        except SiteDataError:
+            self._unlink()
+            raise
         try:
             self._properties = {key: self._slide.properties[key] for key in ALLOWED_PROPERTIES if key in self._slide.properties}
             self._sizes = self._slide.level_dimensions
             self._downsamples = self._slide.level_downsamples
         except openslide.OpenSlideError as error:
-            self._slide.close()
+            self.close()
             raise SiteDataError(ErrorCode.SLIDE_UNOPENABLE, f"the slide cannot be opened: {error}", where=name) from error
         self._background = _colour(self._properties.get("openslide.background-color"))
 
@@ -60,6 +71,12 @@ class OpenSlideReader:
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         self._slide.close()
+        self._unlink()
+
+    def _unlink(self) -> None:
+        if self._links is not None:
+            self._links.cleanup()
+            self._links = None
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -70,6 +87,11 @@ class OpenSlideReader:
     def downsamples(self) -> tuple[float, ...]:
         """Of each level relative to level 0."""
         return self._downsamples
+
+    @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each level, pixels of that level."""
+        return self._sizes
 
     @property
     def mpp(self) -> tuple[float, float] | None:
@@ -133,6 +155,14 @@ class OpenSlideReader:
 
     def _unreadable(self, what: str, *, value: str) -> SiteDataError:
         return SiteDataError(ErrorCode.SLIDE_UNREADABLE, what, where=self._name, value=value)
+
+
+def _linked(files: Sequence[Path], folder: Path) -> Path:
+    """Links to all files of a series in one folder; the first of them."""
+    links = [folder / f"{number:06d}.dcm" for number in range(len(files))]
+    for link, file in zip(links, files, strict=True):
+        link.symlink_to(file.resolve())
+    return links[0]
 
 
 def _colour(text: str | None) -> NDArray[np.float64] | None:

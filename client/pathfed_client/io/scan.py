@@ -1,280 +1,266 @@
-"""Scanning: from a slides folder and a patient list to the site's cohort.
+"""Scanning: from slide folders and a patient list to the site's cohort.
 
 Guarantees:
 
-- each slide is committed by itself, so a scan that was killed goes on where it was; an unchanged slide is not read again, unless it
-  could not be opened or read before (a network share may have been away);
-- a bad slide gets a status and a reason code and never stops the rest;
+- results are committed as they come, so a scan that was killed goes on where it was; an unchanged slide is not read again, unless it
+  could not be opened or read before (a network share may have been away), and a slide that only moved is not either;
+- a bad slide gets a status and a reason code and never stops the rest, be it one that crashes or hangs its decoder; one that was begun
+  `MOST_ATTEMPTS` times without coming to an end, because it took the whole machine with it, is not begun again;
 - a slide that is not in the patient list is not read at all and never trained on;
+- a folder that is out of reach says nothing about its slides: they stay as they were;
+- what is found does not depend on the executor: slides are numbered in order of their paths before the first one is read;
 - slide names go into the report, the site database and debug logs, and nowhere else.
 """
 
+import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pathfed_client.cohort.cohort import Pseudonym, SlideId
+from pathfed_client.cohort.cohort import Pseudonym
 from pathfed_client.cohort.patient_list import Matching, PatientRow, decode_patient_list, match, parse_patient_list, pseudonym
-from pathfed_client.io.openslide_reader import OpenSlideReader
-from pathfed_client.io.site_records import Event, SlideRecord, SlideStatus
+from pathfed_client.io.scan_planning import MOST_ATTEMPTS, Inventory, Settling, plan_scan
+from pathfed_client.io.scan_reading import InlineExecutor, SlideExecutor, SlideReading, SlideTask
+from pathfed_client.io.scan_report import CohortEmptyError, ListedSlide, PatientOutcome, ScanReport, SlideOutcome, UnreachableFolder
+from pathfed_client.io.scan_rows import SlideRows
+from pathfed_client.io.site_records import Event, SlideStatus
 from pathfed_client.io.site_store import SiteStore
-from pathfed_client.io.slide_files import FileState, SlideFiles, file_state, find_slides, fingerprint
-from pathfed_client.slides.examine import examine
+from pathfed_client.io.slide_files import Folders, SlideFiles, check_folders, fingerprint_key, labelled, raw, slide_names, under
+from pathfed_client.io.slide_listing import Heads, list_slides
+from pathfed_client.io.tile_index import TileIndexWriter, index_file
+from pathfed_client.slides.filters import FilterReport, filter_warnings
 from pathfed_client.slides.tiling import scan_key
-from pathfed_common import digest
-from pathfed_common.errors import ErrorCode, SiteDataError
+from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 from pathfed_common.plan import CohortPlan
 
+__all__ = ["MOST_ATTEMPTS", "CohortEmptyError", "ScanMemory", "ScanReport", "scan"]
+
 _LOG = logging.getLogger(__name__)
-_RETRIED = (ErrorCode.SLIDE_UNOPENABLE, ErrorCode.SLIDE_UNREADABLE)
-_UNKNOWN = FileState(size=0, mtime_ns=0)
+#: Readings are committed this often, seconds, where several slides are read at once; a flush to the disk costs as much as a small slide.
+_COMMIT_S = 0.1
+_LEASE = 16  # slides noted as begun ahead of time, for each slot
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlideOutcome:
-    """What became of one slide. For the site's own eyes: it names the file."""
-
-    path: str
-    status: SlideStatus
-    reason: ErrorCode | None
-    detail: str | None
-    tiles: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatientOutcome:
-    """A patient of the list without a usable tile."""
-
-    pseudonym: Pseudonym
-    lines: tuple[int, ...]
-    code: ErrorCode = ErrorCode.PATIENT_WITHOUT_TILE
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListedSlide:
-    """A line of the patient list that could not be laid to one slide."""
-
-    slide: str
-    line: int
-    code: ErrorCode = ErrorCode.SLIDE_MISSING
-    ambiguous: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanReport:
-    """What a scan found. For the site's own eyes.
+@dataclass(kw_only=True)
+class ScanMemory:
+    """What scans of the same folders keep between them: a single scan needs none.
 
     Attributes:
-        slides: every slide that is there, or was at the last scan, in order of paths.
-        patients: patients with at least one usable tile.
-        tiles: usable tiles.
-        slides_read: slides opened by this scan; the others were known and unchanged.
-        not_found: lines of the list whose slide is not there, or whose name fits several.
-        patients_without_tile: patients of the list who cannot take part.
-        same_content: pairs of usable slides of different patients with the same bytes: the list may be wrong about one of them.
+        settling: which slides are still being written.
+        heads: series of the DICOM files seen.
+        retry: whether slides that could not be read are tried again though they have not changed.
     """
 
-    slides: tuple[SlideOutcome, ...]
-    patients: int
-    tiles: int
-    slides_read: int
-    not_found: tuple[ListedSlide, ...] = ()
-    patients_without_tile: tuple[PatientOutcome, ...] = ()
-    same_content: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def by_status(self) -> dict[SlideStatus, int]:
-        """Slides by status."""
-        return dict(Counter(slide.status for slide in self.slides))
-
-    @property
-    def by_reason(self) -> dict[ErrorCode, int]:
-        """Slides that are not usable, by reason code."""
-        return dict(Counter(slide.reason for slide in self.slides if slide.reason is not None))
-
-    def to_dict(self) -> dict[str, object]:
-        """The report as `--json` prints it."""
-        return {**asdict(self), "by_status": self.by_status, "by_reason": self.by_reason}
-
-
-class CohortEmptyError(SiteDataError):
-    """Nothing of what was scanned can be trained on (PF211); `report` says why for each slide."""
-
-    def __init__(self, report: ScanReport, *, where: Path) -> None:
-        reasons = ", ".join(f"{code.value} x {count}" for code, count in sorted(report.by_reason.items()))
-        super().__init__(ErrorCode.COHORT_EMPTY, "no slide can be trained on", where=where, value=reasons or "no slide")
-        self.report = report
+    settling: Settling = field(default_factory=Settling)
+    heads: Heads = field(default_factory=dict)
+    retry: bool = True
 
 
 @dataclass
-class _Scan:
-    """One scan under way."""
+class _Reading:
+    """The reading part of one scan."""
 
-    store: SiteStore
+    rows: SlideRows
+    executor: SlideExecutor
     plan: CohortPlan
-    patients: dict[str, Pseudonym]
-    known: dict[str, tuple[SlideId, SlideRecord]]
-    slides_read: int = field(default=0)
+    key: bytes
+    progress: Callable[[], None]
+    queue: deque[SlideFiles]
+    read: int = 0
+    left: list[str] = field(default_factory=list)
+    filters: dict[str, FilterReport] = field(default_factory=dict)
+    _leased: deque[SlideFiles] = field(default_factory=deque)
+    _begun: dict[int, SlideFiles] = field(default_factory=dict)
+    _unsaid: int = 0
+    _committed: float = field(default_factory=time.monotonic)
 
-    def visit(self, slide: SlideFiles) -> None:
-        """Bring one slide's row up to date."""
-        patient = self.patients.get(slide.path)
+    def run(self) -> None:
+        """Read the queue; every reading that came back is in the database when this returns or raises."""
         try:
-            state = file_state(slide.files)
-        except OSError as error:
-            self._refuse(slide, _UNKNOWN, patient, SiteDataError(ErrorCode.SLIDE_UNOPENABLE, f"cannot be reached: {error.strerror}"))
-            return
-        number, record = self.known.get(slide.path, (None, None))
-        unchanged = record is not None and (record.size, record.mtime_ns) == (state.size, state.mtime_ns)
-        if number is not None and record is not None and unchanged and self._settled(record, patient):
-            self._restate(number, record, patient)
-        elif patient is None:
-            self._store(slide, state, None, SlideStatus.UNMAPPED, ErrorCode.SLIDE_UNMAPPED, "not in the patient list")
-        else:
-            self._read(slide, state, patient)
+            while self.queue or self._leased or self._begun:
+                self._fill()
+                for reading in self.executor.finished():
+                    self._take(reading)
+                if self.executor.slots == 1 or time.monotonic() - self._committed >= _COMMIT_S:
+                    self._commit()
+        except BaseException:
+            with contextlib.suppress(HostError):  # the disk may be what failed
+                self._commit()
+                self.rows.undo_begin(slide.path for slide in (*self._leased, *self._begun.values()))
+            raise
+        self._commit()
 
-    def _settled(self, record: SlideRecord, patient: Pseudonym | None) -> bool:
-        """Whether an unchanged slide's row can be kept without opening the slide."""
-        if patient is None or record.tile_count > 0:
-            return True
-        return record.status is SlideStatus.REFUSED and record.reason not in _RETRIED
-
-    def _restate(self, number: SlideId, record: SlideRecord, patient: Pseudonym | None) -> None:
-        """The slide is as it was; who it belongs to may have changed."""
-        if patient is None:
-            wanted = replace(
-                record, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED, detail="not in the patient list", patient=None
+    def _fill(self) -> None:
+        while len(self._begun) < self.executor.slots and (self._leased or self.queue):
+            if not self._leased:
+                self._lease()
+            slide = self._leased.popleft()
+            number = self.rows.numbers[slide.path]
+            self._begun[number] = slide
+            self.executor.submit(
+                SlideTask(number=number, name=slide.path, files=slide.files, state=slide.state, plan=self.plan, key=self.key)
             )
-        elif record.tile_count > 0:
-            wanted = replace(record, status=SlideStatus.USABLE, reason=None, detail=None, patient=patient)
-        else:
-            wanted = replace(record, patient=patient)
-        if wanted != record:
-            self.store.set_slide_state(number, status=wanted.status, reason=wanted.reason, detail=wanted.detail, patient=wanted.patient)
 
-    def _read(self, slide: SlideFiles, state: FileState, patient: Pseudonym) -> None:
-        self.slides_read += 1
-        try:
-            with OpenSlideReader(slide.opened, name=slide.path) as reader:
-                facts = examine(reader, self.plan, where=slide.path)
-        except SiteDataError as error:
-            self._refuse(slide, state, patient, error)
-        except (OSError, MemoryError, ValueError, ArithmeticError) as error:
-            # What decoders raise on damaged files they did not foresee; anything else is a bug of ours and may stop the scan.
-            self._refuse(slide, state, patient, SiteDataError(ErrorCode.SLIDE_UNREADABLE, f"the slide cannot be read: {error!r}"))
+    def _lease(self) -> None:
+        """Note the next slides as begun: many fresh ones at once, but one alone of those that did not come to an end before."""
+        self._commit()
+        many = _LEASE * self.executor.slots
+        while self.queue and len(self._leased) < many:
+            if self._suspect(self.queue[0]) and self._leased:
+                break
+            self._leased.append(self.queue.popleft())
+            if self._suspect(self._leased[-1]):
+                break
+        self.rows.begin(slide.path for slide in self._leased)
+
+    def _suspect(self, slide: SlideFiles) -> bool:
+        return self.rows.records[slide.path].attempts > 0
+
+    def _take(self, reading: SlideReading) -> None:
+        slide = self._begun.pop(reading.number)
+        record = replace(self.rows.records[slide.path], fingerprint=reading.fingerprint)
+        self.read += 1
+        self._unsaid += 1
+        if reading.filters is not None and not reading.unsettled:
+            self.filters[slide.path] = reading.filters
+        if reading.unsettled:
+            self.left.append(slide.path)
+            self.rows.undo_begin([slide.path])
+        elif reading.facts is not None:
+            self.rows.replace(record, reading.facts)
         else:
-            record = replace(
-                self._record(slide, state, patient, SlideStatus.USABLE),
-                mpp=facts.mpp,
-                width=facts.width,
-                height=facts.height,
-                tile_count=len(facts.corners),
-                grid=facts.grid,
+            blamed = reading.code in (ErrorCode.SLIDE_CRASHED, ErrorCode.SLIDE_TIMEOUT)
+            attempts = record.attempts if blamed else 0
+            self.rows.replace(
+                replace(record, status=SlideStatus.REFUSED, reason=reading.code, detail=reading.detail, attempts=attempts, tile_count=0)
             )
-            self._save(record, facts.corners)
+        _LOG.debug("slide %s: %s", slide.path, reading.code or "read")
 
-    def _refuse(self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, error: SiteDataError) -> None:
-        detail = error.what if error.value is None else f"{error.what}: {error.value}"
-        self._store(slide, state, patient, SlideStatus.REFUSED, error.code, detail)
-
-    def _store(
-        self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, status: SlideStatus, reason: ErrorCode, detail: str
-    ) -> None:
-        self._save(replace(self._record(slide, state, patient, status), reason=reason, detail=detail), None)
-
-    def _record(self, slide: SlideFiles, state: FileState, patient: Pseudonym | None, status: SlideStatus) -> SlideRecord:
-        try:
-            content = fingerprint(slide.files)
-        except OSError:
-            content = digest.of_bytes(b"")  # the row says already that the slide cannot be opened
-        return SlideRecord(
-            path=slide.path,
-            fingerprint=content,
-            size=state.size,
-            mtime_ns=state.mtime_ns,
-            scan_key=scan_key(self.plan),
-            status=status,
-            patient=patient,
-        )
-
-    def _save(self, record: SlideRecord, corners: NDArray[np.int32] | None) -> None:
-        self.store.upsert_slide(record, corners)
-        _LOG.debug("slide %s: %s %s, %d tiles", record.path, record.status, record.reason or "", record.tile_count)
+    def _commit(self) -> None:
+        self.rows.flush()
+        self._committed = time.monotonic()
+        for _ in range(self._unsaid):
+            self._unsaid -= 1
+            self.progress()
 
 
 def scan(
     store: SiteStore,
-    slides_folder: Path,
+    slides_folder: Folders,
     patient_list: Path,
     plan: CohortPlan,
     pseudonym_key: bytes,
     progress: Callable[[int, int], None] | None = None,
     *,
     now: float | None = None,
+    executor: SlideExecutor | None = None,
+    memory: ScanMemory | None = None,
 ) -> ScanReport:
-    """Bring the site database up to date with a slides folder and a patient list, under one plan's cohort rules.
+    """Bring the site database up to date with slide folders and a patient list, under one plan's cohort rules.
 
     Args:
         store: the site database.
-        slides_folder: searched with all its subfolders.
+        slides_folder: one folder or several, searched with all their subfolders.
         patient_list: CSV, see `cohort.patient_list`.
         plan: the cohort rules; slides are kept apart by `scan_key(plan)`.
         pseudonym_key: 32 bytes that never leave the site.
-        progress: called with (slides done, slides in all) after each slide.
+        progress: called with (slides done, slides in all) after each slide, once it is committed.
         now: UTC seconds, for the log book; None for the present.
+        executor: where slides are read; None for this process, one after the other.
+        memory: of earlier scans of the same folders, or None.
 
     Raises:
-        SiteDataError: no slide there (PF201), a list that cannot be used (PF202) or lists a slide twice (PF203).
+        SiteDataError: no slide there (PF201), folders that overlap (PF217), a list that cannot be used (PF202) or lists a slide twice
+            (PF203).
         CohortEmptyError: nothing can be trained on (PF211); the database is up to date all the same.
-        HostError: the disk is full (PF901) or the database fails; slides done so far are kept.
+        HostError: the disk is full (PF901), the database fails, or the executor does (PF903, PF908); slides done so far are kept.
     """
-    slides = _slides(slides_folder)
-    rows = _rows(patient_list)
-    matching = match(rows, {slide.path: slide.names for slide in slides}, where=str(patient_list))
-    key = scan_key(plan)
-    work = _Scan(
-        store=store,
-        plan=plan,
-        patients={path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()},
-        known={record.path: (number, record) for number, record in store.slides(key).items()},
-    )
-    for done, slide in enumerate(slides, start=1):
-        work.visit(slide)
-        if progress is not None:
-            progress(done, len(slides))
-    _mark_missing(work, {slide.path for slide in slides})
-    report = _report(work, rows, matching, pseudonym_key)
-    _LOG.info("scan: %d slides, %d usable, %d read", len(report.slides), report.by_status.get(SlideStatus.USABLE, 0), report.slides_read)
-    empty = report.patients == 0
-    store.add_event(
-        Event(
-            at=time.time() if now is None else now,
-            kind="scan",
-            code=ErrorCode.COHORT_EMPTY if empty else None,
-            detail=f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read",
+    with TileIndexWriter(index_file(store.tile_folder, scan_key(plan))) as index:
+        report = _scan(
+            SlideRows(store, scan_key(plan), index), slides_folder, patient_list, plan, pseudonym_key, progress, executor, memory
         )
-    )
-    if empty:
-        raise CohortEmptyError(report, where=slides_folder)
+    _book(store, report, time.time() if now is None else now)
+    if report.patients == 0:
+        raise CohortEmptyError(report, where=next(iter(labelled(slides_folder).values())))
     return report
 
 
-def _slides(folder: Path) -> list[SlideFiles]:
-    try:
-        slides = find_slides(folder)
-    except OSError as error:
+def _scan(
+    rows: SlideRows,
+    slides_folder: Folders,
+    patient_list: Path,
+    plan: CohortPlan,
+    pseudonym_key: bytes,
+    progress: Callable[[int, int], None] | None,
+    executor: SlideExecutor | None,
+    memory: ScanMemory | None,
+) -> ScanReport:
+    memory = memory or ScanMemory()
+    key = fingerprint_key(pseudonym_key)
+    inventory = _inventory(slides_folder, rows, memory)
+    listed = _rows(patient_list)
+    kept = {path: slide_names(path, rows.records[path].parts) for path in inventory.kept}
+    matching = match(listed, {slide.path: slide.names for slide in inventory.slides} | kept, where=str(patient_list))
+    patients = {path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()}
+    planned = plan_scan(rows, inventory, patients, key, settling=memory.settling, retry=memory.retry)
+    said = _counter(progress, len(inventory.slides), len(inventory.slides) - len(planned.queue))
+    reading = _Reading(rows, executor or InlineExecutor(), plan, key, said, deque(planned.queue))
+    reading.run()
+    return replace(
+        _report(rows, listed, matching, pseudonym_key),
+        slides_read=reading.read,
+        slides_moved=planned.moved,
+        unreachable=tuple(UnreachableFolder(folder=place, detail=why) for place, why in inventory.unlisted.items()),
+        left=tuple(sorted([*planned.left, *reading.left])),
+        filters=reading.filters,
+        filter_warnings=filter_warnings(reading.filters),
+    )
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int, known: int) -> Callable[[], None]:
+    """Says one slide more each time it is called; the known slides at once."""
+    done = known
+
+    def said() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    if progress is not None and known:
+        progress(known, total)
+    return said
+
+
+def _inventory(folders: Folders, rows: SlideRows, memory: ScanMemory) -> Inventory:
+    """What is there now, and which rows nothing can be said about."""
+    places = labelled(folders)
+    check_folders(list(places.values()))
+    listing = list_slides(folders, memory.heads)
+    unlisted = dict(listing.unlisted)
+    held = {path.rpartition("//")[0] for path in rows.records}
+    filled = {slide.path.rpartition("//")[0] for slide in listing.slides}
+    unlisted |= {
+        f"{label}//": "it is empty, and held slides before"
+        for label in places
+        if len(places) > 1 and label in held and label not in filled and f"{label}//" not in unlisted
+    }
+    if not listing.slides:
+        where, why = next(((raw(place) or "", text) for place, text in unlisted.items()), ("", "there is no slide"))
         raise SiteDataError(
-            ErrorCode.SLIDE_FOLDER_EMPTY, f"the slides folder cannot be listed: {error.strerror}", where=error.filename or folder
-        ) from error
-    if not slides:
-        raise SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, "there is no slide in the slides folder", where=folder)
-    return slides
+            ErrorCode.SLIDE_FOLDER_EMPTY, f"there is no slide in the slides folder: {why}", where=where or next(iter(places.values()))
+        )
+    there = {slide.path for slide in listing.slides}
+    kept = [path for path in rows.records if path not in there and _unknown(path, unlisted, places)]
+    return Inventory(listing.slides, tuple(kept), unlisted)
+
+
+def _unknown(path: str, unlisted: Mapping[str, str], places: Mapping[str, Path]) -> bool:
+    """Whether a slide that was not found may be there all the same: its folder, or the one it was in before, is out of reach."""
+    return bool(unlisted) and (under(path, unlisted) or path.rpartition("//")[0] not in places)
 
 
 def _rows(path: Path) -> tuple[PatientRow, ...]:
@@ -285,24 +271,24 @@ def _rows(path: Path) -> tuple[PatientRow, ...]:
     return parse_patient_list(decode_patient_list(data, where=str(path)), where=str(path))
 
 
-def _mark_missing(work: _Scan, there: set[str]) -> None:
-    for path, (number, record) in work.known.items():
-        if path not in there and record.status is not SlideStatus.MISSING:
-            work.store.set_slide_state(
-                number,
-                status=SlideStatus.MISSING,
-                reason=ErrorCode.SLIDE_MISSING,
-                detail="no longer in the slides folder",
-                patient=record.patient,
-            )
+def _book(store: SiteStore, report: ScanReport, at: float) -> None:
+    _LOG.info("scan: %d slides, %d usable, %d read", len(report.slides), report.by_status.get(SlideStatus.USABLE, 0), report.slides_read)
+    store.add_event(
+        Event(
+            at=at,
+            kind="scan",
+            code=ErrorCode.COHORT_EMPTY if report.patients == 0 else None,
+            detail=f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read",
+        )
+    )
 
 
-def _report(work: _Scan, rows: tuple[PatientRow, ...], matching: Matching, key: bytes) -> ScanReport:
-    records = list(work.store.slides(scan_key(work.plan)).values())
+def _report(rows: SlideRows, listed: tuple[PatientRow, ...], matching: Matching, key: bytes) -> ScanReport:
+    records = [rows.records[path] for path in sorted(rows.records)]
     usable = [record for record in records if record.status is SlideStatus.USABLE]
     able = {record.patient for record in usable}
     lines: defaultdict[Pseudonym, list[int]] = defaultdict(list)
-    for row in rows:
+    for row in listed:
         lines[pseudonym(key, row.patient)].append(row.line)
     not_found = [ListedSlide(slide=row.slide, line=row.line) for row in matching.missing]
     not_found += [ListedSlide(slide=row.slide, line=row.line, ambiguous=True) for row in matching.ambiguous]
@@ -313,20 +299,10 @@ def _report(work: _Scan, rows: tuple[PatientRow, ...], matching: Matching, key: 
         ),
         patients=len(able),
         tiles=sum(record.tile_count for record in usable),
-        slides_read=work.slides_read,
+        slides_read=0,
         not_found=tuple(sorted(not_found, key=lambda entry: entry.line)),
         patients_without_tile=tuple(
             PatientOutcome(pseudonym=name, lines=tuple(where)) for name, where in lines.items() if name not in able
         ),
-        same_content=_same_content(usable),
+        same_content=rows.same_content(),
     )
-
-
-def _same_content(records: list[SlideRecord]) -> tuple[tuple[str, str], ...]:
-    first: dict[str, SlideRecord] = {}
-    pairs = []
-    for record in records:
-        earlier = first.setdefault(record.fingerprint, record)
-        if earlier.patient != record.patient:
-            pairs.append((earlier.path, record.path))
-    return tuple(pairs)

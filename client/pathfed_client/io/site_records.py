@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pathfed_client.cohort.cohort import Pseudonym
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import RunName
@@ -25,6 +25,8 @@ class SlideStatus(StrEnum):
     UNMAPPED = "unmapped"
     #: Scanned before, and no longer in the folder.
     MISSING = "missing"
+    #: Found and mapped to a patient, and not read yet.
+    PENDING = "pending"
 
 
 class ApprovalState(StrEnum):
@@ -39,8 +41,8 @@ class SlideRecord:
     """One slide under one set of cohort rules.
 
     Attributes:
-        path: where the slide lies, relative to the slides folder, with forward slashes. Never leaves the site, nor reaches a log that does.
-        fingerprint: digest of samples of the file's bytes (see `scan`).
+        path: the slide's name, see `io.slide_files`. Never leaves the site, nor reaches a log that does.
+        fingerprint: keyed digest of samples of the files' bytes (`slide_files.fingerprint`); empty as long as the slide was not read.
         size: bytes, over all files of the slide.
         mtime_ns: latest modification time of its files, nanoseconds since 1970 UTC.
         scan_key: names the cohort rules the tiles were found under.
@@ -52,11 +54,13 @@ class SlideRecord:
         width: level-0 pixels.
         height: level-0 pixels.
         tile_count: usable tiles.
-        grid: how the tiles lie, or None when there are none.
+        tiles: where its tile map lies in the tile index, or None when there are none.
+        parts: the slide's files relative to its folder, the one to open first; empty for a slide of one file.
+        attempts: how often reading it was begun without coming to an end.
     """
 
     path: str
-    fingerprint: Digest
+    fingerprint: str
     size: int
     mtime_ns: int
     scan_key: Digest
@@ -68,7 +72,9 @@ class SlideRecord:
     width: int = 0
     height: int = 0
     tile_count: int = 0
-    grid: TileGrid | None = None
+    tiles: IndexEntry | None = None
+    parts: tuple[str, ...] = ()
+    attempts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,26 @@
 
 The only module of the client that imports a database library. Guarantees:
 
-- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all;
+- every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all; inside
+  `together` several methods are one;
 - ledger entries are append-only and gapless, enforced by triggers inside the database;
 - several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
 - the file is readable by its owner alone: it holds slide names.
 """
 
+import json
 import shutil
 import sqlite3
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from itertools import groupby
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles
+from pathfed_client.cohort.cohort import Cohort, Pseudonym, SlideId
 from pathfed_client.io.site_records import (
     ApprovalState,
     Event,
@@ -33,9 +31,11 @@ from pathfed_client.io.site_records import (
     SlideStatus,
     StoredApproval,
 )
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.statement import UpdateStatement
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60
@@ -55,6 +55,8 @@ _SLIDE = sa.Table(
     sa.Column("fingerprint", sa.Text, nullable=False),
     sa.Column("size", sa.Integer, nullable=False),
     sa.Column("mtime_ns", sa.Integer, nullable=False),
+    sa.Column("parts", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("detail", sa.Text),
@@ -63,12 +65,11 @@ _SLIDE = sa.Table(
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
     sa.Column("tile_count", sa.Integer, nullable=False),
-    sa.Column("grid_side", sa.Integer),
-    sa.Column("grid_level", sa.Integer),
-    sa.Column("grid_level_px", sa.Integer),
-    sa.Column("corners", sa.LargeBinary, nullable=False),
+    sa.Column("index_offset", sa.Integer),
+    sa.Column("index_size", sa.Integer),
+    sa.Column("index_check", sa.Text),
     sa.UniqueConstraint("path", "scan_key"),
-    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND grid_side IS NOT NULL)"),
+    sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND index_check IS NOT NULL)"),
     sa.Index("slide_cohort", "scan_key", "status", "patient"),
     sqlite_autoincrement=True,
 )
@@ -128,7 +129,7 @@ _TRIGGERS = (
 class SiteStore:
     """One site's database. Usable as a context manager; `close` gives its connections back.
 
-    Implements the ledger's storage port (`entries`, `append`).
+    Implements the ledger's storage port (`entries`, `append`, `stated_heads`).
 
     Raises (every method):
         HostError: the disk is full (PF901), or the file cannot be opened, locked, read or written (PF904).
@@ -146,6 +147,7 @@ class SiteStore:
         except OSError as error:
             raise HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be opened: {error.strerror}", where=path) from error
         self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
+        self._joint: sa.Connection | None = None
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         try:
@@ -153,6 +155,11 @@ class SiteStore:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tile_folder(self) -> Path:
+        """Folder of the tile indexes, beside the database."""
+        return self.path.parent / "tiles"
 
     def __enter__(self) -> Self:
         return self
@@ -186,37 +193,48 @@ class SiteStore:
     def _transaction(self, *, write: bool = True) -> Iterator[sa.Connection]:
         """One transaction, committed on leaving; database errors become ours."""
         try:
+            if self._joint is not None:
+                yield self._joint
+                return
             with self._engine.connect().execution_options(pathfed_write=write) as connection, connection.begin():
                 yield connection
         except sa.exc.DatabaseError as error:
             raise _host_error(error, self.path) from error
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all that is done inside be one transaction, and one flush to the disk. For one thread."""
+        with self._transaction() as connection:
+            outer, self._joint = self._joint, connection
+            try:
+                yield
+            finally:
+                self._joint = outer
+
     # Slides
 
-    def upsert_slide(self, record: SlideRecord, corners: NDArray[np.int32] | None = None) -> SlideId:
+    def upsert_slide(self, record: SlideRecord) -> SlideId:
         """Store a slide under its path and scan key, replacing what was there.
 
         A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
-        cohort's digest changes with its slides.
+        cohort's digest changes with its slides. A slide that was not read yet keeps the number it was given when it was found.
 
         Args:
-            record: the slide.
-            corners: int32 (n, 2), top-left (x, y) of its tiles, level-0 pixels; None for no tile.
+            record: the slide; its tile map is on the disk already.
 
         Returns:
             The slide's number.
 
         Raises:
-            ValueError: `record.tile_count` is not the number of corners.
+            ValueError: it has tiles without a tile map, or the reverse.
         """
-        blob = b"" if corners is None else np.ascontiguousarray(corners, "<i4").tobytes()
-        if len(blob) != 8 * record.tile_count:
-            raise ValueError(f"record.tile_count must be the number of corners, got {record.tile_count} and {len(blob) // 8}")
-        values = _slide_values(record) | {"corners": zlib.compress(blob, level=6)}
+        if (record.tile_count > 0) != (record.tiles is not None):
+            raise ValueError(f"a slide with {record.tile_count} tiles and tile map {record.tiles}")
+        values = _slide_values(record)
         same_place = (_SLIDE.c.path == record.path) & (_SLIDE.c.scan_key == record.scan_key)
         same_file = (
             same_place
-            & (_SLIDE.c.fingerprint == record.fingerprint)
+            & _SLIDE.c.fingerprint.in_([record.fingerprint, ""])  # empty: not read yet, and none other than this
             & (_SLIDE.c.size == record.size)
             & (_SLIDE.c.mtime_ns == record.mtime_ns)
         )
@@ -246,28 +264,62 @@ class SiteStore:
         if not changed:
             raise KeyError(f"no slide {slide}")
 
+    def add_slides(self, records: Sequence[SlideRecord]) -> dict[str, SlideId]:
+        """Slides that were not known and have no tiles yet; numbers by path, ascending in this order. Quick for very many."""
+        if not records:
+            return {}
+        values = [_slide_values(record) for record in records]
+        with self._transaction() as connection:
+            last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(_SLIDE.c.id), 0))).scalar_one()
+            connection.execute(sa.insert(_SLIDE), values)
+            return {
+                row.path: SlideId(row.id) for row in connection.execute(sa.select(_SLIDE.c.id, _SLIDE.c.path).where(_SLIDE.c.id > last))
+            }
+
+    def restate_slides(self, records: Mapping[SlideId, SlideRecord]) -> None:
+        """As `set_slide_state`, of many slides at once; of each record only these fields count."""
+        fields = ("status", "reason", "detail", "patient")
+        self._update(fields, [{"number": number} | _slide_values(record) for number, record in records.items()])
+
+    def move_slides(self, moved: Mapping[SlideId, SlideRecord]) -> None:
+        """Slides that lie elsewhere now: path, parts and time change, numbers and tiles stay. Paths may be exchanged among them."""
+        with self.together():
+            self._update(("path",), [{"number": number, "path": f"/{number}"} for number in moved])  # no slide's name begins so
+            self._update(("path", "parts", "mtime_ns"), [{"number": number} | _slide_values(record) for number, record in moved.items()])
+
+    def forget_slides(self, slides: Collection[SlideId]) -> None:
+        """Take out slides; their numbers are not used again."""
+        if slides:
+            with self._transaction() as connection:
+                connection.execute(sa.delete(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number")), [{"number": one} for one in slides])
+
+    def set_attempts(self, attempts: Mapping[SlideId, int]) -> None:
+        """Note how often reading these slides was begun without coming to an end."""
+        self._update(("attempts",), [{"number": number, "attempts": count} for number, count in attempts.items()])
+
+    def _update(self, fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> None:
+        """Set these columns of many slides, each by its number."""
+        if values:
+            statement = sa.update(_SLIDE).where(_SLIDE.c.id == sa.bindparam("number"))
+            statement = statement.values({name: sa.bindparam(f"new_{name}") for name in fields})
+            with self._transaction() as connection:
+                connection.execute(statement, [{"number": one["number"]} | {f"new_{name}": one[name] for name in fields} for one in values])
+
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""
-        columns = [column for column in _SLIDE.c if column.name != "corners"]
         with self._transaction(write=False) as connection:
-            rows = connection.execute(sa.select(*columns).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
+            rows = connection.execute(sa.select(_SLIDE).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
         return {SlideId(row.id): _slide_record(row) for row in rows}
 
     def cohort(self, scan_key: Digest) -> Cohort:
         """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan."""
         query = (
-            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.corners)
+            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.tile_count, _SLIDE.c.index_check)
             .where((_SLIDE.c.scan_key == scan_key) & (_SLIDE.c.status == SlideStatus.USABLE.value))
             .order_by(_SLIDE.c.patient, _SLIDE.c.id)
         )
         with self._transaction(write=False) as connection:
-            rows = connection.execute(query).all()
-        return Cohort(
-            tuple(
-                Patient(Pseudonym(name), tuple(SlideTiles(SlideId(row.id), _corners(row.corners)) for row in group))
-                for name, group in groupby(rows, key=lambda row: row.patient)
-            )
-        )
+            return Cohort.of_rows((row[0], row[1], row[2], row[3]) for row in connection.execute(query))
 
     def summary(self, scan_key: Digest) -> ScanSummary:
         """Counts for `status` and the scan's report. Depends on patients: it stays at the site."""
@@ -314,6 +366,16 @@ class SiteStore:
                 remedy="run one client per site home, then `pathfed-site ledger` to check the ledger",
             ) from error
 
+    def stated_heads(self) -> list[Digest]:
+        """The ledger's head that each sealed update's statement names, of all runs, in no order.
+
+        Raises:
+            ProvenanceError: PF601, a stored statement cannot be read.
+        """
+        with self._transaction(write=False) as connection:
+            stored = connection.execute(sa.select(_SEALED.c.statement)).scalars().all()
+        return [UpdateStatement.from_payload(dsse.parse(envelope).payload).ledger_head for envelope in stored]
+
     # Sealed updates
 
     def put_sealed(self, sealed: SealedUpdate) -> None:
@@ -352,17 +414,6 @@ class SiteStore:
         """Record the site's word on a plan; the latest word on a plan counts, earlier ones are kept."""
         with self._transaction() as connection:
             connection.execute(sa.insert(_APPROVAL).values(**asdict(approval) | {"state": approval.state.value}))
-
-    def withdraw_approval(self, plan: Digest, *, at: float) -> None:
-        """Take an approval back, from `at` (UTC seconds) on.
-
-        Raises:
-            TransportError: the plan is not approved (PF407).
-        """
-        current = self.approval(plan)
-        if current is None or current.state is not ApprovalState.APPROVED:
-            raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "there is no approval to withdraw", where=plan)
-        self.add_approval(replace(current, at=at, state=ApprovalState.WITHDRAWN))
 
     def approval(self, plan: Digest) -> StoredApproval | None:
         """The latest word on a plan, or None."""
@@ -420,14 +471,15 @@ def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
 
 
 def _slide_values(record: SlideRecord) -> dict[str, Any]:
-    grid = record.grid
-    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "grid"}
+    tiles = record.tiles
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "tiles"}
     return values | {
+        "parts": json.dumps(record.parts),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
-        "grid_side": None if grid is None else grid.side,
-        "grid_level": None if grid is None else grid.level,
-        "grid_level_px": None if grid is None else grid.level_px,
+        "index_offset": None if tiles is None else tiles.offset,
+        "index_size": None if tiles is None else tiles.size,
+        "index_check": None if tiles is None else tiles.check,
     }
 
 
@@ -438,6 +490,8 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         size=row.size,
         mtime_ns=row.mtime_ns,
         scan_key=row.scan_key,
+        parts=tuple(json.loads(row.parts)),
+        attempts=row.attempts,
         status=SlideStatus(row.status),
         reason=None if row.reason is None else ErrorCode(row.reason),
         detail=row.detail,
@@ -446,12 +500,8 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         width=row.width,
         height=row.height,
         tile_count=row.tile_count,
-        grid=None if row.grid_side is None else TileGrid(row.grid_side, row.grid_level, row.grid_level_px),
+        tiles=None if row.index_check is None else IndexEntry(row.index_offset, row.index_size, row.index_check),
     )
-
-
-def _corners(blob: bytes) -> NDArray[np.int32]:
-    return np.frombuffer(zlib.decompress(blob), "<i4").astype(np.int32, copy=False).reshape(-1, 2)
 
 
 def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:

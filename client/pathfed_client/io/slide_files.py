@@ -1,38 +1,34 @@
-"""The slide files of a folder: what is there, which files make up one slide, and whether a slide has changed."""
+r"""The slide files of one or several folders: what is there, which files make up one slide, and whether a slide has changed.
 
+A slide is named by its path relative to its folder, with forward slashes. Where a site has several folders, the name of the folder and
+`//` come first: `archive//2019/a.svs`. Two folders of one name are told apart in the order of the settings: `archive`, `archive~2`.
+No relative path holds `//`, so no two slides share a name. Bytes of a name that are no UTF-8, control characters and backslashes are
+written as `\xNN`, which can be undone: the name of a slide leads back to its file.
+"""
+
+import hmac
 import os
-from collections import defaultdict
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pathfed_client.slides.dicom_series import HEAD_BYTES, series_uid
-from pathfed_common import digest
-from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, SiteDataError
+from pathfed_common.privacy.randomness import hkdf
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm")
+#: What OpenSlide 4.0.1 opens: Aperio, DICOM, Hamamatsu, Huron, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, generic TIFF.
+SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm")
+#: Formats of several files whose first file names the slide.
+LED_SUFFIXES = (".mrxs", ".vms", ".vmu")
+#: One folder with slides, or several.
+Folders = Path | Sequence[Path]
+
 _SAMPLE_BYTES = 1 << 16
+_ODD = re.compile(r"[\\\x00-\x1f\x7f\udc80-\udcff]")
+_ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 
 
-@dataclass(frozen=True)
-class SlideFiles:
-    """One slide on the disk.
-
-    Attributes:
-        path: its name in the site database: relative to the slides folder, forward slashes. A DICOM series that has a folder of its own
-            is named by that folder.
-        opened: the file to open.
-        files: all its files, sorted.
-        names: what a patient list may call it.
-    """
-
-    path: str
-    opened: Path
-    files: tuple[Path, ...]
-    names: frozenset[str]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileState:
     """Whether a slide changed is told by these.
 
@@ -45,64 +41,119 @@ class FileState:
     mtime_ns: int
 
 
-def find_slides(folder: Path) -> list[SlideFiles]:
-    """All slides under a folder, in order of their paths. Hidden files and folders are skipped.
+#: Of a slide that could not be reached.
+UNREACHED = FileState(size=0, mtime_ns=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideFiles:
+    """One slide on the disk.
+
+    Attributes:
+        path: its name in the site database, see above. A DICOM series that has a folder to itself is named by that folder.
+        root: the folder it was found in.
+        parts: its files relative to `root`, the one to open first; empty for a slide of one file that `path` names.
+        state: as found when the folder was listed.
+    """
+
+    path: str
+    root: Path
+    parts: tuple[str, ...]
+    state: FileState
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All its files, the one to open first."""
+        return _files(self.root, self.path, self.parts)
+
+    @property
+    def opened(self) -> Path:
+        """The file to open."""
+        return self.files[0]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What a patient list may call it."""
+        return slide_names(self.path, self.parts)
+
+
+def labelled(folders: Folders) -> dict[str, Path]:
+    """Each folder by what its slides' names begin with: nothing where there is one folder."""
+    if isinstance(folders, Path):
+        return {"": folders}
+    if len(folders) == 1:
+        return {"": folders[0]}
+    labels: dict[str, Path] = {}
+    for folder in folders:
+        label, number = shown(folder.name) or "root", 1
+        while (label if number == 1 else f"{label}~{number}") in labels:
+            number += 1
+        labels[label if number == 1 else f"{label}~{number}"] = folder
+    return labels
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Refuse folders that are equal or lie inside each other: their slides would be found twice.
 
     Raises:
-        OSError: a folder cannot be listed.
+        SiteDataError: PF217.
     """
-    found = []
-    for place, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(place)
-        slides = sorted(here / name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        dicom = [path for path in slides if path.suffix.lower() == ".dcm"]
-        found += [_single(folder, path) for path in slides if path.suffix.lower() != ".dcm"]
-        found += _series(folder, here, dicom)
-    return sorted(found, key=lambda slide: slide.path)
+    real = [(Path(os.path.realpath(folder)), folder) for folder in folders]
+    for index, (first, given) in enumerate(real):
+        for second, other in real[index + 1 :]:
+            if first == second or first in second.parents or second in first.parents:
+                raise SiteDataError(
+                    ErrorCode.SLIDE_FOLDERS_OVERLAP,
+                    "two slide folders are one, or one lies inside the other",
+                    where=given,
+                    value=other,
+                    remedy="name the outer folder only: folders are searched with all that is below them",
+                )
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def shown(name: str) -> str:
+    """A file name as it is stored and shown; `raw` undoes it."""
+    return _ODD.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)
 
 
-def _relative(folder: Path, path: Path) -> str:
-    """The name of a file; bytes that are no UTF-8 are written as escapes, so that the name can be stored and shown."""
-    return os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+def raw(name: str) -> str:
+    """The file name behind a stored one."""
+
+    def byte(found: re.Match[str]) -> str:
+        value = int(found[1], 16)
+        return chr(value if value < 0x80 else 0xDC00 + value)
+
+    return _ESCAPE.sub(byte, name)
 
 
-def _single(folder: Path, path: Path) -> SlideFiles:
-    files = [path]
-    if path.suffix.lower() == ".mrxs":
-        beside = path.with_suffix("")
-        files += sorted(file for file in beside.iterdir() if file.is_file()) if beside.is_dir() else []
-    name = _relative(folder, path)
-    return SlideFiles(path=name, opened=path, files=tuple(files), names=frozenset({name, name.rpartition("/")[2]}))
+def placed(label: str, relative: str) -> str:
+    """The name of a slide in the site database."""
+    return f"{label}//{relative}" if label else relative
 
 
-def _series(folder: Path, here: Path, files: list[Path]) -> list[SlideFiles]:
-    """DICOM files of one folder, by series; a file whose series cannot be told stands alone."""
-    groups: defaultdict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        groups[_uid(path) or str(path)].append(path)
-    alone = len(groups) == 1 and here != folder and len(files) > 1
-    slides = []
-    for members in groups.values():
-        paths = [_relative(folder, member) for member in members]
-        names = {form for path in paths for form in (path, path.rpartition("/")[2])}
-        own = _relative(folder, here) if alone else paths[0]
-        if alone:
-            names |= {own, own.rpartition("/")[2]}
-        slides.append(SlideFiles(path=own, opened=members[0], files=tuple(members), names=frozenset(names)))
-    return slides
+def slide_names(path: str, parts: Sequence[str]) -> frozenset[str]:
+    """What a patient list may call a slide: its whole name, its path in its folder, its last part; a series also by any of its files."""
+    relative = path.rpartition("//")[2]
+    series = parts if parts and not parts[0].lower().endswith(LED_SUFFIXES) else ()
+    forms = {path} | {form for name in (relative, *series) for form in (name, name.rpartition("/")[2])}
+    return frozenset(forms | {form.replace("\\x5c", "\\") for form in forms})
 
 
-def _uid(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return series_uid(file.read(HEAD_BYTES))
-    except OSError:
-        return None  # it stands alone, and opening it will say what is wrong
+def opened_file(folders: Folders, path: str, parts: Sequence[str] = ()) -> tuple[Path, tuple[Path, ...]]:
+    """The file to open, and all files, of a slide known by its name in the site database. Looks at no disk.
+
+    Raises:
+        OSError: its folder is no longer one of the site's.
+    """
+    root = labelled(folders).get(path.rpartition("//")[0])
+    if root is None:
+        raise FileNotFoundError(f"no folder of slide {path}")
+    files = _files(root, path, parts)
+    return files[0], files
+
+
+def _files(root: Path, path: str, parts: Sequence[str]) -> tuple[Path, ...]:
+    return tuple(root / raw(part) for part in parts or (path.rpartition("//")[2],))
 
 
 def file_state(files: Iterable[Path]) -> FileState:
@@ -111,48 +162,50 @@ def file_state(files: Iterable[Path]) -> FileState:
     Raises:
         OSError: a file is gone or out of reach.
     """
-    states = [path.stat() for path in files]
+    return joint_state([path.stat() for path in files])
+
+
+def joint_state(states: Sequence[os.stat_result]) -> FileState:
+    """Size and time of several files together."""
     return FileState(size=sum(state.st_size for state in states), mtime_ns=max(state.st_mtime_ns for state in states))
 
 
-def fingerprint(files: Iterable[Path]) -> Digest:
-    """Digest of each file's size and of samples from its beginning, middle and end: a slide of gigabytes costs 192 kB of reading.
+def fingerprint_key(pseudonym_key: bytes) -> bytes:
+    """The key of this site's fingerprints, derived from its pseudonym key, so that no key serves two purposes."""
+    return hkdf(pseudonym_key, salt=b"pathfed/site-keys/1", info=b"slide-fingerprint")
+
+
+def fingerprint(files: Iterable[Path], key: bytes) -> str:
+    """HMAC-SHA256 of each file's size and of samples from its beginning, middle and end: a slide of gigabytes costs 192 kB of reading.
+
+    Names and the order of files do not count, so that a moved slide is known again; without the key a fingerprint tells nobody whether
+    the site has a given slide.
 
     Raises:
         OSError: a file cannot be read.
     """
-    return digest.of_chunks(part for path in files for part in _samples(path))
+    each = sorted(_of_file(path, key) for path in files)
+    return "hmac-sha256:" + hmac.digest(key, b"slide" + b"".join(each), "sha256").hex()
 
 
-def _samples(path: Path) -> Iterable[bytes]:
+def _of_file(path: Path, key: bytes) -> bytes:
+    state = hmac.new(key, b"file", "sha256")
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        yield f"{size}|".encode()
+        state.update(f"{size}|".encode())
         for start in sorted({0, max(0, size // 2 - _SAMPLE_BYTES // 2), max(0, size - _SAMPLE_BYTES)}):
             file.seek(start)
-            yield file.read(_SAMPLE_BYTES)
+            state.update(file.read(_SAMPLE_BYTES))
+    return state.digest()
 
 
-def opened_file(folder: Path, path: str) -> tuple[Path, tuple[Path, ...]]:
-    """The file to open, and all files, of a slide known by its path in the site database.
-
-    Raises:
-        OSError: it is not there any more.
-    """
-    place = folder / path
-    slides = {slide.path: slide for slide in _around(folder, place)}
-    if path not in slides:
-        raise FileNotFoundError(f"no slide {path}")
-    return slides[path].opened, slides[path].files
-
-
-def _around(folder: Path, place: Path) -> list[SlideFiles]:
-    if place.is_dir():
-        return _series(folder, place, sorted(file for file in place.iterdir() if _is_dicom(file)))
-    if place.suffix.lower() == ".dcm":
-        return _series(folder, place.parent, sorted(file for file in place.parent.iterdir() if _is_dicom(file)))
-    return [_single(folder, place)]
-
-
-def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() == ".dcm" and not path.name.startswith(".")
+def under(path: str, places: Mapping[str, object]) -> bool:
+    """Whether a slide's name lies in one of these places, which are names of folders as slides are named, `""` for everything."""
+    if "" in places or path in places:
+        return True
+    label, mark, relative = path.rpartition("//")
+    prefix = label + mark
+    if prefix in places:
+        return True
+    steps = relative.split("/")
+    return any(prefix + "/".join(steps[:depth]) in places for depth in range(1, len(steps)))

@@ -16,6 +16,11 @@ _LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC"
 _DEEPEST = 16
 
 
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is DICOM."""
+    return head[128:132] == b"DICM"
+
+
 def series_uid(head: bytes) -> str | None:
     """The Series Instance UID of a DICOM file.
 
@@ -25,7 +30,7 @@ def series_uid(head: bytes) -> str | None:
     Returns:
         The UID, or None when this is no DICOM file, or one that is compressed as a whole, or it is not found in `head`.
     """
-    if head[128:132] != b"DICM":
+    if not is_dicom(head):
         return None
     explicit, at = True, 132
     try:

@@ -40,6 +40,11 @@ class SlideReader(Protocol):
         ...
 
     @property
+    def level_dimensions(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each level, pixels of that level."""
+        ...
+
+    @property
     def mpp(self) -> tuple[float, float] | None:
         """um/px of level 0 along x and y as the file states it, or None."""
         ...

@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathfed_client.cohort.cohort import Cohort, Patient, TileRef
+from pathfed_client.cohort.cohort import Cohort, TileRef
 from pathfed_client.cohort.sampling import draw_patients, draw_tiles
+from pathfed_client.training.augmentation import NO_AUGMENTATION, Augmentation, training_tensors
 from pathfed_client.training.engines.serial import (
     NotContributed,
     Objective,
@@ -36,13 +37,16 @@ from pathfed_client.training.engines.serial import (
 )
 from pathfed_client.training.private_step import PatientLoader, ReleasedFigures, SiteNotes, private_step
 from pathfed_common.errors import ErrorCode, PrivacyError
-from pathfed_common.objectives.mae import normalise
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 
 class TileSource(Protocol):
     """Reads tiles."""
+
+    def expect(self, batches: Sequence[Sequence[TileRef]], /) -> None:
+        """What `read` will be asked for, in this order, so that tiles may be read ahead. Replaces what was announced before."""
+        ...
 
     def read(self, refs: Sequence[TileRef], /) -> NDArray[np.uint8]:
         """The tiles as RGB (n, h, w, 3), n <= len(refs): an unreadable tile is left out, never white. MUST give no other patient's tile."""
@@ -75,6 +79,7 @@ def run_round(
     steps: int,
     local_learning_rate: float,
     random: KeyedRandom,
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> RoundOutcome:
     """Take a round's private steps.
 
@@ -91,6 +96,7 @@ def run_round(
         steps: private steps, at least 1.
         local_learning_rate: step size of the local SGD when there are several.
         random: keyed by everything the round's release depends on, and used for no other round.
+        augmentation: how tiles are changed before training sees them.
 
     Raises:
         ValueError: an argument is out of bounds, `base_state` does not fit, or the objective would couple patients.
@@ -109,7 +115,12 @@ def run_round(
         for step in range(steps):
             step_random = random.child("step", step)
             drawn = draw_patients(cohort, mechanism.sampling_rate, step_random.child("sampling"))
-            loaders = [_loader(objective, patient, tiles, tiles_per_patient, step_random) for patient in drawn]
+            draws = [draw_tiles(patient, tiles_per_patient, step_random.child("tiles", patient.pseudonym)) for patient in drawn]
+            tiles.expect(draws)
+            loaders = [
+                _loader(objective, refs, tiles, augmentation, step_random.child("patient", patient.pseudonym))
+                for patient, refs in zip(drawn, draws, strict=True)
+            ]
             release = private_step(objective, parameters, loaders, mechanism, step_random, notes=notes)
             figures.append(release.figures)
             if steps > 1:
@@ -146,7 +157,7 @@ def try_base_state(*, objective: nn.Module, base_state: Mapping[str, Tensor], ti
         load_state(objective, base_state)
         objective.train()
         for number, tiles_NHWC in enumerate(_synthetic_tiles(tile_px, tiles_per_patient)):
-            patient_gradient(objective, parameters, patient_tiles(objective, tiles_NHWC, _public("masks", number)))
+            patient_gradient(objective, parameters, patient_tiles(objective, tiles_NHWC, NO_AUGMENTATION, _public("tiles", number)))
     except NotContributed as reason:
         raise _untrainable(str(reason), None) from None
     except (ValueError, RuntimeError, MemoryError) as error:
@@ -199,26 +210,27 @@ def load_state(objective: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
-def _loader(objective: nn.Module, patient: Patient, tiles: TileSource, k: int, random: KeyedRandom) -> PatientLoader:
-    """Reads the patient's tiles when called. Draws are keyed by the pseudonym, so they do not depend on who else was drawn."""
+def _loader(
+    objective: nn.Module, refs: Sequence[TileRef], tiles: TileSource, augmentation: Augmentation, random: KeyedRandom
+) -> PatientLoader:
+    """Reads a patient's tiles when called. All draws are keyed by the pseudonym, so they do not depend on who else was drawn."""
 
     def load() -> PatientTiles:
-        refs = draw_tiles(patient, k, random.child("tiles", patient.pseudonym))
         if not refs:
             raise NotContributed("the patient has no tile")
         read = tiles.read(refs)
         if not 0 < len(read) <= len(refs):
             raise NotContributed(f"{len(read)} of {len(refs)} tiles were read")
-        return patient_tiles(objective, read, random.child("masks", patient.pseudonym))
+        return patient_tiles(objective, read, augmentation, random)
 
     return load
 
 
-def patient_tiles(objective: nn.Module, tiles_NHWC: NDArray[np.uint8], random: KeyedRandom) -> PatientTiles:
-    """Tiles (N, H, W, 3) uint8 as the objective takes them, on its device, with masks drawn from `random`."""
+def patient_tiles(objective: nn.Module, tiles_NHWC: NDArray[np.uint8], augmentation: Augmentation, random: KeyedRandom) -> PatientTiles:
+    """Tiles (N, H, W, 3) uint8 as the objective takes them, on its device, augmented and with masks by draws from `random`."""
     device = next(objective.parameters()).device
-    masks = cast(Objective, objective).draw(len(tiles_NHWC), random)
-    return PatientTiles(normalise(tiles_NHWC).to(device), masks.to(device))
+    masks = cast(Objective, objective).draw(len(tiles_NHWC), random.child("masks"))
+    return PatientTiles(training_tensors(tiles_NHWC, augmentation, random.child("augmentation"), device), masks.to(device))
 
 
 def _descend(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], learning_rate: float) -> None:

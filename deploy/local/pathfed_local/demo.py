@@ -15,6 +15,7 @@ from typing import Any
 from pathfed_client.app import glance
 from pathfed_client.cohort.patient_list import decode_patient_list, parse_patient_list
 from pathfed_client.home import SiteHome
+from pathfed_client.io.scan_workers import usable_cpus
 from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import CohortPlan, Plan, load_plan
@@ -137,8 +138,11 @@ class Demo:
         return signed
 
     def _scan(self, consortium: Consortium, plan: Path) -> None:
+        workers = str(max(1, usable_cpus() // len(consortium.hospitals)))  # all hospitals share this machine
         with self.view.phase("scanning slides: tissue, quality, tiles"):
-            begun = {hospital.name: consortium.begin_site(hospital.name, "scan", plan) for hospital in consortium.hospitals}
+            begun = {
+                hospital.name: consortium.begin_site(hospital.name, "scan", plan, "--workers", workers) for hospital in consortium.hospitals
+            }
             with self.view.table():
                 while any(process.poll() is None for process in begun.values()):
                     self.view.update("scan", self._lines(consortium, {}))

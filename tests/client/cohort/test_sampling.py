@@ -14,14 +14,11 @@ def random(**context: str | int) -> KeyedRandom:
 
 
 def patient(number: int, *tiles_of_slides: int) -> Patient:
-    slides = [
-        SlideTiles(SlideId(10 * number + index), np.stack([np.arange(count), np.full(count, index)], 1).astype(np.int32))
-        for index, count in enumerate(tiles_of_slides)
-    ]
+    slides = [SlideTiles(SlideId(10 * number + index), count, f"{count:032x}") for index, count in enumerate(tiles_of_slides)]
     return Patient(Pseudonym(f"{number:032x}"), tuple(slides))
 
 
-COHORT = Cohort(tuple(patient(number, 2) for number in range(20)))
+COHORT = Cohort.of(patient(number, 2) for number in range(20))
 
 
 def test_each_patient_is_drawn_with_the_rate_and_independently() -> None:
@@ -37,8 +34,8 @@ def test_each_patient_is_drawn_with_the_rate_and_independently() -> None:
 
 def test_a_draw_may_be_empty_and_may_be_everyone() -> None:
     assert draw_patients(COHORT, 0.0, random()) == ()
-    assert draw_patients(COHORT, 1.0, random()) == COHORT.patients
-    assert draw_patients(Cohort(()), 0.5, random()) == ()
+    assert draw_patients(COHORT, 1.0, random()) == tuple(COHORT.patients)
+    assert draw_patients(Cohort.of(()), 0.5, random()) == ()
 
 
 def test_tiles_are_drawn_across_all_slides_without_repetition() -> None:
@@ -54,7 +51,7 @@ def test_tiles_are_drawn_across_all_slides_without_repetition() -> None:
 
 def test_a_patient_with_fewer_tiles_gives_all_of_them_once() -> None:
     refs = draw_tiles(patient(1, 2, 1), 8, random())
-    assert sorted((ref.slide, ref.x) for ref in refs) == [(10, 0), (10, 1), (11, 0)]
+    assert sorted((ref.slide, ref.tile) for ref in refs) == [(10, 0), (10, 1), (11, 0)]
 
 
 def test_a_patient_without_tiles_gives_none() -> None:

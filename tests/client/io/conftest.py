@@ -10,10 +10,17 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
+from pathfed_client.io.scan import scan
+from pathfed_client.io.site_records import SlideStatus
+from pathfed_client.io.site_store import SiteStore
+from pathfed_client.slides.tiling import scan_key
+from pathfed_common.plan import CohortPlan
 from pathfed_common.synthetic import draw_anatomy, draw_stain, paint
 from pathfed_local.generator import slide_bytes
 
 _ROOT = Path(__file__).parents[3]
+PLAN = CohortPlan(tile_px=224)
+KEY = bytes(range(32))
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +83,39 @@ def write_dicom() -> Callable[[Path, str], Path]:
         return path
 
     return write
+
+
+class ScannedSite:
+    """A slides folder, a patient list and a database, with what tests do to them."""
+
+    def __init__(self, home: Path, write_slide) -> None:
+        self.folder, self.list, self.write_slide = home / "slides", home / "patients.csv", write_slide
+        self.folder.mkdir()
+        self.store = SiteStore(home / "site.db")
+
+    def add(self, *names: str) -> None:
+        for name in names:
+            self.write_slide(self.folder / name, shift=sum(name.encode()) % 97)
+
+    def map(self, **patients: str) -> None:
+        """Patients by slide, without the suffix: `a="P1"` lists a.tif for P1."""
+        self.list.write_text("slide,patient\n" + "".join(f"{name}.tif,{patient}\n" for name, patient in patients.items()))
+
+    def scan(self, plan=PLAN, **more):
+        return scan(self.store, self.folder, self.list, plan, KEY, **{"now": 7.0, **more})
+
+    def statuses(self, plan=PLAN) -> dict[str, tuple[str, str | None]]:
+        return {record.path: (record.status, record.reason) for record in self.store.slides(scan_key(plan)).values()}
+
+    def done(self) -> list[str]:
+        return [path for path, (status, _) in self.statuses().items() if status != SlideStatus.PENDING]
+
+    def numbers(self) -> dict[str, int]:
+        return {record.path: number for number, record in self.store.slides(scan_key(PLAN)).items()}
+
+
+@pytest.fixture
+def site(tmp_path, write_slide):
+    made = ScannedSite(tmp_path, write_slide)
+    yield made
+    made.store.close()

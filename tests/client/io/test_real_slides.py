@@ -1,13 +1,16 @@
 """Scanning real slides, good and bad, beside generated ones: every usable slide is indexed, every bad one named with its reason."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pathfed_client.io.openslide_reader import OpenSlideReader
 from pathfed_client.io.scan import scan
 from pathfed_client.io.site_records import SlideStatus
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.slide_listing import list_slides
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common.errors import ErrorCode
@@ -68,7 +71,27 @@ def test_conversions_of_one_slide_give_the_same_tiles(hospital, tmp_path):
         scan(store, hospital.slides_folder, hospital.patient_list, PLAN, bytes(32), now=0.0)
         (patient,) = (patient for patient in store.cohort(scan_key(PLAN)).patients if len(patient.slides) == 2 and patient.tile_count > 60)
         first, second = patient.slides
-        np.testing.assert_array_equal(first.corners, second.corners)
+        assert (first.tiles, first.check) == (second.tiles, second.check)
         with TileStream(store, hospital.slides_folder, PLAN) as stream:
-            one, other = (stream.read([patient.tile(start + 5)]) for start in (0, len(first.corners)))
+            one, other = (stream.read([patient.tile(start + 5)]) for start in (0, first.tiles))
     assert np.abs(one.astype(int) - other).max() <= 2
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one folder", "over folders"])
+def test_dicom_series_reads_the_same_however_its_files_lie(slides_data, tmp_path, spread):
+    """Of the series' files, one is the slide and the others are label, overview and thumbnail."""
+    for number, file in enumerate(sorted((slides_data / "ok" / "dicom_CMU").iterdir())):
+        target = tmp_path / "study" / (str(number) if spread else ".") / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (slide,) = list_slides(tmp_path).slides
+    assert (slide.path, len(slide.files)) == ("study", 4)
+    with (
+        OpenSlideReader(slide.opened, name=slide.path, files=slide.files) as reader,
+        OpenSlideReader(next((slides_data / "ok" / "dicom_CMU").iterdir()), name="reference") as reference,
+    ):
+        assert reader.dimensions == reference.dimensions == (2220, 2967)
+        np.testing.assert_array_equal(reader.read_region(500, 500, 0, 64, 64), reference.read_region(500, 500, 0, 64, 64))
+        links = reader._links
+    assert (links is not None) == spread
+    assert links is None or not Path(links.name).exists()

@@ -1,14 +1,14 @@
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from pathfed_client.cohort.cohort import Pseudonym
+from pathfed_client.cohort.cohort import Pseudonym, SlideTiles
 from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, SlideRecord, SlideStatus, StoredApproval
 from pathfed_client.io.site_store import SiteStore
-from pathfed_client.slides.tiling import TileGrid
+from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError, TransportError
 from pathfed_common.ids import run_name
@@ -37,59 +37,54 @@ def usable(path="a.tif", patient="1" * 32, tiles=3, content=b"x") -> SlideRecord
         width=1000,
         height=900,
         tile_count=tiles,
-        grid=TileGrid(side=224, level=0, level_px=224),
+        tiles=IndexEntry(16, 100, f"{tiles:032x}") if tiles else None,
     )
 
 
-def corners(count=3, start=0):
-    return np.arange(start, start + 2 * count, dtype=np.int32).reshape(count, 2)
-
-
 def test_slide_comes_back_as_stored(store):
-    slide = store.upsert_slide(usable(), corners())
+    slide = store.upsert_slide(usable())
     assert store.slides(KEY) == {slide: usable()}
     assert store.slides(digest.of_bytes(b"other rules")) == {}
 
 
 def test_unchanged_slide_keeps_its_number_and_changed_file_gets_a_fresh_one(store):
-    first = store.upsert_slide(usable(), corners())
-    second = store.upsert_slide(usable("b.tif"), corners())
-    assert store.upsert_slide(usable(), corners()) == first
-    changed = store.upsert_slide(usable(content=b"other"), corners())
+    first = store.upsert_slide(usable())
+    second = store.upsert_slide(usable("b.tif"))
+    assert store.upsert_slide(usable()) == first
+    changed = store.upsert_slide(usable(content=b"other"))
     assert changed not in (first, second)
-    again = store.upsert_slide(usable(), corners())
+    again = store.upsert_slide(usable())
     assert again not in (first, second, changed)
     assert set(store.slides(KEY)) == {second, again}
 
 
 def test_cohort_groups_slides_by_patient_in_order_of_pseudonyms(store):
-    one = store.upsert_slide(usable("1.tif", "b" * 32, 2), corners(2))
-    two = store.upsert_slide(usable("2.tif", "a" * 32, 4), corners(4))
-    three = store.upsert_slide(usable("3.tif", "b" * 32, 1), corners(1, start=50))
-    store.upsert_slide(replace(usable("4.tif", "c" * 32), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_UNREADABLE), corners())
+    one = store.upsert_slide(usable("1.tif", "b" * 32, 2))
+    two = store.upsert_slide(usable("2.tif", "a" * 32, 4))
+    three = store.upsert_slide(usable("3.tif", "b" * 32, 1))
+    store.upsert_slide(replace(usable("4.tif", "c" * 32), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_UNREADABLE))
     cohort = store.cohort(KEY)
     assert [(p.pseudonym, [s.slide for s in p.slides], p.tile_count) for p in cohort.patients] == [
         ("a" * 32, [two], 4),
         ("b" * 32, [one, three], 3),
     ]
-    assert cohort.patients[1].slides[1].corners.tolist() == [[50, 51]]
-    assert cohort.patients[1].slides[0].corners.dtype == np.int32
-    assert store.cohort(digest.of_bytes(b"other")).patients == ()
+    assert cohort.patients[1].slides == (SlideTiles(one, 2, f"{2:032x}"), SlideTiles(three, 1, f"{1:032x}"))
+    assert len(store.cohort(digest.of_bytes(b"other")).patients) == 0
 
 
 def test_cohort_digest_changes_with_the_slide_file(store):
-    store.upsert_slide(usable(), corners())
+    store.upsert_slide(usable())
     before = store.cohort(KEY).digest
-    store.upsert_slide(usable(), corners())
+    store.upsert_slide(usable())
     assert store.cohort(KEY).digest == before
-    store.upsert_slide(usable(content=b"y"), corners())
+    store.upsert_slide(usable(content=b"y"))
     assert store.cohort(KEY).digest != before
 
 
 def test_state_change_takes_a_slide_out_and_keeps_its_tiles(store):
-    slide = store.upsert_slide(usable(), corners())
+    slide = store.upsert_slide(usable())
     store.set_slide_state(slide, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED)
-    assert store.cohort(KEY).patients == ()
+    assert len(store.cohort(KEY).patients) == 0
     store.set_slide_state(slide, status=SlideStatus.USABLE, patient=Pseudonym("2" * 32))
     assert store.cohort(KEY).patients[0].tile_count == 3
     with pytest.raises(KeyError, match="999"):
@@ -97,23 +92,25 @@ def test_state_change_takes_a_slide_out_and_keeps_its_tiles(store):
 
 
 def test_summary_counts_statuses_reasons_patients_and_tiles(store):
-    store.upsert_slide(usable("1.tif"), corners())
-    store.upsert_slide(usable("2.tif"), corners())
-    store.upsert_slide(replace(usable("3.tif", tiles=0), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_WITHOUT_TISSUE, grid=None))
+    store.upsert_slide(usable("1.tif"))
+    store.upsert_slide(usable("2.tif"))
+    store.upsert_slide(replace(usable("3.tif", tiles=0), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_WITHOUT_TISSUE))
     summary = store.summary(KEY)
     assert summary.slides == {SlideStatus.USABLE: 2, SlideStatus.REFUSED: 1}
     assert summary.reasons == {ErrorCode.SLIDE_WITHOUT_TISSUE: 1}
     assert (summary.patients, summary.tiles) == (1, 6)
 
 
-def test_wrong_tile_count_is_refused(store):
-    with pytest.raises(ValueError, match="tile_count"):
-        store.upsert_slide(usable(tiles=2), corners(3))
+def test_tiles_without_a_tile_map_are_refused(store):
+    with pytest.raises(ValueError, match="tile map"):
+        store.upsert_slide(replace(usable(), tiles=None))
+    with pytest.raises(ValueError, match="tile map"):
+        store.upsert_slide(replace(usable(), tile_count=0))
 
 
 def test_usable_slide_without_patient_is_refused_by_the_database(store):
     with pytest.raises(HostError, match="CHECK"):
-        store.upsert_slide(replace(usable(), patient=None), corners())
+        store.upsert_slide(replace(usable(), patient=None))
 
 
 def test_ledger_entries_come_back_in_order_after_reopening(tmp_path):
@@ -180,10 +177,9 @@ def test_latest_word_on_a_plan_counts(store):
     assert store.approval(PLAN) is None
     store.add_approval(approval())
     store.add_approval(approval(other))
-    store.withdraw_approval(PLAN, at=2.0)
-    assert store.approval(PLAN) == replace(approval(at=2.0), state=ApprovalState.WITHDRAWN)
-    with pytest.raises(TransportError, match="PF407"):
-        store.withdraw_approval(PLAN, at=3.0)
+    withdrawn = replace(approval(at=2.0), state=ApprovalState.WITHDRAWN)
+    store.add_approval(withdrawn)
+    assert store.approval(PLAN) == withdrawn
     store.add_approval(approval(patients=12, at=4.0))
     assert store.approvals() == [approval(other), approval(patients=12, at=4.0)]
 
@@ -193,6 +189,65 @@ def test_events_are_the_latest_oldest_first(store):
     for line in lines:
         store.add_event(line)
     assert store.events(limit=3) == lines[-3:]
+
+
+def test_slide_that_was_not_read_yet_keeps_its_number_when_it_is(store):
+    found = replace(usable(tiles=0), fingerprint="", status=SlideStatus.PENDING)
+    number = store.upsert_slide(found)
+    assert store.upsert_slide(usable()) == number
+    assert store.slides(KEY) == {number: usable()}
+
+
+def test_many_slides_are_added_in_order_and_restated_at_once(store):
+    found = [replace(usable(f"{name}.tif", tiles=0), fingerprint="", status=SlideStatus.PENDING) for name in "bca"]
+    numbers = store.add_slides(found)
+    assert list(numbers) == ["b.tif", "c.tif", "a.tif"]
+    assert list(numbers.values()) == sorted(numbers.values())
+    gone = {numbers["b.tif"]: replace(found[0], status=SlideStatus.MISSING, reason=ErrorCode.SLIDE_MISSING, detail="gone")}
+    store.restate_slides(gone)
+    assert [record.status for record in store.slides(KEY).values()] == ["pending", "missing", "pending"]
+    assert store.add_slides([]) == {}
+
+
+def test_moved_slides_keep_numbers_and_tiles_even_when_they_exchange_places(store):
+    first = store.upsert_slide(usable("a.tif", content=b"a"))
+    second = store.upsert_slide(usable("b.tif", content=b"b", patient="2" * 32))
+    tiles = store.cohort(KEY).digest
+    moved = {first: replace(usable("b.tif", content=b"a"), parts=("b.tif", "b/1"), mtime_ns=7), second: usable("a.tif", content=b"b")}
+    store.move_slides(moved)
+    assert {number: record.path for number, record in store.slides(KEY).items()} == {first: "b.tif", second: "a.tif"}
+    assert (store.slides(KEY)[first].parts, store.slides(KEY)[first].mtime_ns) == (("b.tif", "b/1"), 7)
+    assert store.cohort(KEY).digest == tiles
+
+
+def test_forgotten_number_is_not_used_again(store):
+    number = store.upsert_slide(usable())
+    store.forget_slides([number])
+    assert store.slides(KEY) == {}
+    assert store.upsert_slide(usable()) > number
+
+
+def test_attempts_are_kept(store):
+    number = store.upsert_slide(usable())
+    store.set_attempts({number: 2})
+    assert store.slides(KEY) == {number: replace(usable(), attempts=2)}
+
+
+def test_what_is_done_together_happens_whole_or_not_at_all(store):
+    def fails_half_way():
+        with store.together():
+            store.upsert_slide(usable())
+            store.set_slide_state(99, status=SlideStatus.MISSING)
+
+    with pytest.raises(KeyError):
+        fails_half_way()
+    assert store.slides(KEY) == {}
+    with store.together():
+        store.upsert_slide(usable())
+        store.upsert_slide(usable("b.tif"))
+        with closing(sqlite3.connect(store.path)) as other:
+            assert other.execute("SELECT count(*) FROM slide").fetchone() == (0,)
+    assert len(store.slides(KEY)) == 2
 
 
 def test_newer_schema_is_refused(tmp_path):
@@ -229,11 +284,10 @@ def test_database_is_private_durable_and_shared(store):
 
 
 def test_full_database_is_reported_and_nothing_half_written(store):
-    store.upsert_slide(usable("small.tif"), corners())
+    store.upsert_slide(usable("small.tif"))
     with store._engine.connect() as connection:  # the pool keeps this connection, so the limit holds for the next write
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 1}")
-    noise = np.random.default_rng(0).integers(0, 2**31, (50_000, 2), dtype=np.int32)
     with pytest.raises(HostError, match="PF901"):
-        store.upsert_slide(usable("large.tif", tiles=len(noise)), noise)
+        store.upsert_slide(replace(usable("large.tif"), detail="x" * 100_000))
     assert [record.path for record in store.slides(KEY).values()] == ["small.tif"]

@@ -2,8 +2,26 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pathfed_client.io.slide_files import SUFFIXES, file_state, find_slides, fingerprint, opened_file
+from pathfed_client.io.slide_files import (
+    check_folders,
+    file_state,
+    fingerprint,
+    fingerprint_key,
+    labelled,
+    opened_file,
+    raw,
+    shown,
+    slide_names,
+    under,
+)
+from pathfed_client.io.slide_listing import list_slides
+from pathfed_common.errors import SiteDataError
+from pathfed_common.privacy.randomness import KeyedRandom
+
+KEY = bytes(range(32))
 
 
 def put(path: Path, content=b"x") -> Path:
@@ -12,104 +30,98 @@ def put(path: Path, content=b"x") -> Path:
     return path
 
 
-def test_every_format_is_found_in_order_and_nothing_else(tmp_path):
-    for suffix in SUFFIXES:
-        put(tmp_path / f"z{suffix}")
-    put(tmp_path / "deep" / "er" / "B.SVS")
-    for other in ("notes.txt", "a.jpg", ".hidden.svs", ".trash/a.svs", "deep/patients.csv"):
-        put(tmp_path / other)
-    paths = [slide.path for slide in find_slides(tmp_path)]
-    assert paths == sorted(["deep/er/B.SVS", *(f"z{suffix}" for suffix in SUFFIXES)])
+@given(st.binary(min_size=1, max_size=40).map(os.fsdecode))
+def test_every_name_can_be_stored_and_leads_back_to_its_file(name):
+    stored = shown(name)
+    stored.encode("utf-8")
+    assert raw(stored) == name
+    assert stored.isprintable() or not name.isprintable()
 
 
-def test_slide_may_be_named_by_path_or_file_name(tmp_path):
-    put(tmp_path / "deep" / "a.svs")
-    (slide,) = find_slides(tmp_path)
-    assert slide.names == {"deep/a.svs", "a.svs"}
-    assert slide.opened == tmp_path / "deep" / "a.svs"
+@given(st.binary(min_size=1, max_size=8).map(os.fsdecode), st.binary(min_size=1, max_size=8).map(os.fsdecode))
+def test_no_two_names_are_stored_alike(first, second):
+    assert (shown(first) == shown(second)) == (first == second)
 
 
-def test_dicom_series_in_its_own_folder_is_one_slide_named_by_it(tmp_path, write_dicom):
-    for name in ("1.dcm", "2.dcm", "3.DCM"):
-        write_dicom(tmp_path / "case" / name, "1.2.3")
-    (slide,) = find_slides(tmp_path)
-    assert slide.path == "case"
-    assert [path.name for path in slide.files] == ["1.dcm", "2.dcm", "3.DCM"]
-    assert {"case", "1.dcm", "case/2.dcm"} <= slide.names
+def test_one_folder_has_no_label_and_several_are_named_apart(tmp_path):
+    first, second, third = tmp_path / "a" / "slides", tmp_path / "b" / "slides", tmp_path / "archive"
+    assert labelled(first) == labelled([first]) == {"": first}
+    assert labelled([first, second, third]) == {"slides": first, "slides~2": second, "archive": third}
 
 
-def test_several_series_in_one_folder_are_several_slides(tmp_path, write_dicom):
-    for name, series in (("1.dcm", "1.2.3"), ("2.dcm", "1.2.9"), ("3.dcm", "1.2.3")):
-        write_dicom(tmp_path / "mixed" / name, series)
-    slides = find_slides(tmp_path)
-    assert [(slide.path, len(slide.files)) for slide in slides] == [("mixed/1.dcm", 2), ("mixed/2.dcm", 1)]
-    assert "3.dcm" in slides[0].names
-    assert "mixed" not in slides[0].names | slides[1].names
+@pytest.mark.parametrize("other", ["a", "a/b", ".", "link", "link/b"])
+def test_folders_that_overlap_are_refused(tmp_path, other):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    check_folders([tmp_path / "a", tmp_path / "ab", tmp_path / "gone"])
+    with pytest.raises(SiteDataError, match="PF217"):
+        check_folders([tmp_path / "gone", tmp_path / "a", tmp_path / other])
 
 
-def test_series_beside_other_slides_at_the_top_is_named_by_its_first_file(tmp_path, write_dicom):
-    write_dicom(tmp_path / "1.dcm", "1.2.3")
-    write_dicom(tmp_path / "2.dcm", "1.2.3")
-    put(tmp_path / "a.svs")
-    assert [slide.path for slide in find_slides(tmp_path)] == ["1.dcm", "a.svs"]
+def test_slide_may_be_named_by_path_or_file_name_and_a_series_by_any_file():
+    assert slide_names("deep/a.svs", ()) == {"deep/a.svs", "a.svs"}
+    assert slide_names("nas//deep/a.svs", ()) == {"nas//deep/a.svs", "deep/a.svs", "a.svs"}
+    assert slide_names("case", ("case/1.dcm", "case/2.dcm")) == {"case", "case/1.dcm", "1.dcm", "case/2.dcm", "2.dcm"}
+    assert slide_names("a.mrxs", ("a.mrxs", "a/Data0.dat")) == {"a.mrxs"}
+    assert "a\\b.svs" in slide_names(shown("a\\b.svs"), ())
 
 
-def test_dicom_files_whose_series_cannot_be_told_stand_alone(tmp_path):
-    put(tmp_path / "case" / "1.dcm", b"nonsense")
-    put(tmp_path / "case" / "2.dcm", b"nonsense")
-    assert [slide.path for slide in find_slides(tmp_path)] == ["case/1.dcm", "case/2.dcm"]
-
-
-def test_mirax_slide_changes_with_the_files_beside_it(tmp_path):
-    put(tmp_path / "a.mrxs")
-    data = put(tmp_path / "a" / "Data0001.dat", b"12345")
-    (slide,) = find_slides(tmp_path)
-    before = fingerprint(slide.files)
-    assert file_state(slide.files).size == 6
-    data.write_bytes(b"12346")
-    assert fingerprint(slide.files) != before
+def test_slides_under_a_place_are_told_from_the_others():
+    for path, place in (("a/b.svs", "a"), ("n//a/b.svs", "n//"), ("n//a/b.svs", "n//a"), ("a.svs", ""), ("a/b/c.svs", "a/b")):
+        assert under(path, {place: 1}), (path, place)
+    for path, place in (("ab/c.svs", "a"), ("m//a/b.svs", "n//"), ("n//a/b.svs", "a"), ("a.svs", "n//")):
+        assert not under(path, {place: 1}), (path, place)
 
 
 @pytest.mark.parametrize("where", [0, 500_000, 999_999])
 def test_fingerprint_sees_beginning_middle_and_end(tmp_path, where):
     content = bytearray(1_000_000)
     path = put(tmp_path / "a.svs", content)
-    before = fingerprint([path])
+    before = fingerprint([path], KEY)
     content[where] = 1
     path.write_bytes(content)
-    assert fingerprint([path]) != before
+    assert fingerprint([path], KEY) != before
     path.write_bytes(bytes(1_000_001))
-    assert fingerprint([path]) != before
+    assert fingerprint([path], KEY) != before
 
 
-def test_slide_is_found_again_by_its_stored_path(tmp_path, write_dicom):
-    for name, series in (("own/1.dcm", "1"), ("own/2.dcm", "1"), ("mixed/1.dcm", "1"), ("mixed/2.dcm", "2"), ("3.dcm", "1")):
-        write_dicom(tmp_path / name, series)
-    put(tmp_path / "deep" / "a.svs")
-    put(tmp_path / "m.mrxs")
-    put(tmp_path / "m" / "Slidedat.ini")
-    slides = find_slides(tmp_path)
+def test_fingerprint_reads_samples_and_not_gigabytes(tmp_path):
+    path = tmp_path / "a.svs"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert fingerprint([path], KEY)
+
+
+def test_fingerprint_does_not_depend_on_names_and_order_but_on_the_key(tmp_path):
+    files = [put(tmp_path / name, content) for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1"))]
+    assert fingerprint(files[:2], KEY) == fingerprint([files[1], files[2]], KEY)
+    assert fingerprint(files[:1], KEY) != fingerprint(files[:1], bytes(32))
+    assert fingerprint(files[:1], KEY) != fingerprint([files[0], files[2]], KEY)
+
+
+def test_fingerprints_have_a_key_of_their_own():
+    derived = fingerprint_key(KEY)
+    assert derived not in (KEY, fingerprint_key(bytes(32)))
+    assert KeyedRandom(KEY, {"purpose": "slide-fingerprint"})._key != derived
+
+
+def test_slide_is_found_again_by_its_stored_name(tmp_path, write_dicom):
+    one, two = tmp_path / "x" / "nas", tmp_path / "y" / "nas"
+    for name, series in (("own/1.dcm", "1"), ("own/2.dcm", "1"), ("mixed/1.dcm", "5"), ("mixed/2.dcm", "2"), ("3.dcm", "5")):
+        write_dicom(one / name, series)
+    put(two / "deep" / "a.svs")
+    put(two / "m.mrxs")
+    put(two / "m" / "Slidedat.ini")
+    put(Path(os.fsdecode(os.fsencode(two) + b"/gr\xfcn\\1.svs")))
+    slides = list_slides([one, two]).slides
     assert len(slides) == 6
     for slide in slides:
-        assert opened_file(tmp_path, slide.path) == (slide.opened, slide.files)
+        assert opened_file([one, two], slide.path, slide.parts) == (slide.opened, slide.files)
+        assert file_state(slide.files) == slide.state
 
 
-def test_slide_that_is_gone_is_an_os_error(tmp_path, write_dicom):
-    write_dicom(tmp_path / "own" / "1.dcm", "1")
-    for path in ("own", "own/9.dcm", "gone/1.dcm"):
-        with pytest.raises(FileNotFoundError):
-            opened_file(tmp_path, path)
+def test_slide_that_is_gone_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         file_state(opened_file(tmp_path, "gone.svs")[1])
-
-
-def test_name_that_is_no_utf8_can_still_be_shown_and_stored(tmp_path):
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.svs")).write_bytes(b"x")
-    (slide,) = find_slides(tmp_path)
-    assert slide.path == "gr\\xfcn.svs"
-    assert slide.opened.exists()
-
-
-def test_folder_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        find_slides(tmp_path / "gone")
+        opened_file([tmp_path / "a", tmp_path / "b"], "gone.svs")

@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from pathfed_client.slides.examine import examine
+from pathfed_client.slides.filters import FilteredSlideError
 from pathfed_client.slides.reader import Thumbnail
 from pathfed_common.errors import ErrorCode, SiteDataError
-from pathfed_common.plan import CohortPlan
+from pathfed_common.plan import CohortPlan, QualityPlan
 from pathfed_common.synthetic import draw_anatomy, draw_stain, paint
 
-PLAN = CohortPlan(tile_px=96)
+PLAN = CohortPlan(tile_px=96, play_px=0)
 
 
 class ArrayReader:
@@ -20,6 +22,7 @@ class ArrayReader:
         self.pixels, self.mpp, self.holes = pixels, mpp, holes
         self.dimensions = (pixels.shape[1], pixels.shape[0])
         self.downsamples = (1.0,)
+        self.level_dimensions = (self.dimensions,)
         self.reads = 0
 
     def read_region(self, x, y, level, width, height):
@@ -47,24 +50,24 @@ def picture():
 def test_tiles_hold_the_tissue_and_leave_the_glass(picture):
     facts = examine(ArrayReader(picture), PLAN, where="a")
     assert (facts.mpp, facts.width, facts.height) == (0.5, 768, 768)
-    assert facts.grid.side == 96
+    assert facts.tiles.grid.source_side == 96
     stained = picture.max(axis=2).astype(int) - picture.min(axis=2) > 40
     shares = np.array([[stained[y : y + 96, x : x + 96].mean() for x in range(0, 768, 96)] for y in range(0, 768, 96)])
-    chosen = np.zeros((8, 8), bool)
-    chosen[facts.corners[:, 1] // 96, facts.corners[:, 0] // 96] = True
+    chosen = facts.tiles.cells()
+    assert len(facts.tiles) == chosen.sum() > 0
     assert chosen[shares > 0.75].all()
     assert not chosen[shares < 0.1].any()
 
 
 def test_a_few_holes_do_not_cost_the_slide(picture):
     whole = examine(ArrayReader(picture), PLAN, where="a")
-    x, y = whole.corners[0]
+    x, y = whole.tiles.corners()[0]
     holed = examine(ArrayReader(picture, holes=[(x + 10, y + 10, 5, 5)]), PLAN, where="a")
-    np.testing.assert_array_equal(holed.corners, whole.corners)
+    np.testing.assert_array_equal(holed.tiles.cells(), whole.tiles.cells())
 
 
 def test_slide_whose_tissue_cannot_be_read_is_unreadable_though_its_thumbnail_is_fine(picture):
-    with pytest.raises(SiteDataError, match=r"PF206.*where there is tissue.*8 of 8"):
+    with pytest.raises(SiteDataError, match=r"PF206.*where there is tissue.*12 of 12"):
         examine(ArrayReader(picture, holes=[(0, 0, 768, 768)]), PLAN, where="a")
 
 
@@ -97,3 +100,41 @@ def test_clean_glass_is_a_slide_without_tissue():
 def test_tiny_slide_is_without_tissue_rather_than_a_crash(picture):
     with pytest.raises(SiteDataError, match="PF209"):
         examine(ArrayReader(picture[380:410, 380:410]), PLAN, where="a")
+
+
+def test_the_filters_say_what_they_removed(picture):
+    filters = examine(ArrayReader(picture), PLAN, where="a").filters
+    assert [count.name for count in filters.removed] == ["pen", "fold", "focus"]
+    assert filters.tissue_tiles > 0
+    assert filters.sharp == filters.sampled > 0
+
+
+def test_blurred_slide_is_out_of_focus_and_the_report_counts_all_its_tiles(picture):
+    blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(3)))
+    with pytest.raises(FilteredSlideError, match=r"PF214.*median sharpness 0\.[0-9]+.*0 of") as caught:
+        examine(ArrayReader(blurred), PLAN, where="a")
+    report = caught.value.report
+    assert report.culprit is not None
+    assert (report.culprit.name, report.culprit.tiles) == ("focus", report.tissue_tiles)
+    lenient = CohortPlan(tile_px=96, play_px=0, quality=QualityPlan(sharp_share=0))
+    assert len(examine(ArrayReader(blurred), lenient, where="a").tiles) == report.tissue_tiles
+
+
+def test_slide_whose_tissue_is_all_inked_names_the_filter_that_took_it(picture):
+    pale = 255 - (255 - picture.astype(float)) * 0.4
+    inked = (pale * (np.array((70, 150, 80)) / 244)).astype(np.uint8)
+    inked[:, :80] = picture[:, :80]  # a strip of clean glass
+    with pytest.raises(FilteredSlideError, match=r"PF215.*pen removed") as caught:
+        examine(ArrayReader(inked), PLAN, where="a")
+    assert caught.value.report.culprit == caught.value.report.removed[0]
+
+
+def test_tiles_that_are_constant_in_part_are_unreadable(picture):
+    class Cut(ArrayReader):
+        def read_region(self, x, y, level, width, height):
+            pixels = super().read_region(x, y, level, width, height).copy()
+            pixels[height // 4 :] = 128
+            return pixels
+
+    with pytest.raises(SiteDataError, match=r"PF206.*where there is tissue"):
+        examine(Cut(picture), PLAN, where="a")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pathfed_client.slides.quality import check_thumbnail, checked_mpp, is_flat
+from pathfed_client.slides.quality import check_thumbnail, checked_mpp, flat_share, is_flat
 from pathfed_client.slides.reader import Thumbnail
 from pathfed_common.errors import SiteDataError
 
@@ -60,3 +60,15 @@ def test_fluorescence_is_refused(mean):
 def test_transparent_slide_is_refused():
     with pytest.raises(SiteDataError, match=r"PF206.*transparent"):
         check_thumbnail(thumbnail(noisy((240, 240, 240)), valid=False), where="a.svs")
+
+
+def test_share_of_constant_blocks_is_counted():
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    assert flat_share(pixels) == 0
+    pixels[32:] = 128
+    assert flat_share(pixels) == 0.5
+    assert flat_share(np.full((5, 70, 3), 9, np.uint8)) == 1
+
+
+def test_no_real_tile_is_constant_in_large_part(real_tiles):
+    assert max(flat_share(tile) for tile in real_tiles[0]) < 0.2
