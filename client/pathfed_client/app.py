@@ -286,7 +286,7 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
     """Run the site's processes until interrupted. One such command a home.
 
     Raises:
-        HostError: PF903, a process does not start or will not stay up; PF904, the site runs already.
+        HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing.
         TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged.
     """
