@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import click
 import typer
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pathfed_client.gate.site_policy import SitePolicy
-from pathfed_client.home import SiteSettings
+from pathfed_client.home import PatientListColumns, SiteSettings
 from pathfed_common import plan as plan_module
 from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode, PathfedError
@@ -41,6 +41,7 @@ FAMILY_TITLES = {
 PROGRAMS = {"pathfed-site": "pathfed_client.cli", "pathfed-server": "pathfed_server.cli", "pathfed": "pathfed_local.cli"}
 SETTINGS: dict[str, type[BaseModel]] = {
     "site.toml at a site": SiteSettings,
+    "[patient_list] of site.toml": PatientListColumns,
     "policy.toml at a site": SitePolicy,
     "server.toml at the server": ServerSettings,
 }
@@ -112,25 +113,30 @@ def field_comments(module: ModuleType) -> dict[str, str]:
 def plan_sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Each table of a plan: its TOML name ("" for the top) and its model."""
     yield "", plan_module.Plan
-    yield from _nested_sections(plan_module.Plan, "")
+    yield from _tables("", plan_module.Plan)
 
 
-def _nested_sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The tables inside a model, each before its own; a list of tables comes under its name too."""
     for name, field in model.model_fields.items():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            yield f"{prefix}{name}", field.annotation
-            yield from _nested_sections(field.annotation, f"{prefix}{name}.")
+        inner = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_table(kind)), None)
+        if inner is not None:
+            yield prefix + name, inner
+            yield from _tables(f"{prefix}{name}.", inner)
+
+
+def _is_table(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, BaseModel)
 
 
 def plan_keys() -> list[str]:
     """Every key of a plan, dotted."""
     nested = {name for name, _ in plan_sections() if name}
-    return [
-        f"{section}.{name}" if section else name
-        for section, model in plan_sections()
-        for name in model.model_fields
-        if (f"{section}.{name}" if section else name) not in nested
-    ]
+    return [dotted for section, model in plan_sections() for name in model.model_fields if (dotted := _dotted(section, name)) not in nested]
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
@@ -146,6 +152,12 @@ def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
     pattern = next((str(part.pattern) for part in field.metadata if getattr(part, "pattern", None)), None)
     if pattern:
         bounds.append("1 to 63 of a-z, 0-9 and inner hyphens")
+    if _is_table(field.annotation):
+        return "table", ""
+    if get_origin(field.annotation) is tuple:
+        return "list of texts", ", ".join(bounds)
+    if type(None) in get_args(field.annotation):
+        return "text", ", ".join(bounds)
     name = _TYPE_WORDS.get(str(getattr(field.annotation, "__name__", "")), "table of numbers")
     return name, ", ".join(bounds) or ("> 0" if name == "table of numbers" else "")
 
@@ -165,8 +177,12 @@ def toml(value: object) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, dict):
+    if isinstance(value, dict | BaseModel):
         return "{}"
+    if isinstance(value, tuple):
+        return "[]"
+    if value is None:
+        return "not given"
     return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
@@ -195,8 +211,7 @@ def plan_page() -> str:
     ]
     for section, model in plan_sections():
         out.append(f"\n## {f'[{section}]' if section else 'Top level'}\n\n{inspect.cleandoc(model.__doc__ or '')}\n\n")
-        inner = {name.removeprefix(f"{section}.") if section else name for name in nested}
-        out.append(_table(model, leave_out=inner))
+        out.append(_table(model, leave_out=[name for name in model.model_fields if _dotted(section, name) in nested]))
     return "".join(out)
 
 

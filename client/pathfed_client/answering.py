@@ -7,10 +7,26 @@ The order of the steps is the privacy argument:
     3. try        the base state on synthetic tiles                                           no patient is touched yet
     4. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
     5. train      the private steps, with randomness keyed by all that the release depends on
-    6. seal       update and statement are on the disk before they are sent; then the round's secret is erased
+    6. seal       unless something was withdrawn since the cohort was read (then 4 again, without it); update and statement are on the
+                  disk before they are sent; then the round's secret is erased
     7. wait       until the next public time slot; a failure after the charge waits too
 
 Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 5).
+
+Withdrawals. A sealed answer holds nobody who was withdrawn before it was sealed: the number of withdrawn names is compared and the seal
+written in one transaction. Where the number has moved, the draw is discarded, its charge stays, and the round is drawn again. Why that
+gives nothing away:
+
+- **What was discarded is never released**, so it costs nobody anything; its charge stays, which is on the safe side.
+- **The new draw is another release.** The number of withdrawn names, and the cohort, are part of the context that keys all randomness and
+  names the charge: sampling and noise are independent of the discarded draw's, though the round's secret is the same.
+- **Whether to draw again depends on the number of withdrawals alone**, never on whether the withdrawn patient was drawn, belongs to this
+  plan's cohort, or has a slide at all. Neither a second charge in the statement nor a later reply slot tells that.
+- What does show outside is that *something* was withdrawn at this site during this round: the second charge, and perhaps a later slot. The
+  threat model names it.
+- A crash after the charge is no way around: the restarted round reads the withdrawals anew.
+
+What was sealed before the withdrawal is a release like all earlier ones, and is sent.
 """
 
 import logging
@@ -26,15 +42,16 @@ import torch
 from pathfed_client.budget.entry import LedgerEntry
 from pathfed_client.budget.ledger import Ledger
 from pathfed_client.cohort.cohort import Cohort
+from pathfed_client.cohort.withdrawal import Withdrawn
 from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
+from pathfed_client.io import site_cohort
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
-from pathfed_client.io.site_records import ApprovalState, SealedUpdate, StoredApproval
+from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
-from pathfed_client.slides.tiling import scan_key
 from pathfed_client.training.augmentation import Augmentation
 from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
 from pathfed_common import digest, files
@@ -60,11 +77,15 @@ _SALT_BYTES = 32
 
 @dataclass(frozen=True)
 class _Task:
-    """One accepted offer with what the site holds for it."""
+    """One accepted offer with what the site holds for it.
+
+    `withdrawn` was read before the cohort, which lacks all of it: a withdrawal in between is found when the answer is sealed.
+    """
 
     offer: RoundOffer
     plan: Plan
     approval: StoredApproval
+    withdrawn: frozenset[Withdrawn]
     cohort: Cohort
 
     @property
@@ -79,6 +100,7 @@ class _Task:
             "round": self.offer.round_index,
             "base_state": self.offer.base_state,
             "cohort": self.cohort.digest,
+            "withdrawn": len(self.withdrawn),
             "declared_patients": self.approval.declared_patients,
             "code": code_digest(PACKAGES),
             "engine": "serial",
@@ -124,7 +146,7 @@ class SiteAnswerer:
         if sealed is None:
             check_deadline(offer, self._now())
             _log.info("round %d of run %s: training", offer.round_index, offer.run)
-            sealed = self._train(_Task(offer, plan, approval, self._cohort(plan)), base_state)
+            sealed = self._train(self._task(offer, plan, approval), base_state)
         else:
             _log.info("round %d of run %s: resending the sealed answer", offer.round_index, offer.run)
         self._wait_for_slot(offer, plan)
@@ -150,15 +172,16 @@ class SiteAnswerer:
         check_order(offer, None if last is None else last.round_index, None if last is None else last.update)
         return None
 
-    def _cohort(self, plan: Plan) -> Cohort:
-        """The patients as they are now.
+    def _task(self, offer: RoundOffer, plan: Plan, approval: StoredApproval) -> _Task:
+        """The round with the patients as they are now.
 
         An approved plan was scanned, so an empty cohort is no error: whether a site answers must not depend on its last patient.
         """
-        cohort = self._store.cohort(scan_key(plan.cohort))
+        withdrawn = self._store.withdrawn()
+        cohort = site_cohort.cohort(self._store, plan.cohort, self._home.pseudonym_key, withdrawn)
         if not cohort.patients:
             _log.warning("no patient is left under this plan's rules; the answer will be noise alone")
-        return cohort
+        return _Task(offer, plan, approval, withdrawn, cohort)
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -170,15 +193,32 @@ class SiteAnswerer:
         return RunSecrets(self._home.run_secrets)
 
     def _train(self, task: _Task, base_state: bytes) -> SealedUpdate:
+        """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
         objective = self._objective(plan)
         state = _open_state(base_state, plan)
         try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
         readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
-        context = {**task.context(), "secret": secret_id(secret)}
-        entry = self._ledger.charge(
-            release_id=digest.of_value(context),
+        entry = self._charge(task, secret)
+        try:
+            while True:
+                try:
+                    return self._seal(task, self._draw(task, objective, state, secret, readers), entry)
+                except WithdrawnMeanwhileError:
+                    self._note_discarded(offer)
+                check_deadline(offer, self._now())
+                task = self._task(offer, plan, task.approval)
+                entry = self._charge(task, secret)
+        except Exception:
+            # From the charge on, time may tell how many patients were drawn: a failure, too, leaves at a time slot.
+            self._wait_for_slot(offer, plan)
+            raise
+
+    def _charge(self, task: _Task, secret: bytes) -> LedgerEntry:
+        offer, plan = task.offer, task.plan
+        return self._ledger.charge(
+            release_id=digest.of_value({**task.context(), "secret": secret_id(secret)}),
             plan=offer.plan,
             run=offer.run,
             round_index=offer.round_index,
@@ -187,25 +227,31 @@ class SiteAnswerer:
             plan_limit=plan.privacy.epsilon_limit,
             now=self._now(),
         )
-        try:
-            with TileStream(self._store, self._home.slides, plan.cohort, workers=readers) as stream:
-                outcome = run_round(
-                    objective=objective,
-                    base_state=state,
-                    cohort=task.cohort,
-                    tiles=stream,
-                    mechanism=task.mechanism,
-                    tiles_per_patient=plan.cohort.tiles_per_patient,
-                    steps=plan.rounds.steps,
-                    local_learning_rate=plan.rounds.local_learning_rate,
-                    random=KeyedRandom(secret, context),
-                    augmentation=Augmentation(**plan.augmentation.model_dump()),
-                )
-            return self._seal(task, outcome, entry)
-        except Exception:
-            # From the charge on, time may tell how many patients were drawn: a failure, too, leaves at a time slot.
-            self._wait_for_slot(offer, plan)
-            raise
+
+    def _draw(
+        self, task: _Task, objective: MaskedAutoencoder, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
+    ) -> RoundOutcome:
+        plan = task.plan
+        if readers is not None and not readers.is_open:
+            readers = None  # an earlier draw of this round had to do without; no process is started after the charge
+        with TileStream(self._store, self._home.slides, plan.cohort, workers=readers) as stream:
+            return run_round(
+                objective=objective,
+                base_state=state,
+                cohort=task.cohort,
+                tiles=stream,
+                mechanism=task.mechanism,
+                tiles_per_patient=plan.cohort.tiles_per_patient,
+                steps=plan.rounds.steps,
+                local_learning_rate=plan.rounds.local_learning_rate,
+                random=KeyedRandom(secret, {**task.context(), "secret": secret_id(secret)}),
+                augmentation=Augmentation(**plan.augmentation.model_dump()),
+            )
+
+    def _note_discarded(self, offer: RoundOffer) -> None:
+        said = f"round {offer.round_index} of run {offer.run}: something was withdrawn; the draw is discarded, its charge stays"
+        _log.info("%s", said)
+        self._store.add_event(Event(at=self._now(), kind="round", detail=said))
 
     def _tile_workers(self, plan: Plan) -> TileWorkers | None:
         """The reading processes, kept from round to round."""
@@ -245,7 +291,12 @@ class SiteAnswerer:
             update=statement.update,
             at=self._now(),
         )
-        self._store.put_sealed(sealed)
+        try:
+            self._store.put_sealed(sealed, withdrawn=len(task.withdrawn))
+        except WithdrawnMeanwhileError:
+            for discarded in (path, path.with_suffix(".opening")):
+                discarded.unlink()
+            raise
         self._secrets.advance(offer.run, offer.round_index)
         return sealed
 

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
     from pathfed_client.budget.ledger import Ledger
     from pathfed_client.io.inspection import Inspection
+    from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
     from pathfed_common.processes import ProcessEnd
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
@@ -78,7 +80,16 @@ def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None
     from pathfed_client.io.scan_where import ScanWhere, make_executor
 
     with closing(open_store(home)) as store, make_executor(where or ScanWhere()) as executor:
-        return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, progress=progress, executor=executor)
+        return scanning.scan(
+            store,
+            home.slides,
+            home.patients,
+            cohort,
+            home.pseudonym_key,
+            progress=progress,
+            columns=home.settings.patient_list.configured(),
+            executor=executor,
+        )
 
 
 def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanWhere", *, every_s: float, at_rest_s: float) -> None:
@@ -87,19 +98,69 @@ def watch_slides(home: SiteHome, cohort: CohortPlan, tell: "Told", where: "ScanW
     from pathfed_client.io.scan_watch import watch
     from pathfed_client.io.scan_where import make_executor
 
+    columns = home.settings.patient_list.configured()
     with suppress(KeyboardInterrupt), closing(open_store(home)) as store, make_executor(where) as executor:
 
         def once(memory: scanning.ScanMemory) -> "ScanReport":
-            return scanning.scan(store, home.slides, home.patients, cohort, home.pseudonym_key, executor=executor, memory=memory)
+            return scanning.scan(
+                store, home.slides, home.patients, cohort, home.pseudonym_key, columns=columns, executor=executor, memory=memory
+            )
 
         watch(once, tell, every_s=every_s, at_rest_s=at_rest_s)
+
+
+def preview_patients(home: SiteHome) -> "tuple[Preview, SiteDataError | None]":
+    """What a scan would make of the patient list, and the error it would end with. Writes nothing and opens no slide.
+
+    Raises:
+        SiteDataError: PF201, no slide; PF202, the list cannot be read at all; PF217, slide folders overlap.
+    """
+    from pathfed_client.io.listing import preview, read_listing
+    from pathfed_client.io.slide_files import check_folders
+    from pathfed_client.io.slide_listing import list_slides, no_slide
+
+    check_folders(home.slides)
+    there = list_slides(home.slides)
+    if not there.slides:
+        raise no_slide(there.unlisted, home.slides)
+    listing = read_listing(home.patients, there.names, home.settings.patient_list.configured())
+    return preview(listing, there.names, home.pseudonym_key, unreachable=there.unlisted), listing.error
+
+
+def withdraw(home: SiteHome, patients: "WithdrawalInput | None", slides: "WithdrawalInput | None") -> "WithdrawReport":
+    """Withdraw patients and slides; see `io.withdrawing.withdraw`."""
+    from pathfed_client.cohort.patient_list import pseudonym
+    from pathfed_client.io import withdrawing
+    from pathfed_client.io.listing import read_list
+    from pathfed_client.io.slide_listing import list_slides
+
+    def listed() -> set[str]:
+        try:
+            _, found = read_list(home.patients, home.settings.patient_list.configured())
+        except SiteDataError:
+            return set()  # what was scanned can be withdrawn all the same
+        return {pseudonym(home.pseudonym_key, row.patient) for row in found.rows}
+
+    with closing(open_store(home)) as store:
+        known = withdrawing.KnownHere(listed, lambda: list_slides(home.slides).names)
+        return withdrawing.withdraw(store, home.pseudonym_key, known, patients=patients, slides=slides, now=time.time())
 
 
 def inspect(home: SiteHome, slide: str, cohort: CohortPlan, out: Path) -> "Inspection":
     """Show one slide to the site's own eyes; see `io.inspection.inspect`."""
     from pathfed_client.io import inspection
+    from pathfed_client.io.listing import read_listing
+    from pathfed_client.io.slide_listing import list_slides
 
-    return inspection.inspect(home.slides, slide, cohort, out)
+    def listed_mpp(path: str) -> float | None:
+        try:
+            listing = read_listing(home.patients, list_slides(home.slides).names, home.settings.patient_list.configured())
+        except SiteDataError:
+            return None  # a slide can be looked at without a list
+        listed = listing.matching.slides.get(path)
+        return None if listed is None else listed.mpp
+
+    return inspection.inspect(home.slides, slide, cohort, out, listed_mpp=listed_mpp)
 
 
 def read_signed_plan(home: SiteHome, path: Path) -> tuple[bytes, Plan]:
@@ -127,14 +188,14 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
         SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
     """
+    from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import StoredApproval
-    from pathfed_client.slides.tiling import scan_key
     from pathfed_common.errors import PrivacyError
 
     data, plan = read_signed_plan(home, signed_plan)
     check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
     with closing(open_store(home)) as store:
-        found = store.summary(scan_key(plan.cohort)).patients
+        found = site_cohort.summary(store, plan.cohort, home.pseudonym_key).patients
         if found == 0:
             raise SiteDataError(
                 ErrorCode.NOT_SCANNED, "no slide was scanned under this plan's rules", remedy=f"pathfed-site scan {signed_plan}"
@@ -178,13 +239,14 @@ def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
 
 def status(home: SiteHome) -> dict[str, Any]:
     """Where the site stands, for its own eyes."""
-    from pathfed_client.slides.tiling import scan_key
+    from pathfed_client.cohort.withdrawal import WithdrawnKind
+    from pathfed_client.io import site_cohort
 
     with closing(open_store(home)) as store:
         plans = []
         for approval in store.approvals():
             plan = open_plan(approval.signed_plan, home.server_card.evidence_key)
-            summary = store.summary(scan_key(plan.cohort))
+            summary = site_cohort.summary(store, plan.cohort, home.pseudonym_key)
             plans.append(
                 {
                     "plan": plan.name,
@@ -197,6 +259,7 @@ def status(home: SiteHome) -> dict[str, Any]:
                     "reasons": {code.value: count for code, count in summary.reasons.items()},
                 }
             )
+        withdrawn = [one.kind for one in store.withdrawn()]
         spent = open_ledger(home, store).spent().epsilon
     policy = home.policy
     return {
@@ -205,6 +268,8 @@ def status(home: SiteHome) -> dict[str, Any]:
         "epsilon_spent": spent,
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
         "delta": policy.delta,
+        "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
+        "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
         "plans": plans,
     }
 
@@ -229,11 +294,11 @@ class Glance:
 def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
     """Look at a site's database."""
     from pathfed_client.budget.ledger import last_charge
+    from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import SlideStatus
-    from pathfed_client.slides.tiling import scan_key
 
     with closing(open_store(home)) as store:
-        summary = store.summary(scan_key(cohort))
+        summary = site_cohort.summary(store, cohort, home.pseudonym_key)
         last = last_charge(store)
     return Glance(
         slides=sum(summary.slides.values()),

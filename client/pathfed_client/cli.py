@@ -1,8 +1,11 @@
 """`pathfed-site`: what a hospital's IT does."""
 
+import sys
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,9 +16,11 @@ from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
 if TYPE_CHECKING:
+    from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_client.io.withdrawing import WithdrawalInput
     from pathfed_common.errors import SiteDataError
     from pathfed_common.plan import CohortPlan
 
@@ -30,7 +35,7 @@ _HOME = Path("pathfed-site")
 def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
     slides: Annotated[list[Path], typer.Option(help="Folder with the slides; it is only ever read. May be given several times.")],
-    patients: Annotated[Path, typer.Option(help="CSV with the columns slide and patient.")],
+    patients: Annotated[Path, typer.Option(help="CSV export with a slide and a patient column.")],
     server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
@@ -95,39 +100,43 @@ def scan(
 
 def _scan_once(here: SiteHome, cohort: "CohortPlan", where: "ScanWhere", *, as_json: bool) -> None:
     from pathfed_client import app as site
-    from pathfed_client.io.scan_report import CohortEmptyError
+    from pathfed_client.io.scan_report import ScanEndedError
 
     columns = (TextColumn("scan"), BarColumn(), MofNCompleteColumn(), TextColumn("slides"), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True, disable=as_json) as bar:
         task = bar.add_task("scan", total=None)
-        empty: CohortEmptyError | None = None
+        ended: ScanEndedError | None = None
         try:
             report = site.scan(here, cohort, lambda done, total: bar.update(task, completed=done, total=total), where)
-        except CohortEmptyError as error:
-            report, empty = error.report, error
+        except ScanEndedError as error:
+            report, ended = error.report, error
     if as_json:
-        show(report.to_dict() if empty is None else {"error": empty.to_dict(), "report": report.to_dict()}, as_json=True)
-        raise typer.Exit(0 if empty is None else empty.exit_status)
+        show(report.to_dict() if ended is None else {"error": ended.to_dict(), "report": report.to_dict()}, as_json=True)
+        raise typer.Exit(0 if ended is None else ended.exit_status)
     _show_scan(report)
-    if empty is not None:
-        raise empty
+    if ended is not None:
+        raise ended
 
 
 def _tell_pass(*, as_json: bool) -> "Told":
     """Says what a pass of a watch found: a line for people, one JSON value for scripts."""
-    from pathfed_client.io.scan_report import ScanReport
+    from pathfed_client.io.scan_report import ScanEndedError, ScanReport
 
     tell = console.teller(as_json=False)
 
     def told(found: "ScanReport | SiteDataError") -> None:
+        report = found.report if isinstance(found, ScanEndedError) else found if isinstance(found, ScanReport) else None
         if as_json:
-            show(found.to_dict() if isinstance(found, ScanReport) else {"error": found.to_dict()}, as_json=True)
-        elif isinstance(found, ScanReport):
-            refused = ", ".join(f"{code.value} x {count}" for code, count in sorted(found.by_reason.items()))
-            counts = f"{len(found.slides)} slides, {found.slides_read} read, {found.patients} patients, {found.tiles} tiles"
-            tell(counts + (f"; not used: {refused}" if refused else "") + (f"; being written: {len(found.left)}" if found.left else ""))
-        else:
+            error = {} if isinstance(found, ScanReport) else {"error": found.to_dict()}
+            ended = error if report is None else {**error, "report": report.to_dict()}
+            show(report.to_dict() if report is not None and not error else ended, as_json=True)
+            return
+        if not isinstance(found, ScanReport):
             tell(f"{found.code.value} {found.what}")
+        if report is not None:
+            refused = ", ".join(f"{code.value} x {count}" for code, count in sorted(report.by_reason.items()))
+            counts = f"{len(report.slides)} slides, {report.slides_read} read, {report.patients} patients, {report.tiles} tiles"
+            tell(counts + (f"; not used: {refused}" if refused else "") + (f"; being written: {len(report.left)}" if report.left else ""))
 
     return told
 
@@ -140,7 +149,6 @@ def _show_scan(report: "ScanReport") -> None:
     }
     show(figures, as_json=False, title="scan")
     refused = [{"slide": one.path, "code": one.reason, "why": one.detail} for one in report.slides if one.reason is not None]
-    absent = [{"line": one.line, "slide": one.slide, "code": one.code, "ambiguous": one.ambiguous} for one in report.not_found]
     without = [{"lines": one.lines, "code": one.code} for one in report.patients_without_tile]
     warned = [
         {"slide": one.slide or "all slides read", "filter": one.filter, "removed": f"{one.share:.0%}", "tiles": one.tiles}
@@ -149,13 +157,27 @@ def _show_scan(report: "ScanReport") -> None:
     twins = [{"slide": first, "same as": second} for first, second in report.same_content]
     away = [{"folder": one.folder or "the slide folder", "code": one.code, "why": one.detail} for one in report.unreachable]
     sections = (
+        *_list_sections(report),
         ("folders out of reach: their slides stay as they were", away),
         ("slides that are not used", refused),
-        ("lines of the patient list without one slide", absent),
         ("patients without a usable tile, by their lines in the list", without),
         ("WARNING: a quality filter removed nearly all tissue; look with `pathfed-site inspect`", warned),
         ("WARNING: equal slides listed for different patients, all left out; a line of the list is wrong", twins),
     )
+    _show_sections(sections)
+
+
+def _list_sections(report: "ScanReport | Preview") -> tuple[tuple[str, list[dict[str, Any]]], ...]:
+    """What is wrong with a patient list."""
+    findings = [{"lines": one.lines, "slide": one.slide, "code": one.code, "why": one.what} for one in report.list_findings]
+    absent = [{"line": one.line, "slide": one.slide, "code": one.code} for one in report.not_found]
+    return (
+        ("lines of the patient list that are not used, and slides that are out for what they say", findings),
+        ("lines of the patient list without one slide", absent),
+    )
+
+
+def _show_sections(sections: Iterable[tuple[str, list[dict[str, Any]]]]) -> None:
     for title, rows in sections:
         if rows:
             show(rows, as_json=False, title=title)
@@ -175,6 +197,74 @@ def inspect(
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
     show(site.inspect(here, slide, found.cohort, out).to_dict(), as_json=as_json, title="Inspected. What was written stays at this site.")
+
+
+@app.command()
+def patients(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show what a scan would make of the patient list: a dry run that writes nothing and opens no slide."""
+    from pathfed_client import app as site
+
+    report, ended = site.preview_patients(SiteHome(home))
+    if as_json:
+        show(report.to_dict() if ended is None else {"error": ended.to_dict(), "report": report.to_dict()}, as_json=True)
+        raise typer.Exit(0 if ended is None else ended.exit_status)
+    figures = {"encoding": report.encoding, "separator": report.separator, "header in line": report.header_line, "lines": report.lines}
+    counts = {"slides": report.slides, "mapped": report.mapped, "patients": report.patients, "unmapped": len(report.unmapped)}
+    show({**figures, **counts}, as_json=False, title="the patient list as it is read")
+    unused = [{"means": "(not used)", "header": text} for text in report.unused_columns]
+    values = [
+        {"attribute": name, "value": value or "(none)", "slides": count}
+        for name, found in report.attributes.items()
+        for value, count in found.items()
+    ]
+    _show_sections(
+        (
+            ("columns", [{"means": role, "header": text} for role, text in report.columns.items()] + unused),
+            ("attributes of mapped slides", values),
+            *_list_sections(report),
+            (
+                "folders out of reach: their slides are not looked at",
+                [{"folder": place or "the slide folder", "why": why} for place, why in report.unreachable.items()],
+            ),
+            ("slides that are on no line of the list", [{"slide": path} for path in report.unmapped]),
+        )
+    )
+    if ended is not None:
+        raise ended
+
+
+@app.command()
+def withdraw(
+    patients_from: Annotated[
+        str | None, typer.Option(help="File with one patient identifier a line, as the patient list has them; - for standard input.")
+    ] = None,
+    slides_from: Annotated[
+        str | None, typer.Option(help="File with one slide a line, named as in the patient list; - for standard input.")
+    ] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Take patients or slides out for good, from every later draw on. Whole or not at all; nothing about it leaves the site."""
+    from pathfed_client import app as site
+
+    if patients_from is None and slides_from is None:
+        raise typer.BadParameter("give --patients-from or --slides-from")
+    if patients_from == slides_from == "-":
+        raise typer.BadParameter("only one of --patients-from and --slides-from can be standard input")
+    report = site.withdraw(SiteHome(home), _identifiers(patients_from), _identifiers(slides_from))
+    show(asdict(report), as_json=as_json, title="Withdrawn from every later draw, for good." if report.new else "Was withdrawn before.")
+
+
+def _identifiers(source: str | None) -> "WithdrawalInput | None":
+    """Identifiers from a file or standard input; never from the command line itself, which shells keep."""
+    from pathfed_client.io.withdrawing import WithdrawalInput
+    from pathfed_common.files import read_given
+
+    if source is None:
+        return None
+    if source == "-":
+        return WithdrawalInput(sys.stdin.buffer.read(), "standard input")
+    return WithdrawalInput(read_given(Path(source)), source)
 
 
 @app.command()

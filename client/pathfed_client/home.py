@@ -34,6 +34,35 @@ _SECRET_BYTES = 32
 _LOOK_AGAIN_S = 0.2
 
 
+class PatientListColumns(Settings):
+    """`[patient_list]` of `site.toml`: the headers of the patient list's columns. A role that is not given goes by well-known headers."""
+
+    #: Header of the column that names the slide: its path, its file name with or without suffix, or its DICOM folder.
+    slide: str | None = None
+    #: Header of the column that names the patient. A case or block is a patient only where each truly is one person.
+    patient: str | None = None
+    #: Header of the column that names the case; it is not used, but never taken for a patient. Empty, as below: there is no such column.
+    case: str | None = None
+    #: Header of the column that names the block.
+    block: str | None = None
+    #: Header of the column that names the organ.
+    organ: str | None = None
+    #: Header of the column that names the cancer type.
+    cancer_type: str | None = None
+    #: Header of the column that names the stain.
+    stain: str | None = None
+    #: Header of the column with the day of acquisition.
+    acquired: str | None = None
+    #: Header of the column that names the scanner.
+    scanner: str | None = None
+    #: Header of the column with the resolution of level 0, um/px, where the file's own is missing or wrong.
+    mpp: str | None = None
+
+    def configured(self) -> dict[str, str]:
+        """Role -> header, of the roles that are given."""
+        return {role: text for role, text in self.model_dump().items() if text is not None}
+
+
 class SiteSettings(Settings):
     """`site.toml` of a site."""
 
@@ -41,8 +70,10 @@ class SiteSettings(Settings):
     name: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")
     #: Folders with the slides, searched with all that is below them and only ever read. None may lie inside another.
     slides: tuple[str, ...] = Field(min_length=1)
-    #: CSV export of the lab system with the columns slide and patient.
+    #: CSV export of the lab system: which slide is which patient's, and optional columns.
     patients: str
+    #: Headers of the patient list's columns; a table of its own, below.
+    patient_list: PatientListColumns = PatientListColumns()
 
     @field_validator("slides", mode="before")
     @classmethod

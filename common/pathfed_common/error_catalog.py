@@ -88,17 +88,17 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
     ),
     Code.PATIENT_LIST_UNREADABLE: CatalogEntry(
         "The patient list cannot be read",
-        "The CSV that maps slides to patients is missing, is not UTF-8, lacks a required column, or has a row that cannot be "
-        "read. Without it no slide belongs to anybody, so nothing can be trained on.",
-        "Export the list again with a header row. The message names the column or the line. Slides are named as they are in the "
-        "slide folder.",
+        "The CSV that maps slides to patients is missing, is in no known encoding, lacks a column for slide or patient, or is no CSV from "
+        "some line on. Without it no slide belongs to anybody, so nothing can be trained on.",
+        "The message names the column or the line. Name the columns in `[patient_list]` of `site.toml`, or export the list again. "
+        "`pathfed-site patients` shows how a list is read, without changing anything.",
         "site",
     ),
     Code.SLIDE_LISTED_TWICE: CatalogEntry(
-        "A slide is listed twice",
-        "One slide stands in the patient list more than once, for two patients or for the same one again. If it counted for two "
-        "patients, taking out one of them would not take out all that depends on that person, and the privacy guarantee would not "
-        "hold; and a list with repeated rows is not certain to be right elsewhere. It is refused as a whole.",
+        "A slide is listed for two patients",
+        "One slide stands in the patient list with different patients. If it counted for two patients, taking out one of them would not "
+        "take out all that depends on that person, and the privacy guarantee would not hold. The slide is out; all others are scanned, "
+        "and the command ends with this error so that nobody overlooks it. Two lines that say the same are one.",
         "Find out whose slide it is and leave one row. If one slide truly carries tissue of two people, leave it out.",
         "site",
     ),
@@ -225,6 +225,49 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "three times in all.",
         "If the share is slow, give more time with `--slide-timeout`. If only this slide is slow, copy it "
         "again; a new copy gets new tries.",
+        "site",
+    ),
+    Code.SLIDE_AMBIGUOUS: CatalogEntry(
+        "A line of the patient list fits several slides",
+        "The line names a slide by a file name, with or without its suffix, that several slides of the folder have. Nobody can say which "
+        "one is meant, so the line counts for none of them.",
+        "Name the slide by its path below the slide folder.",
+        "site",
+    ),
+    Code.SLIDE_LINES_CONFLICT: CatalogEntry(
+        "Lines about one slide contradict each other",
+        "Two lines of the patient list give one slide, or one scanner, different values of the same column, such as two organs or two "
+        "resolutions. The slides concerned are out; all others go on.",
+        "Correct the lines that the scan names and scan again.",
+        "site",
+    ),
+    Code.LIST_LINE_UNUSABLE: CatalogEntry(
+        "A line of the patient list cannot be used",
+        "The line has no slide or no patient, more fields than the header, a patient's number that a spreadsheet has rounded, a day that "
+        "cannot be read, or an implausible resolution (mpp). Its slide is out; all others go on.",
+        "Correct the lines that the scan names. Days are written YYYY-MM-DD. A column that is not needed can be switched off in "
+        "`[patient_list]` of `site.toml`.",
+        "site",
+    ),
+    Code.SLIDE_OUTSIDE_RULES: CatalogEntry(
+        "A slide is outside the plan's cohort rules",
+        "The plan includes or excludes slides by attributes such as organ or stain (`cohort.include`, `cohort.exclude`), and this slide "
+        "does not fit, or its attribute is not known. It is not part of this plan's cohort.",
+        "Nothing needs doing where the slide is not meant. Where the attribute is missing, add its column to the patient list and scan "
+        "again; slides are not read again for it.",
+        "site",
+    ),
+    Code.SLIDE_WITHDRAWN: CatalogEntry(
+        "A slide was withdrawn",
+        "The slide, or its patient, was withdrawn with `pathfed-site withdraw`. It is never trained on again, whatever later lists say.",
+        "Nothing. A withdrawal is for good.",
+        "site",
+    ),
+    Code.WITHDRAWAL_UNKNOWN: CatalogEntry(
+        "A withdrawal names what is not known here",
+        "A line given to `pathfed-site withdraw` fits no patient or slide of this site, or fits several slides. Nothing was withdrawn, not "
+        "even what the other lines name.",
+        "Correct the lines that are named and give all of them again. Slides are named as in the patient list.",
         "site",
     ),
 }

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pathfed_common import digest
+from pathfed_common.cohort_rules import MAX_WEIGHTS, CohortExclude, CohortInclude, TileWeight, contradiction, normal_value
 from pathfed_common.errors import ErrorCode, PlanError
 from pathfed_common.ids import site_name
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -99,6 +100,23 @@ class CohortPlan(_Section):
     tissue_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     #: Pen marks, folds and focus.
     quality: QualityPlan = QualityPlan()
+    #: Slides that count, by attributes; a table of its own, described below.
+    include: CohortInclude = CohortInclude()
+    #: Slides that are out, by attributes; a table of its own, described below.
+    exclude: CohortExclude = CohortExclude()
+    #: Public weights with which tiles are drawn within a patient; tables of their own, described below.
+    tile_weights: Annotated[tuple[TileWeight, ...], Field(strict=False, max_length=MAX_WEIGHTS)] = ()
+
+    @model_validator(mode="after")
+    def _rules_agree(self) -> Self:
+        both = contradiction(self.include, self.exclude)
+        if both is not None:
+            raise ValueError(f"cohort.include and cohort.exclude both name {both}")
+        named = [(rule.attribute, normal_value(rule.value)) for rule in self.tile_weights]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"cohort.tile_weights gives {twice[0]} {twice[1]!r} two weights")
+        return self
 
     @property
     def source_px(self) -> int:

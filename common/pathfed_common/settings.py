@@ -68,12 +68,16 @@ def checked(model: type[Model], raw: Mapping[str, object], *, where: str = "opti
 
 
 def to_toml(model: Settings, heading: str) -> str:
-    """The settings as TOML text under a comment. Values are texts, numbers, truths and lists of them."""
+    """The settings as TOML text under a comment. Values are texts, numbers, truths, lists of them, and tables of all those."""
     lines = [f"# {line}" for line in heading.splitlines()]
+    tables: list[str] = []
     for key, value in model.model_dump().items():
-        if value is None:
-            continue
-        lines.append(f"{key} = {_literal(value)}")
+        if isinstance(value, dict):
+            inner = [f"{name} = {_literal(one)}" for name, one in value.items() if one is not None]
+            tables += ["", f"[{key}]", *inner] if inner else []
+        elif value is not None:
+            lines.append(f"{key} = {_literal(value)}")
+    lines += tables
     return "\n".join(lines) + "\n"
 
 

@@ -17,13 +17,16 @@ import torch
 
 from pathfed_client import answering, app
 from pathfed_client.answering import SiteAnswerer
+from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
-from pathfed_client.io.site_records import ApprovalState, SealedUpdate
+from pathfed_client.io.site_records import ApprovalState, SealedUpdate, SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.withdrawing import WithdrawalInput
 from pathfed_client.slides.tiling import scan_key
 from pathfed_client.training import local_round, private_step
+from pathfed_client.training.local_round import run_round
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.encoder import weights
@@ -441,6 +444,7 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
         "round": 1,
         "base_state": digest.of_bytes(world.base_state),
         "cohort": site.store.cohort(scan_key(world.plan.cohort)).digest,
+        "withdrawn": 0,
         "declared_patients": 4,
         "code": code_digest(("pathfed_client", "pathfed_common")),
         "engine": "serial",
@@ -457,8 +461,17 @@ def rescan(site: Site, world) -> None:
     app.scan(site.home, world.plan.cohort, lambda done, total: None)
 
 
-@pytest.mark.parametrize("changed", ["plan", "run", "round", "base_state", "cohort", "declared_patients", "code", "secret"])
+@pytest.mark.parametrize("changed", ["plan", "run", "round", "base_state", "cohort", "withdrawn", "declared_patients", "code", "secret"])
 def test_a_change_in_anything_a_release_depends_on_is_another_release(world, site, dump_state, monkeypatch, changed):
+    elsewhere = SlideRecord(
+        path="elsewhere.tif",
+        fingerprint="",
+        size=1,
+        mtime_ns=1,
+        scan_key=digest.of_bytes(b"another plan's scan"),
+        status=SlideStatus.UNMAPPED,
+    )
+    site.store.upsert_slide(elsewhere)
     _, before = stopped(site, world, monkeypatch)
     change: dict[str, Any] = {}
     if changed == "plan":
@@ -473,6 +486,8 @@ def test_a_change_in_anything_a_release_depends_on_is_another_release(world, sit
         change["state"] = dump_state(world.plan, **{"encoder.pos_embed": weights.load(world.base_state)["encoder.pos_embed"] + 1e-6})
     elif changed == "cohort":
         rescan(site, world)
+    elif changed == "withdrawn":
+        app.withdraw(site.home, None, WithdrawalInput(b"elsewhere.tif", "test"))
     elif changed == "code":
         monkeypatch.setattr(answering, "code_digest", lambda packages: digest.of_bytes(b"other code"))
     else:
@@ -518,6 +533,187 @@ def test_a_rescan_between_the_charge_and_the_retry_is_another_release_with_noise
     answer = site.answer(world.offer(), world.base_state)
     assert site.charges() == 2
     assert abs(correlation(bytes_of(answer), undisturbed)) < 0.01
+
+
+# Withdrawals
+
+
+def withdraw(site: Site, *patients: str, slides: tuple[str, ...] = ()) -> None:
+    """From another process, as the command does it."""
+    given = [WithdrawalInput("\n".join(names).encode(), "test") if names else None for names in (patients, slides)]
+    app.withdraw(SiteHome(site.home.root), *given)
+
+
+OYELARAN = "PATIENTID-0001-Oyelaran"
+
+
+@dataclass
+class Rounds:
+    """Watches the rounds that are computed; `then` happens while the first of them runs."""
+
+    then: Callable[[], None]
+    cohorts: list[list[str]] = field(default_factory=list)
+    updates: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def run(self, **given):
+        self.cohorts.append([patient.pseudonym for patient in given["cohort"].patients])
+        outcome = run_round(**given)
+        self.updates.append(outcome.update)
+        if len(self.cohorts) == 1:
+            self.then()
+        return outcome
+
+
+def watch(monkeypatch, then: Callable[[], None]) -> Rounds:
+    rounds = Rounds(then)
+    monkeypatch.setattr(answering, "run_round", rounds.run)
+    return rounds
+
+
+def alike(rounds: Rounds) -> float:
+    """Correlation of the first two draws' updates, number by number."""
+    flat = [torch.cat([update[name].float().flatten() for name in sorted(update)]) for update in rounds.updates[:2]]
+    return float(torch.corrcoef(torch.stack(flat))[0, 1])
+
+
+def test_who_is_withdrawn_while_a_round_is_computed_is_not_in_its_answer(world, site, monkeypatch):
+    rounds = watch(monkeypatch, lambda: withdraw(site, OYELARAN))
+    answer = site.answer(world.offer(), world.base_state)
+    gone = pseudonym(site.home.pseudonym_key, OYELARAN)
+    assert [gone in names for names in rounds.cohorts] == [True, False]
+    assert [len(names) for names in rounds.cohorts] == [5, 4]
+    sent = weights.load(bytes_of(answer))
+    assert all(torch.equal(sent[name], rounds.updates[1][name].to(torch.bfloat16)) for name in sent), "the second draw is what is sent"
+    assert abs(alike(rounds)) < 0.01, "its noise is independent of the discarded draw's"
+    assert site.charges() == 2, "the discarded draw's charge stays"
+    entries = app.open_ledger(site.home, site.store).verify()
+    assert len({entry.release_id for entry in entries}) == 2
+    assert site.statement(answer).epsilon_total == entries[1].epsilon_total
+    assert site.answer(world.offer(), world.base_state) == answer
+    assert site.charges() == 2
+    assert site.released() == ["run-1-000001.opening", "run-1-000001.safetensors"]
+    assert [event.kind for event in site.store.events()][-2:] == ["withdraw", "round"]
+
+
+def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world, copy_home, monkeypatch):
+    """None may be started after the charge."""
+    with opened(copy_home(tile_workers=1)) as site:
+
+        def end_all() -> None:
+            withdraw(site, OYELARAN)
+            site.answer.close()
+
+        rounds = watch(monkeypatch, end_all)
+        assert site.answer(world.offer(), world.base_state).code is None
+        assert [len(names) for names in rounds.cohorts] == [5, 4]
+
+
+@pytest.mark.parametrize("who", ["a patient of the cohort", "a slide of the cohort", "a patient of no cohort"])
+def test_whether_a_round_is_drawn_again_does_not_depend_on_who_was_withdrawn(world, site, monkeypatch, who):
+    """Otherwise a second charge in the statement, or a later slot, would tell that the withdrawn patient was in the cohort."""
+    site.store.upsert_slide(
+        SlideRecord(
+            path="elsewhere.tif",
+            fingerprint=digest.of_bytes(b"elsewhere"),
+            size=1,
+            mtime_ns=1,
+            scan_key=digest.of_bytes(b"another plan's scan"),
+            status=SlideStatus.REFUSED,
+            patient=pseudonym(site.home.pseudonym_key, "elsewhere"),
+        )
+    )
+    given = {"a patient of the cohort": (OYELARAN,), "a patient of no cohort": ("elsewhere",)}.get(who, ())
+    slides = () if given else (f"{SURNAMES[2]}_biopsy.tif",)
+    rounds = watch(monkeypatch, lambda: withdraw(site, *given, slides=slides))
+    answer = site.answer(world.offer(), world.base_state)
+    assert answer.code is None
+    assert (len(rounds.cohorts), site.charges()) == (2, 2)
+    assert abs(alike(rounds)) < 0.01
+    assert len(site.clock.slept) == 1
+
+
+def test_a_withdrawal_at_the_last_instant_before_the_seal_counts(world, site, monkeypatch):
+    """The update is on the disk already: it is removed, not sent."""
+    put_sealed, seen = SiteStore.put_sealed, []
+
+    def withdraw_first(store, sealed, **more):
+        seen.append(sealed.update)
+        if len(seen) == 1:
+            withdraw(site, OYELARAN)
+        put_sealed(store, sealed, **more)
+
+    monkeypatch.setattr(SiteStore, "put_sealed", withdraw_first)
+    answer = site.answer(world.offer(), world.base_state)
+    assert digest.of_bytes(bytes_of(answer)) == seen[1] != seen[0]
+    assert site.charges() == 2
+
+
+def test_a_withdrawal_after_the_seal_counts_from_the_next_round_on(world, site, monkeypatch):
+    first = site.answer(world.offer(), world.base_state)
+    withdraw(site, OYELARAN)
+    assert site.answer(world.offer(), world.base_state) == first, "what was released is sent again as it was"
+    rounds = watch(monkeypatch, lambda: None)
+    times = {"offered_at": OFFERED_AT + 200, "deadline": OFFERED_AT + 260}
+    assert site.answer(world.offer(round_index=2, **times), world.base_state).code is None
+    assert [len(names) for names in rounds.cohorts] == [4]
+    assert site.charges() == 2
+
+
+def test_a_round_that_crashed_before_a_withdrawal_is_another_release_after_it(world, copy_home, undisturbed, monkeypatch):
+    def crash(**_):
+        raise Crash
+
+    home = copy_home()
+    with opened(home) as site, monkeypatch.context() as patch:
+        patch.setattr(answering, "run_round", crash)
+        with pytest.raises(Crash):
+            site.answer(world.offer(), world.base_state)
+    with opened(SiteHome(home.root)) as site:
+        withdraw(site, OYELARAN)
+        rounds = watch(monkeypatch, lambda: None)
+        answer = site.answer(world.offer(), world.base_state)
+        assert [len(names) for names in rounds.cohorts] == [4]
+        assert site.charges() == 2
+        assert abs(correlation(bytes_of(answer), undisturbed)) < 0.01
+
+
+@pytest.mark.parametrize(("limit", "late", "code"), [(4.5, False, "PF301"), (100.0, True, "PF409")])
+def test_a_draw_that_cannot_be_repeated_is_a_code_at_a_slot_and_nothing_of_it_stays(world, copy_home, monkeypatch, limit, late, code):
+    with opened(copy_home(max_epsilon=limit)) as site:
+
+        def then() -> None:
+            withdraw(site, OYELARAN)
+            site.clock.time += 100.0 if late else 1.0
+
+        rounds = watch(monkeypatch, then)
+        assert site.answer(world.offer(), world.base_state) == Answer(code=code)
+        assert (len(rounds.cohorts), site.charges()) == (1, 1)
+        assert site.released() == []
+        assert (site.clock.time - OFFERED_AT) % 5.0 == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_site_whose_patients_are_all_withdrawn_answers_with_noise(world, site, monkeypatch, meanwhile):
+    """Otherwise answering or not would tell whether the last patient was withdrawn."""
+    everybody = [f"PATIENTID-{number:04d}-{name}" for number, name in enumerate(SURNAMES)]
+    if meanwhile:
+        watch(monkeypatch, lambda: withdraw(site, *everybody))
+    else:
+        withdraw(site, *everybody)
+    update = numbers(bytes_of(site.answer(world.offer(), world.base_state)))
+    assert float(update.std()) == pytest.approx(1.0 / 2.0, rel=0.01)
+    assert site.charges() == 1 + meanwhile
+
+
+def test_the_log_of_a_withdrawal_names_nobody(world, site, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    watch(monkeypatch, lambda: withdraw(site, OYELARAN))
+    answer = site.answer(world.offer(), world.base_state)
+    assert "the draw is discarded" in caplog.text
+    assert leaked(caplog.text.encode()) == []
+    said = base64.b64decode(json.loads(answer.statement or b"{}")["payload"])
+    assert leaked(said) == []
+    assert pseudonym(site.home.pseudonym_key, OYELARAN).encode() not in said
 
 
 # Time slots

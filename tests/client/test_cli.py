@@ -1,6 +1,7 @@
 """`pathfed-site` as a hospital's IT meets it: exit statuses, JSON, and nothing half-written."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -15,9 +17,10 @@ from pathfed_client import cli
 from pathfed_client.home import SiteHome
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common.errors import PathfedError
+from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "scan", "inspect", "approve", "start", "status", "ledger")
+COMMANDS = ("init", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw")
 
 
 def fails(done, code: str) -> None:
@@ -130,7 +133,18 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
     fails(site_cli(*init_arguments(world, copy_home().root)), "PF904")
 
 
-@pytest.mark.parametrize("command", [["status"], ["ledger"], ["start"], ["scan", "PLAN"], ["approve", "PLAN", "--patients-at-least", 4]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["ledger"],
+        ["start"],
+        ["patients"],
+        ["withdraw", "--slides-from", "PLAN"],
+        ["scan", "PLAN"],
+        ["approve", "PLAN", "--patients-at-least", 4],
+    ],
+)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_home_that_is_missing_is_told_and_not_made(world, site_cli, tmp_path, command, there):
     home = tmp_path / "home"
@@ -157,8 +171,7 @@ def test_a_scan_of_an_empty_folder_is_refused(own_slides, site_cli, tmp_path):
     [
         ([["file", "person"], ["a.tif", "1"]], "PF202"),
         ([["slide", "patient"]], "PF202"),
-        ([["slide", "patient"], ["", "1"]], "PF202"),
-        ([["slide", "patient"], ["Oyelaran_biopsy.tif", "1"], ["Oyelaran_biopsy.tif", "2"]], "PF203"),
+        ([["slide", "case"], ["Oyelaran_biopsy.tif", "1"]], "PF202"),
     ],
 )
 def test_a_list_that_cannot_be_used_stops_the_scan_before_a_slide_is_read(own_slides, site_cli, tmp_path, rows, code):
@@ -167,6 +180,128 @@ def test_a_list_that_cannot_be_used_stops_the_scan_before_a_slide_is_read(own_sl
     fails(site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json"), code)
     with SiteStore(home.database) as store:
         assert store.slides(scan_key(own_slides)) == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("Oyelaran_biopsy.tif,PATIENTID-9,", "PF203"),
+        ("Oyelaran_biopsy.tif,PATIENTID-0001-Oyelaran,liver", "PF231"),
+        ("Yamashiro_biopsy,,", "PF232"),
+    ],
+)
+def test_a_slide_in_doubt_is_left_out_the_others_are_kept_and_the_command_fails_with_its_report(own_slides, site_cli, tmp_path, line, code):
+    home = own_slides.init(tmp_path / "home")
+    text = own_slides.patients.read_text(encoding="utf-8").replace("slide,patient", "slide,patient,organ")
+    text = text.replace("PATIENTID-0001-Oyelaran", "PATIENTID-0001-Oyelaran,lung")
+    own_slides.patients.write_text(text + line + "\n", encoding="utf-8")
+    dry = site_cli("patients", "--home", home.root, "--json")
+    fails(dry, code)
+    with SiteStore(home.database) as store:
+        assert store.slides(scan_key(own_slides)) == {}
+    done = site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
+    fails(done, code)
+    assert done.json["report"]["patients"] == 4
+    assert done.json["report"]["by_reason"] == {code: 1}
+    assert done.json["report"]["list_findings"] == dry.json["report"]["list_findings"]
+    assert 7 in done.json["report"]["list_findings"][0]["lines"]
+    with SiteStore(home.database) as store:
+        assert len(store.slides(scan_key(own_slides))) == 5
+    for command in (["patients"], ["scan", own_slides.signed_plan]):
+        people = site_cli(*command, "--home", home.root)
+        assert people.status == 12
+        assert code in people.out
+        assert code in people.err
+        assert "PATIENTID" not in people.out + people.err
+
+
+def test_patients_shows_how_a_list_is_read_and_writes_nothing(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home")
+    (own_slides.slides / "broken.svs").write_bytes(b"never opened")
+    lines = ["Export of the lab;;;;", "Schnitt;Patienten-ID;Organ;Bemerkung;Scandatum"]
+    lines += ["Oyelaran_biopsy;P1;Niere;x;4.3.2021", "Muellerova_biopsy.tif;P1;niere;;", "Yamashiro_biopsy;P2;;;", "gone.tif;P3;;;"]
+    own_slides.patients.write_text("\r\n".join(lines), encoding="utf-16")
+    before = home.database.read_bytes()
+    shown = site_cli("patients", "--home", home.root, "--json")
+    assert shown.status == 0
+    found = shown.json
+    assert (found["encoding"], found["separator"], found["header_line"], found["lines"]) == ("UTF-16", "semicolon", 2, 4)
+    assert found["columns"] == {"slide": "Schnitt", "patient": "Patienten-ID", "organ": "Organ", "acquired": "Scandatum"}
+    assert found["unused_columns"] == ["Bemerkung"]
+    assert (found["slides"], found["mapped"], found["patients"]) == (6, 3, 2)
+    assert found["unmapped"] == ["Drozdowski_biopsy.tif", "Katzenstein_biopsy.tif", "broken.svs"]
+    assert [(one["slide"], one["line"], one["code"]) for one in found["not_found"]] == [("gone.tif", 6, "PF212")]
+    assert found["attributes"] == {"organ": {"": 1, "niere": 2}, "acquired": {"": 2, "2021-03-04": 1}}
+    assert home.database.read_bytes() == before
+    people = " ".join(site_cli("patients", "--home", home.root).out.split())
+    for word in ("UTF-16", "semicolon", "Schnitt", "Bemerkung", "niere", "gone.tif", "broken.svs"):
+        assert word in people
+
+
+def test_columns_configured_in_the_settings_are_used(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home")
+    text = own_slides.patients.read_text(encoding="utf-8").replace("slide,patient", "Objekt,Fall")
+    own_slides.patients.write_text(text, encoding="utf-8")
+    fails(site_cli("patients", "--home", home.root, "--json"), "PF202")
+    settings = home.root / "site.toml"
+    settings.write_text(settings.read_text() + '\n[patient_list]\nslide = "Objekt"\npatient = "Fall"\n')
+    assert site_cli("patients", "--home", home.root, "--json").json["patients"] == 5
+    assert site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json").json["patients"] == 5
+    settings.write_text(settings.read_text() + 'age = "Alter"\n')
+    fails(site_cli("patients", "--home", home.root, "--json"), "PF905")
+
+
+@pytest.mark.parametrize("by", ["file", "standard input"])
+def test_withdraw_takes_patients_and_slides_from_a_file_or_standard_input(world, site_cli, copy_home, tmp_path, monkeypatch, by):
+    home = copy_home().root
+    patients, slides = tmp_path / "patients.txt", tmp_path / "slides.txt"
+    patients.write_text("PATIENTID-0001-Oyelaran\n")
+    slides.write_text("Yamashiro_biopsy\n")
+    source: object = patients
+    if by == "standard input":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(patients.read_bytes())))
+        source = "-"
+    done = site_cli("withdraw", "--patients-from", source, "--slides-from", slides, "--home", home, "--json")
+    assert (done.status, done.json) == (0, {"patients": 1, "slides": 2, "new": True})
+    status = site_cli("status", "--home", home, "--json").json
+    assert (status["withdrawn_patients"], status["withdrawn_slides"]) == (1, 2)
+    assert (status["plans"][0]["patients"], status["plans"][0]["reasons"]) == (3, {"PF234": 2})
+    assert site_cli("scan", world.signed_plan, "--home", home, "--json").json["patients"] == 3
+    again = site_cli("withdraw", "--patients-from", patients, "--home", home)
+    assert again.status == 0
+    assert "before" in again.out
+    assert "PATIENTID" not in again.out + again.err + done.out + done.err
+
+
+def test_a_withdrawal_with_an_unknown_line_does_nothing(site_cli, copy_home, tmp_path):
+    home = copy_home().root
+    given = tmp_path / "given.txt"
+    given.write_text("PATIENTID-0001-Oyelaran\nPATIENTID-77\n")
+    done = site_cli("withdraw", "--patients-from", given, "--home", home, "--json")
+    fails(done, "PF235")
+    assert "lines 2" in done.json["error"]["value"]
+    assert "PATIENTID" not in done.out + done.err
+    assert site_cli("status", "--home", home, "--json").json["withdrawn_patients"] == 0
+    fails(site_cli("withdraw", "--patients-from", tmp_path / "none", "--home", home, "--json"), "PF904")
+
+
+@pytest.mark.parametrize("options", [[], ["--patients-from", "-", "--slides-from", "-"], ["PATIENTID-0001-Oyelaran"]])
+def test_identifiers_are_no_arguments_and_come_from_somewhere(site_cli, copy_home, options):
+    assert site_cli("withdraw", *options, "--home", copy_home().root).status == 2
+
+
+def test_a_patient_can_be_withdrawn_while_list_and_slides_are_away(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home")
+    site_cli("scan", own_slides.signed_plan, "--home", home.root, "--json")
+    own_slides.patients.unlink()
+    shutil.rmtree(own_slides.slides)
+    given = tmp_path / "given.txt"
+    given.write_text("PATIENTID-0001-Oyelaran\n")
+    assert site_cli("withdraw", "--patients-from", given, "--home", home.root, "--json").json["slides"] == 1
+    given.write_text("nobody\n")
+    fails(site_cli("withdraw", "--patients-from", given, "--home", home.root, "--json"), "PF235")
+    given.write_text("Yamashiro_biopsy\n")
+    assert site_cli("withdraw", "--slides-from", given, "--home", home.root, "--json").json["slides"] == 1
 
 
 def scan_key(world):
@@ -215,6 +350,36 @@ def test_slides_may_lie_in_several_folders(own_slides, site_cli, tmp_path):
     assert "PF216" in away.out
     done = site_cli("scan", own_slides.signed_plan, "--home", home, "--json")
     assert (done.json["patients"], done.json["unreachable"][0]["folder"]) == (5, "archive//")
+
+
+def test_a_listed_resolution_reaches_reading_processes_and_inspection(own_slides, site_cli, tmp_path):
+    home = own_slides.init(tmp_path / "home").root
+    slide = own_slides.slides / "Oyelaran_biopsy.tif"
+    slide.write_bytes(slide_bytes(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8), mpp=28.97))
+    asked = ["inspect", slide.name, "--plan", own_slides.signed_plan, "--home", home, "--out", tmp_path / "look", "--json"]
+    assert site_cli(*asked).json["code"] == "PF207"
+    assert "PF207" in site_cli("scan", own_slides.signed_plan, "--home", home, "--json").json["by_reason"]
+    own_slides.patients.write_text(
+        own_slides.patients.read_text().replace("slide,patient", "slide,patient,mpp").replace("Oyelaran\n", "Oyelaran,0.4\n")
+    )
+    done = site_cli("scan", own_slides.signed_plan, "--home", home, "--workers", 2, "--json")
+    assert (done.json["slides_read"], "PF207" in done.json["by_reason"]) == (1, False)
+    found = site_cli(*asked).json
+    assert (found["mpp"], found["code"] == "PF207") == ([0.4, 0.4], False)
+
+
+def test_patients_looks_into_all_folders_and_tells_which_are_out_of_reach(own_slides, site_cli, tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (own_slides.slides / "Oyelaran_biopsy.tif").rename(archive / "Oyelaran_biopsy.tif")
+    home = tmp_path / "home"
+    assert site_cli(*init_arguments(own_slides, home), "--slides", archive).status == 0
+    found = site_cli("patients", "--home", home, "--json").json
+    assert (found["mapped"], found["unreachable"]) == (5, {})
+    shutil.rmtree(archive)
+    found = site_cli("patients", "--home", home, "--json").json
+    assert (found["mapped"], list(found["unreachable"])) == (4, ["archive//"])
+    assert "archive//" in site_cli("patients", "--home", home).out
 
 
 def test_watching_takes_up_new_slides_until_it_is_ended(own_slides, site_cli, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from pathfed_common import digest
+from pathfed_common.cohort_rules import ATTRIBUTES
 from pathfed_common.errors import ErrorCode, PlanError
 from pathfed_common.plan import Plan, load_plan, plan_from_bytes
 from pathfed_local import plans
@@ -51,7 +52,11 @@ def toml(**changes: Any) -> str:
 
 
 def literal(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | str | list) else repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(literal(inner) for inner in value) + "]"
+    return json.dumps(value) if isinstance(value, bool | str) else repr(value)
 
 
 def refusal(text: str) -> PlanError:
@@ -144,6 +149,10 @@ OTHER = {
     "cohort__play_px": 0,
     "cohort__tiles_per_patient": 5,
     "cohort__tissue_share": 0.5,
+    **{f"cohort__{table}__{name}": ["x"] for table in ("include", "exclude") for name in ATTRIBUTES},
+    "cohort__include__acquired_from": "2015-01-01",
+    "cohort__include__acquired_until": "2015-01-01",
+    "cohort__tile_weights": [{"attribute": "organ", "value": "x", "weight": 2.0}],
     "cohort__quality__pen_marks": False,
     "cohort__quality__folds": False,
     "cohort__quality__fold_darkness": 2.2,

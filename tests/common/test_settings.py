@@ -10,12 +10,19 @@ from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.settings import Settings, checked, read_settings, to_toml
 
 
+class Inner(Settings):
+    text: str | None = None
+    on: bool | None = None
+
+
 class Sample(Settings):
     text: str = "a"
     share: float = Field(default=0.5, ge=0, le=1)
     count: int = 3
     on: bool = True
     nothing: str | None = None
+    inner: Inner = Inner()
+    last: int = 0
 
 
 # A lone surrogate is no text: pydantic refuses it before it gets here.
@@ -23,7 +30,16 @@ TEXT = st.text(st.characters(codec="utf-8"))
 
 
 @given(
-    st.builds(Sample, text=TEXT, share=st.floats(0, 1), count=st.integers(-(2**63), 2**63 - 1), on=st.booleans(), nothing=st.none() | TEXT)
+    st.builds(
+        Sample,
+        text=TEXT,
+        share=st.floats(0, 1),
+        count=st.integers(-(2**63), 2**63 - 1),
+        on=st.booleans(),
+        nothing=st.none() | TEXT,
+        inner=st.builds(Inner, text=st.none() | TEXT, on=st.none() | st.booleans()),
+        last=st.integers(0, 9),
+    )
 )
 def test_settings_come_back_from_their_toml_text(value):
     text = to_toml(value, "two\nlines of heading")

@@ -53,6 +53,16 @@ def test_any_spelling_of_a_plan_is_fitted(tmp_path):
     assert (plan.privacy.expected_patients, plan.site_weights) == (4.0, {"a": 2.0})
 
 
+def test_a_plan_with_cohort_rules_keeps_them(tmp_path):
+    text = demo_plan().read_text() + (
+        '\n[cohort.include]\norgan = ["Lung", "l\\"iver"]\n[[cohort.tile_weights]]\nattribute = "stain"\nvalue = "IHC"\nweight = 0.5\n'
+    )
+    (tmp_path / "plan.toml").write_text(text)
+    plan = fitted(tmp_path, [hospital(tmp_path, "a", 40)], plan=tmp_path / "plan.toml")
+    assert plan.cohort == load_plan(text, where="given").cohort
+    assert plan.cohort.include.organ == ("Lung", 'l"iver')
+
+
 @pytest.mark.parametrize(("text", "code"), [("name = ", "PF101"), ("name = 'a'\nsigma = 1", "PF10"), (None, "PF904")])
 def test_a_plan_that_cannot_be_used_is_told(tmp_path, text, code):
     file = tmp_path / "plan.toml"

@@ -40,11 +40,13 @@ class SlideTiles(NamedTuple):
         slide: number of the slide in the site database.
         tiles: how many.
         check: checksum of the slide's tile map, hex: names which tiles they are.
+        weight: with which each of its tiles is drawn within the patient, above 0; from the plan's public `cohort.tile_weights`.
     """
 
     slide: SlideId
     tiles: int
     check: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Patients(Sequence[Patient]):
         cohort = self._cohort
         start, end = int(cohort.first[place]), int(cohort.first[place + 1])
         slides = tuple(
-            SlideTiles(SlideId(int(cohort.slides[at])), int(cohort.counts[at]), cohort.checks[at].tobytes().hex())
+            SlideTiles(
+                SlideId(int(cohort.slides[at])), int(cohort.counts[at]), cohort.checks[at].tobytes().hex(), float(cohort.weights[at])
+            )
             for at in range(start, end)
         )
         return Patient(Pseudonym(cohort.pseudonyms[place].tobytes().hex()), slides)
@@ -107,6 +111,7 @@ class Cohort:
         slides: int64 (slides,), numbers in the site database.
         counts: int64 (slides,), tiles of each.
         checks: uint8 (slides, 16), checksum of each slide's tile map.
+        weights: float64 (slides,), with which each of a slide's tiles is drawn within its patient, above 0.
     """
 
     pseudonyms: NDArray[np.uint8]
@@ -114,13 +119,16 @@ class Cohort:
     slides: NDArray[np.int64]
     counts: NDArray[np.int64]
     checks: NDArray[np.uint8]
+    weights: NDArray[np.float64]
 
     def __post_init__(self) -> None:
         names = [row.tobytes() for row in self.pseudonyms]
         if any(one >= other for one, other in pairwise(names)):
             raise ValueError("a cohort's patients are sorted by pseudonym, each once")
-        if len(self.first) != len(names) + 1 or int(self.first[-1]) != len(self.slides):
+        if len(self.first) != len(names) + 1 or not int(self.first[-1]) == len(self.slides) == len(self.weights):
             raise ValueError("a cohort's columns do not fit each other")
+        if not (np.isfinite(self.weights) & (self.weights > 0)).all():
+            raise ValueError("the weights of tiles are above 0 and finite")
 
     @classmethod
     def of(cls, patients: Iterable[Patient]) -> "Cohort":
@@ -132,22 +140,23 @@ class Cohort:
         return cls.of_rows((patient.pseudonym, *slide) for patient in patients for slide in patient.slides)
 
     @classmethod
-    def of_rows(cls, rows: Iterable[tuple[str, int, int, str]]) -> "Cohort":
-        """A cohort of rows (pseudonym, slide, tiles, checksum), those of a patient side by side, patients sorted.
+    def of_rows(cls, rows: Iterable[tuple[str, int, int, str, float]]) -> "Cohort":
+        """A cohort of rows (pseudonym, slide, tiles, checksum, weight), those of a patient side by side, patients sorted.
 
         Raises:
             ValueError: they are not.
         """
         names: list[str] = []
-        first, slides, counts = [0], [], []
+        first, slides, counts, weights = [0], [], [], []
         checks = bytearray()
-        for name, slide, count, check in rows:
+        for name, slide, count, check, weight in rows:
             if not names or names[-1] != name:
                 names.append(name)
                 first.append(first[-1])
             first[-1] += 1
             slides.append(slide)
             counts.append(count)
+            weights.append(weight)
             checks += bytes.fromhex(check)
         return cls(
             np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(len(names), _CHECK_BYTES),
@@ -155,6 +164,7 @@ class Cohort:
             np.array(slides, np.int64),
             np.array(counts, np.int64),
             np.frombuffer(bytes(checks), np.uint8).reshape(len(slides), _CHECK_BYTES),
+            np.array(weights, np.float64),
         )
 
     @property
@@ -164,10 +174,10 @@ class Cohort:
 
     @property
     def digest(self) -> digest.Digest:
-        """Names patients, slides and their tiles. Depends on patients: it never leaves the site."""
-        columns = (self.pseudonyms, self.first, self.slides, self.counts, self.checks)
+        """Names patients, slides, their tiles and weights. Depends on patients: it never leaves the site."""
+        columns = (self.pseudonyms, self.first, self.slides, self.counts, self.checks, self.weights)
         return digest.of_chunks(part for column in columns for part in (f"|{column.size}|".encode(), _little_endian(column)))
 
 
-def _little_endian(column: NDArray[np.uint8] | NDArray[np.int64]) -> bytes:
+def _little_endian(column: NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float64]) -> bytes:
     return column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes()

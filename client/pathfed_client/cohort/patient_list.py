@@ -1,27 +1,46 @@
-"""The hospital's patient list: which slide belongs to whom. Pure: text in, values out.
+"""The hospital's patient list: which slide belongs to whom, and what else is known of it. Pure: bytes in, values out.
 
-A CSV export with columns `slide` and `patient`. The patient is the privacy unit, so a doubt about who a slide belongs to is an error,
-never a guess: a slide listed twice stops the scan, and a slide that is not listed is never trained on.
+The patient is the privacy unit, so a doubt about who a slide belongs to is never settled by a guess: the slide is out, with a code and the
+lines concerned, and all others go on.
+
+| the list says | outcome |
+| --- | --- |
+| no slide, no patient, too many fields, a number a spreadsheet rounded, a day that is none, an implausible mpp | the slide is out (PF232) |
+| a slide `*`, with scanner and mpp | the resolution of all slides of that scanner which give none themselves |
+
+What lines mean together, laid against the slides that are there, is `cohort.matching`.
 
 Patient identifiers go no further than this module's values: what is stored is a pseudonym, a keyed HMAC whose key never leaves the site.
 """
 
-import csv
 import hashlib
 import hmac
-import io
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 
 from pathfed_client.cohort.cohort import Pseudonym
-from pathfed_common.errors import ErrorCode, SiteDataError
+from pathfed_client.cohort.list_file import ListLine, ListTable, read_table
+from pathfed_client.slides.quality import MPP_BOUNDS
+from pathfed_common.cohort_rules import ATTRIBUTES, normal_value
+from pathfed_common.errors import ErrorCode
 
-_COLUMNS = ("slide", "patient")
-_DELIMITERS = (",", ";", "\t")
+#: What a line may give beside slide and patient. `acquired` is YYYY-MM-DD, `mpp` um/px of level 0.
+KEPT = (*ATTRIBUTES, "acquired", "mpp")
+EVERY_SLIDE = "*"
+
 _KEY_BYTES = 32
+#: What exports write where there is no patient.
+_NOBODY = frozenset({"", "-", "--", "?", "n/a", "#n/a", "na", "nan", "null", "none", "unknown", "unbekannt"})
+_ROUNDED = re.compile(r"\d[.,]\d+e\+\d+")
+_DAYS = (
+    re.compile(r"(?P<y>\d{4})-(?P<m>\d{2})-(?P<d>\d{2})(?:[T ].*)?"),
+    re.compile(r"(?P<y>\d{4})/(?P<m>\d{2})/(?P<d>\d{2})(?: .*)?"),
+    re.compile(r"(?P<y>\d{4})(?P<m>\d{2})(?P<d>\d{2})"),
+    re.compile(r"(?P<d>\d{1,2})\.(?P<m>\d{1,2})\.(?P<y>\d{4})(?: .*)?"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,156 +50,144 @@ class PatientRow:
     Attributes:
         slide: the slide as the list names it, in normal form.
         patient: the hospital's identifier; hidden when printed.
-        line: line number in the file, the header is 1.
+        line: line number in the file, its first line is 1.
+        attributes: what else the line gives, of `KEPT`, in normal form; what it leaves empty is absent.
     """
 
     slide: str
     patient: str = field(repr=False)
     line: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something in the list that needs a person. For the site's own eyes.
+
+    Attributes:
+        code: what it is.
+        lines: the lines concerned.
+        what: one sentence, without a patient's identifier.
+        slide: the slide concerned as the list or the folder names it, or None.
+    """
+
+    code: ErrorCode
+    lines: tuple[int, ...]
+    what: str
+    slide: str | None = None
 
 
 @dataclass(frozen=True)
-class Matching:
-    """The list laid against the slides that are there.
+class ScannerRow:
+    """A line that gives a whole scanner's resolution.
 
     Attributes:
-        patients: row of each slide that has one, by the slide's path.
-        missing: rows whose slide is not there.
-        ambiguous: rows whose name fits several slides; none of them is taken.
+        scanner: in normal form.
+        mpp: um/px of level 0 as text, or None where the line cannot be used.
+        line: line number in the file.
     """
 
-    patients: dict[str, PatientRow]
-    missing: tuple[PatientRow, ...]
-    ambiguous: tuple[PatientRow, ...]
+    scanner: str
+    mpp: str | None
+    line: int
 
 
-def decode_patient_list(data: bytes, *, where: str) -> str:
-    """Text of a list as spreadsheets save it: UTF-8 with or without a byte-order mark, or UTF-16 with one.
+@dataclass(frozen=True)
+class PatientList:
+    """A whole list.
 
-    Raises:
-        SiteDataError: another encoding (PF202).
+    Attributes:
+        rows: the lines that name a slide and a patient.
+        scanners: the lines that give a scanner's resolution.
+        unusable: the lines that cannot be used; `slide` is set where they name one, and that slide is then out.
     """
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+    rows: tuple[PatientRow, ...]
+    scanners: tuple[ScannerRow, ...] = ()
+    unusable: tuple[Finding, ...] = ()
+
+
+def read_patient_list(data: bytes, *, where: str, columns: Mapping[str, str] | None = None) -> tuple[ListTable, PatientList]:
+    """Read a list; see `list_file.read_table` for arguments and errors."""
+    table = read_table(data, where=where, configured=columns)
+    return table, interpret(table)
+
+
+def interpret(table: ListTable) -> PatientList:
+    """The meaning of a table's lines. A line that cannot be used is listed, and stops nothing."""
+    rows: list[PatientRow] = []
+    scanners: list[ScannerRow] = []
+    unusable: list[Finding] = []
+    for line in table.lines:
+        fault, attributes = _attributes(line)
+        slide = slide_key(line.cells["slide"])
+        if slide == EVERY_SLIDE:
+            if fault is None and not {"scanner", "mpp"} <= set(attributes):
+                fault = "a line for all slides (*) needs scanner and mpp"
+            if "scanner" in attributes:
+                scanners.append(ScannerRow(attributes["scanner"], None if fault else attributes["mpp"], line.number))
+        else:
+            fault = fault or _identity_fault(slide, line.cells["patient"])
+            if fault is None:
+                rows.append(PatientRow(slide, line.cells["patient"], line.number, attributes))
+        if fault is not None:
+            unusable.append(Finding(code=ErrorCode.LIST_LINE_UNUSABLE, lines=(line.number,), what=fault, slide=slide or None))
+    return PatientList(tuple(rows), tuple(scanners), tuple(unusable))
+
+
+def _identity_fault(slide: str, patient: str) -> str | None:
+    if not slide:
+        return "the slide is empty"
+    if normal_value(patient) in _NOBODY:
+        return "there is no patient"
+    if _ROUNDED.fullmatch(normal_value(patient)):
+        return "a spreadsheet has rounded the patient's number: format the column as text and export again"
+    return None
+
+
+def _attributes(line: ListLine) -> tuple[str | None, dict[str, str]]:
+    """What is wrong with a line's optional columns, or None; and what they give."""
+    found: dict[str, str] = {role: normal_value(line.cells[role]) for role in ATTRIBUTES if normal_value(line.cells.get(role, ""))}
+    fault = "it has more fields than the header: quote fields that hold a separator" if line.surplus else None
+    readers = {"acquired": (_day, "the day cannot be read: write YYYY-MM-DD"), "mpp": (_mpp, _MPP_FAULT)}
+    for role, (read, complaint) in readers.items():
+        text = line.cells.get(role, "")
+        if text:
+            value = read(text)
+            if value is None:
+                fault = fault or complaint
+            else:
+                found[role] = value
+    return fault, found
+
+
+_MPP_FAULT = f"the mpp is not plausible: level 0 must be {MPP_BOUNDS[0]:g} to {MPP_BOUNDS[1]:g} um/px"
+
+
+def _mpp(text: str) -> str | None:
+    """The resolution in one spelling, or None where it is no number or not plausible. A comma may stand for the point."""
     try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise SiteDataError(
-            ErrorCode.PATIENT_LIST_UNREADABLE,
-            "the patient list is not UTF-8 text",
-            where=where,
-            value=f"byte {error.start}",
-            remedy="save it again as CSV UTF-8",
-        ) from None
+        value = float(text.replace(",", ".") if text.count(",") == 1 and "." not in text else text)
+    except ValueError:
+        return None
+    return repr(value) if MPP_BOUNDS[0] <= value <= MPP_BOUNDS[1] else None
 
 
-def parse_patient_list(text: str, *, where: str) -> tuple[PatientRow, ...]:
-    """Read the list.
-
-    Args:
-        text: CSV with a header; columns `slide` and `patient` in any case and order, others are ignored; separated by comma, semicolon
-            or tab.
-        where: the file's name for errors.
-
-    Raises:
-        SiteDataError: no header, missing columns, no rows, an empty field (PF202), or a slide listed twice (PF203).
-    """
-    text = text.removeprefix("\ufeff")
-    delimiter = _delimiter(text, where)
-    rows: dict[str, PatientRow] = {}
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        header = [name.strip().casefold() for name in next(reader)]
-        slide_at, patient_at = (header.index(name) for name in _COLUMNS)
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            row = _row(cells, slide_at, patient_at, reader.line_num, where)
-            if row.slide in rows:
-                raise _listed_twice(row.slide, rows[row.slide], row, where)
-            rows[row.slide] = row
-    except csv.Error as error:
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, f"not CSV: {error}", where=f"{where}, line {reader.line_num}") from None
-    if not rows:
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list has no rows", where=where)
-    return tuple(rows.values())
-
-
-def _delimiter(text: str, where: str) -> str:
-    """The separator under which the first line has both columns."""
-    first = re.split("[\r\n]", text, maxsplit=1)[0]
-    if not first.strip():
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the first line must name the columns slide and patient", where=where)
-    try:
-        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in _DELIMITERS}
-    except csv.Error as error:
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, f"not CSV: {error}", where=f"{where}, line 1") from None
-    for delimiter, header in headers.items():
-        names = [name.strip().casefold() for name in header]
-        if all(names.count(column) == 1 for column in _COLUMNS):
-            return delimiter
-    likely = max(headers.values(), key=len)
-    found = [name.strip().casefold() for name in likely]
-    wrong = [name for name in _COLUMNS if found.count(name) != 1]
-    raise SiteDataError(
-        ErrorCode.PATIENT_LIST_UNREADABLE,
-        f"the patient list needs one column each named slide and patient; wrong: {', '.join(wrong)}",
-        where=f"{where}, line 1",
-        value=f"columns found: {', '.join(name.strip() or '(empty)' for name in likely)}",
-        remedy="export a CSV whose first line is slide,patient",
-    )
-
-
-def _row(cells: list[str], slide_at: int, patient_at: int, line: int, where: str) -> PatientRow:
-    for column, at in (("slide", slide_at), ("patient", patient_at)):
-        if at >= len(cells) or not cells[at].strip():
-            raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, f"the {column} is empty", where=f"{where}, line {line}")
-    return PatientRow(slide=slide_key(cells[slide_at]), patient=cells[patient_at].strip(), line=line)
-
-
-def _listed_twice(slide: str, first: PatientRow, second: PatientRow, where: str) -> SiteDataError:
-    return SiteDataError(
-        ErrorCode.SLIDE_LISTED_TWICE,
-        "a slide is listed twice",
-        where=f"{where}, lines {first.line} and {second.line}",
-        value=slide,
-        remedy="keep the line that is right",
-    )
+def _day(text: str) -> str | None:
+    """The day as YYYY-MM-DD, or None. Days with slashes in another order than year, month, day could be two, and are not read."""
+    for form in _DAYS:
+        read_day = form.fullmatch(text)
+        if read_day is not None:
+            try:
+                return date(int(read_day["y"]), int(read_day["m"]), int(read_day["d"])).isoformat()
+            except ValueError:
+                return None
+    return None
 
 
 def slide_key(name: str) -> str:
     """The form in which slide names are compared: forward slashes, no leading `./`, one Unicode spelling. Case counts."""
     return unicodedata.normalize("NFC", name.strip().replace("\\", "/")).removeprefix("./")
-
-
-def match(rows: Collection[PatientRow], slides: Mapping[str, Collection[str]], *, where: str) -> Matching:
-    """Lay the list against the slides that are there.
-
-    Args:
-        rows: the list.
-        slides: of each slide by its path, all names the list may use for it (its path among them).
-        where: the list's name for errors.
-
-    Raises:
-        SiteDataError: two rows name one slide, as a path and a file name may, with different patients (PF203).
-    """
-    owners: defaultdict[str, list[str]] = defaultdict(list)
-    for path, names in slides.items():
-        for name in {slide_key(name) for name in names}:
-            owners[name].append(path)
-    patients: dict[str, PatientRow] = {}
-    missing: list[PatientRow] = []
-    ambiguous: list[PatientRow] = []
-    for row in rows:
-        fitting = owners.get(row.slide, [])
-        exact = [path for path in fitting if slide_key(path) == row.slide]
-        if len(exact or fitting) != 1:
-            (ambiguous if fitting else missing).append(row)
-            continue
-        (path,) = exact or fitting
-        earlier = patients.setdefault(path, row)
-        if _normal(earlier.patient) != _normal(row.patient):
-            raise _listed_twice(path, earlier, row, where)
-    return Matching(patients=patients, missing=tuple(missing), ambiguous=tuple(ambiguous))
 
 
 def pseudonym(key: bytes, patient: str) -> Pseudonym:
@@ -194,8 +201,4 @@ def pseudonym(key: bytes, patient: str) -> Pseudonym:
     """
     if len(key) != _KEY_BYTES:
         raise ValueError(f"key must be {_KEY_BYTES} bytes, got {len(key)}")
-    return Pseudonym(hmac.new(key, _normal(patient).encode(), hashlib.sha256).hexdigest()[:32])
-
-
-def _normal(patient: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", patient).casefold().split())
+    return Pseudonym(hmac.new(key, normal_value(patient).encode(), hashlib.sha256).hexdigest()[:32])

@@ -5,6 +5,7 @@ are never opened; of its properties only the technical ones of `ALLOWED_PROPERTI
 open, gets a page that says why.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Inspection:
         usable: whether it can be trained on.
         code: why not.
         why: the same in words.
-        mpp: um/px of level 0 along x and y, as stated.
+        mpp: um/px of level 0 along x and y, as the patient list gives them, or else as the file states them.
         width: level-0 pixels.
         height: level-0 pixels.
         tiles: usable tiles.
@@ -99,7 +100,13 @@ class _Look:
         return 0.0 if self.map is None else self.map.grid.source_side
 
 
-def inspect(slides_folder: Folders, name: str, plan: CohortPlan, out: Path) -> Inspection:
+def not_listed(path: str) -> None:
+    """No resolution is given for any slide."""
+
+
+def inspect(
+    slides_folder: Folders, name: str, plan: CohortPlan, out: Path, *, listed_mpp: Callable[[str], float | None] = not_listed
+) -> Inspection:
     """Look at one slide and write the page.
 
     Args:
@@ -107,13 +114,14 @@ def inspect(slides_folder: Folders, name: str, plan: CohortPlan, out: Path) -> I
         name: the slide's path relative to the folder, or any name a patient list may give it.
         plan: the cohort rules.
         out: the folder to write into; made if it is not there.
+        listed_mpp: asked once, with the slide's path: the resolution that the hospital gives instead of the file's, um/px, or None.
 
     Raises:
         SiteDataError: no such slide, or a name that several have (PF212).
         HostError: the disk is full (PF901), or the folder cannot be written (PF904).
     """
     slide = _named(slides_folder, name)
-    look = _look(slide, plan)
+    look = _look(slide, plan, listed_mpp(slide.path))
     _make_folder(out)
     values = tuple(round(sharpness(tile), 3) for tile in look.tiles)
     pictures = {
@@ -160,13 +168,14 @@ def _named(folders: Folders, name: str) -> SlideFiles:
     return fitting[0]
 
 
-def _look(slide: SlideFiles, plan: CohortPlan) -> _Look:
+def _look(slide: SlideFiles, plan: CohortPlan, given: float | None) -> _Look:
     """See as much of a slide as can be seen; the first thing that is wrong with it is the verdict's, not the page's."""
     look = _Look()
     try:
         with OpenSlideReader(slide.files[0], name=slide.path, files=slide.files) as reader:
-            look.dimensions, look.mpp, look.properties = reader.dimensions, reader.mpp, dict(reader.properties)
-            _judge(look, reader, plan, slide.path)
+            look.dimensions, look.properties = reader.dimensions, dict(reader.properties)
+            look.mpp = reader.mpp if given is None else (given, given)
+            _judge(look, reader, plan, slide.path, given)
             _picture(look, reader, plan)
             _read_tiles(look, reader, plan)
     except SiteDataError as error:
@@ -177,9 +186,9 @@ def _look(slide: SlideFiles, plan: CohortPlan) -> _Look:
     return look
 
 
-def _judge(look: _Look, reader: OpenSlideReader, plan: CohortPlan, where: str) -> None:
+def _judge(look: _Look, reader: OpenSlideReader, plan: CohortPlan, where: str, given: float | None) -> None:
     try:
-        facts = examine(reader, plan, where=where)
+        facts = examine(reader, plan, where=where, mpp_override=given)
     except FilteredSlideError as error:
         look.error, look.filters = error, error.report
     except SiteDataError as error:
@@ -191,7 +200,7 @@ def _judge(look: _Look, reader: OpenSlideReader, plan: CohortPlan, where: str) -
 def _picture(look: _Look, reader: OpenSlideReader, plan: CohortPlan) -> None:
     if look.error is not None and look.error.code is ErrorCode.SLIDE_UNREADABLE:
         return  # its thumbnail would be as broken, and may take minutes to come
-    mpp = _believable(reader.mpp)
+    mpp = _believable(look.mpp)
     look.thumbnail = slide_thumbnail(reader, mpp or _GUESSED_MPP)
     if look.error is not None and look.error.code is ErrorCode.SLIDE_NOT_BRIGHTFIELD:
         return  # what is tissue there cannot be told

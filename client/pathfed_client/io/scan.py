@@ -6,7 +6,10 @@ Guarantees:
   could not be opened or read before (a network share may have been away), and a slide that only moved is not either;
 - a bad slide gets a status and a reason code and never stops the rest, be it one that crashes or hangs its decoder; one that was begun
   `MOST_ATTEMPTS` times without coming to an end, because it took the whole machine with it, is not begun again;
-- a slide that is not in the patient list is not read at all and never trained on;
+- a slide without a certain patient is not read at all and never trained on; one that is listed in contradiction makes the scan end with an
+  error, once all others are done;
+- a slide or patient that was withdrawn is not read;
+- the plan's cohort rules leave slides out of its report and cohort, not out of the scan: other rules read no slide again;
 - a folder that is out of reach says nothing about its slides: they stay as they were;
 - what is found does not depend on the executor: slides are numbered in order of their paths before the first one is read;
 - slide names go into the report, the site database and debug logs, and nowhere else.
@@ -15,28 +18,28 @@ Guarantees:
 import contextlib
 import logging
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pathfed_client.cohort.cohort import Pseudonym
-from pathfed_client.cohort.patient_list import Matching, PatientRow, decode_patient_list, match, parse_patient_list, pseudonym
+from pathfed_client.io.listing import Listing, Placed, read_listing
 from pathfed_client.io.scan_planning import MOST_ATTEMPTS, Inventory, Settling, plan_scan
 from pathfed_client.io.scan_reading import InlineExecutor, SlideExecutor, SlideReading, SlideTask
-from pathfed_client.io.scan_report import CohortEmptyError, ListedSlide, PatientOutcome, ScanReport, SlideOutcome, UnreachableFolder
+from pathfed_client.io.scan_report import CohortEmptyError, PatientOutcome, ScanEndedError, ScanReport, SlideOutcome, UnreachableFolder
 from pathfed_client.io.scan_rows import SlideRows
+from pathfed_client.io.site_cohort import judged
 from pathfed_client.io.site_records import Event, SlideStatus
 from pathfed_client.io.site_store import SiteStore
-from pathfed_client.io.slide_files import Folders, SlideFiles, check_folders, fingerprint_key, labelled, raw, slide_names, under
-from pathfed_client.io.slide_listing import Heads, list_slides
+from pathfed_client.io.slide_files import Folders, SlideFiles, check_folders, fingerprint_key, labelled, slide_names, under
+from pathfed_client.io.slide_listing import Heads, list_slides, no_slide
 from pathfed_client.io.tile_index import TileIndexWriter, index_file
 from pathfed_client.slides.filters import FilterReport, filter_warnings
 from pathfed_client.slides.tiling import scan_key
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 from pathfed_common.plan import CohortPlan
 
-__all__ = ["MOST_ATTEMPTS", "CohortEmptyError", "ScanMemory", "ScanReport", "scan"]
+__all__ = ["MOST_ATTEMPTS", "CohortEmptyError", "ScanEndedError", "ScanMemory", "ScanReport", "scan"]
 
 _LOG = logging.getLogger(__name__)
 #: Readings are committed this often, seconds, where several slides are read at once; a flush to the disk costs as much as a small slide.
@@ -67,6 +70,7 @@ class _Reading:
     executor: SlideExecutor
     plan: CohortPlan
     key: bytes
+    placed: Mapping[str, Placed]
     progress: Callable[[], None]
     queue: deque[SlideFiles]
     read: int = 0
@@ -101,7 +105,15 @@ class _Reading:
             number = self.rows.numbers[slide.path]
             self._begun[number] = slide
             self.executor.submit(
-                SlideTask(number=number, name=slide.path, files=slide.files, state=slide.state, plan=self.plan, key=self.key)
+                SlideTask(
+                    number=number,
+                    name=slide.path,
+                    files=slide.files,
+                    state=slide.state,
+                    plan=self.plan,
+                    key=self.key,
+                    mpp_override=self.placed[slide.path].mpp,
+                )
             )
 
     def _lease(self) -> None:
@@ -155,6 +167,7 @@ def scan(
     pseudonym_key: bytes,
     progress: Callable[[int, int], None] | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
     now: float | None = None,
     executor: SlideExecutor | None = None,
     memory: ScanMemory | None = None,
@@ -164,53 +177,68 @@ def scan(
     Args:
         store: the site database.
         slides_folder: one folder or several, searched with all their subfolders.
-        patient_list: CSV, see `cohort.patient_list`.
+        patient_list: CSV, see `cohort.list_file` and `cohort.patient_list`.
         plan: the cohort rules; slides are kept apart by `scan_key(plan)`.
         pseudonym_key: 32 bytes that never leave the site.
         progress: called with (slides done, slides in all) after each slide, once it is committed.
+        columns: the list's configured headers, by what they mean (`cohort.list_file`).
         now: UTC seconds, for the log book; None for the present.
         executor: where slides are read; None for this process, one after the other.
         memory: of earlier scans of the same folders, or None.
 
     Raises:
-        SiteDataError: no slide there (PF201), folders that overlap (PF217), a list that cannot be used (PF202) or lists a slide twice
-            (PF203).
+        SiteDataError: no slide there (PF201), folders that overlap (PF217), a list that cannot be read (PF202).
+        ScanEndedError: the list gives a slide to two patients (PF203), contradicts itself (PF231) or has a line that cannot be used
+            (PF232). The slides concerned are out, all others are done, and the database is up to date.
         CohortEmptyError: nothing can be trained on (PF211); the database is up to date all the same.
         HostError: the disk is full (PF901), the database fails, or the executor does (PF903, PF908); slides done so far are kept.
     """
+    site = _Site(store, labelled(slides_folder), patient_list, dict(columns or {}), plan, pseudonym_key)
     with TileIndexWriter(index_file(store.tile_folder, scan_key(plan))) as index:
-        report = _scan(
-            SlideRows(store, scan_key(plan), index), slides_folder, patient_list, plan, pseudonym_key, progress, executor, memory
-        )
-    _book(store, report, time.time() if now is None else now)
-    if report.patients == 0:
-        raise CohortEmptyError(report, where=next(iter(labelled(slides_folder).values())))
+        report, wrong = _scan(site, SlideRows(store, scan_key(plan), index), progress, executor or InlineExecutor(), memory or ScanMemory())
+    ended = _ended(site, report, wrong)
+    _book(store, report, None if ended is None else ended.code, time.time() if now is None else now)
+    if ended is not None:
+        raise ended
     return report
 
 
+@dataclass(frozen=True)
+class _Site:
+    """What a scan looks at.
+
+    Attributes:
+        store: the site database.
+        folders: slide folders by their labels.
+        patient_list: where the list lies.
+        columns: its configured headers.
+        plan: the cohort rules.
+        key: of the pseudonyms.
+    """
+
+    store: SiteStore
+    folders: Mapping[str, Path]
+    patient_list: Path
+    columns: Mapping[str, str]
+    plan: CohortPlan
+    key: bytes = field(repr=False)
+
+
 def _scan(
-    rows: SlideRows,
-    slides_folder: Folders,
-    patient_list: Path,
-    plan: CohortPlan,
-    pseudonym_key: bytes,
-    progress: Callable[[int, int], None] | None,
-    executor: SlideExecutor | None,
-    memory: ScanMemory | None,
-) -> ScanReport:
-    memory = memory or ScanMemory()
-    key = fingerprint_key(pseudonym_key)
-    inventory = _inventory(slides_folder, rows, memory)
-    listed = _rows(patient_list)
+    site: _Site, rows: SlideRows, progress: Callable[[int, int], None] | None, executor: SlideExecutor, memory: ScanMemory
+) -> tuple[ScanReport, SiteDataError | None]:
+    """The report, and what is wrong with the list."""
+    key = fingerprint_key(site.key)
+    inventory = _inventory(site.folders, rows, memory)
     kept = {path: slide_names(path, rows.records[path].parts) for path in inventory.kept}
-    matching = match(listed, {slide.path: slide.names for slide in inventory.slides} | kept, where=str(patient_list))
-    patients = {path: pseudonym(pseudonym_key, row.patient) for path, row in matching.patients.items()}
-    planned = plan_scan(rows, inventory, patients, key, settling=memory.settling, retry=memory.retry)
+    listing = read_listing(site.patient_list, {slide.path: slide.names for slide in inventory.slides} | kept, site.columns)
+    placed, out = listing.placed(site.key, site.store.withdrawn())
+    planned = plan_scan(rows, inventory, {**out, **placed}, key, settling=memory.settling, retry=memory.retry)
     said = _counter(progress, len(inventory.slides), len(inventory.slides) - len(planned.queue))
-    reading = _Reading(rows, executor or InlineExecutor(), plan, key, said, deque(planned.queue))
+    reading = _Reading(rows, executor, site.plan, key, placed, said, deque(planned.queue))
     reading.run()
-    return replace(
-        _report(rows, listed, matching, pseudonym_key),
+    report = replace(
+        _report(rows, listing, site),
         slides_read=reading.read,
         slides_moved=planned.moved,
         unreachable=tuple(UnreachableFolder(folder=place, detail=why) for place, why in inventory.unlisted.items()),
@@ -218,6 +246,14 @@ def _scan(
         filters=reading.filters,
         filter_warnings=filter_warnings(reading.filters),
     )
+    return report, listing.error
+
+
+def _ended(site: _Site, report: ScanReport, wrong: SiteDataError | None) -> ScanEndedError | None:
+    """What a person must look at: what is wrong with the list before what follows from it."""
+    if wrong is not None:
+        return ScanEndedError(wrong, report)
+    return CohortEmptyError(report, where=next(iter(site.folders.values()))) if report.patients == 0 else None
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int, known: int) -> Callable[[], None]:
@@ -235,10 +271,10 @@ def _counter(progress: Callable[[int, int], None] | None, total: int, known: int
     return said
 
 
-def _inventory(folders: Folders, rows: SlideRows, memory: ScanMemory) -> Inventory:
+def _inventory(places: Mapping[str, Path], rows: SlideRows, memory: ScanMemory) -> Inventory:
     """What is there now, and which rows nothing can be said about."""
-    places = labelled(folders)
-    check_folders(list(places.values()))
+    folders = list(places.values())
+    check_folders(folders)
     listing = list_slides(folders, memory.heads)
     unlisted = dict(listing.unlisted)
     held = {path.rpartition("//")[0] for path in rows.records}
@@ -249,10 +285,7 @@ def _inventory(folders: Folders, rows: SlideRows, memory: ScanMemory) -> Invento
         if len(places) > 1 and label in held and label not in filled and f"{label}//" not in unlisted
     }
     if not listing.slides:
-        where, why = next(((raw(place) or "", text) for place, text in unlisted.items()), ("", "there is no slide"))
-        raise SiteDataError(
-            ErrorCode.SLIDE_FOLDER_EMPTY, f"there is no slide in the slides folder: {why}", where=where or next(iter(places.values()))
-        )
+        raise no_slide(unlisted, folders)
     there = {slide.path for slide in listing.slides}
     kept = [path for path in rows.records if path not in there and _unknown(path, unlisted, places)]
     return Inventory(listing.slides, tuple(kept), unlisted)
@@ -263,35 +296,19 @@ def _unknown(path: str, unlisted: Mapping[str, str], places: Mapping[str, Path])
     return bool(unlisted) and (under(path, unlisted) or path.rpartition("//")[0] not in places)
 
 
-def _rows(path: Path) -> tuple[PatientRow, ...]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, f"the patient list cannot be read: {error.strerror}", where=path) from error
-    return parse_patient_list(decode_patient_list(data, where=str(path)), where=str(path))
-
-
-def _book(store: SiteStore, report: ScanReport, at: float) -> None:
+def _book(store: SiteStore, report: ScanReport, code: ErrorCode | None, at: float) -> None:
     _LOG.info("scan: %d slides, %d usable, %d read", len(report.slides), report.by_status.get(SlideStatus.USABLE, 0), report.slides_read)
-    store.add_event(
-        Event(
-            at=at,
-            kind="scan",
-            code=ErrorCode.COHORT_EMPTY if report.patients == 0 else None,
-            detail=f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read",
-        )
-    )
+    detail = f"{len(report.slides)} slides, {report.patients} patients, {report.tiles} tiles, {report.slides_read} slides read"
+    store.add_event(Event(at=at, kind="scan", code=code, detail=detail))
 
 
-def _report(rows: SlideRows, listed: tuple[PatientRow, ...], matching: Matching, key: bytes) -> ScanReport:
-    records = [rows.records[path] for path in sorted(rows.records)]
+def _report(rows: SlideRows, listing: Listing, site: _Site) -> ScanReport:
+    """The slides as the plan sees them: less what its rules leave out, less what was withdrawn meanwhile."""
+    withdrawn = site.store.withdrawn()
+    records = [judged(rows.records[path], site.plan, withdrawn, site.key) for path in sorted(rows.records)]
     usable = [record for record in records if record.status is SlideStatus.USABLE]
     able = {record.patient for record in usable}
-    lines: defaultdict[Pseudonym, list[int]] = defaultdict(list)
-    for row in listed:
-        lines[pseudonym(key, row.patient)].append(row.line)
-    not_found = [ListedSlide(slide=row.slide, line=row.line) for row in matching.missing]
-    not_found += [ListedSlide(slide=row.slide, line=row.line, ambiguous=True) for row in matching.ambiguous]
+    without = [(name, lines) for name, lines in listing.lines_by_patient(site.key).items() if name not in able]
     return ScanReport(
         slides=tuple(
             SlideOutcome(path=record.path, status=record.status, reason=record.reason, detail=record.detail, tiles=record.tile_count)
@@ -300,9 +317,8 @@ def _report(rows: SlideRows, listed: tuple[PatientRow, ...], matching: Matching,
         patients=len(able),
         tiles=sum(record.tile_count for record in usable),
         slides_read=0,
-        not_found=tuple(sorted(not_found, key=lambda entry: entry.line)),
-        patients_without_tile=tuple(
-            PatientOutcome(pseudonym=name, lines=tuple(where)) for name, where in lines.items() if name not in able
-        ),
+        not_found=listing.not_found,
+        patients_without_tile=tuple(PatientOutcome(pseudonym=name, lines=lines) for name, lines in without),
+        list_findings=listing.findings,
         same_content=rows.same_content(),
     )

@@ -2,12 +2,13 @@
 
 | slide in the listing | its row | what becomes of it |
 | --- | --- | --- |
-| as it was | settled | kept; its patient is brought up to date |
+| as it was | settled | kept; its patient and attributes are brought up to date |
+| as it was | another resolution is listed | read, under a new number |
 | as it was | never read | read, begun `MOST_ATTEMPTS` times at most where reading came to no end |
 | as it was | could not be read | the same, unless the scan before was interrupted: what it had not read comes first |
 | new place | another row's content, whose file is gone | that row moves here, with number and tiles |
 | new, or size or time changed | | read, under a new number |
-| new or changed, not in the patient list | | listed as such, not read |
+| without a certain patient, or withdrawn | | listed as such, not read |
 | still being written | | left for the next scan |
 """
 
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pathfed_client.cohort.cohort import Pseudonym
+from pathfed_client.io.listing import NOT_LISTED, Out, Placed
 from pathfed_client.io.scan_rows import SlideRows
 from pathfed_client.io.site_records import SlideRecord, SlideStatus
 from pathfed_client.io.slide_files import UNREACHED, FileState, SlideFiles, fingerprint
@@ -91,7 +92,7 @@ class ScanPlan:
 def plan_scan(
     rows: SlideRows,
     inventory: Inventory,
-    patients: Mapping[str, Pseudonym],
+    listed: Mapping[str, Placed | Out],
     key: bytes,
     *,
     settling: Settling,
@@ -102,7 +103,7 @@ def plan_scan(
     Args:
         rows: of earlier scans; changed here, and in the database when this returns.
         inventory: what is there now.
-        patients: who each slide belongs to, by path.
+        listed: what the patient list says of each slide, by path.
         key: of the site's fingerprints.
         settling: tells slides that are still being written.
         retry: whether slides that could not be read are tried again.
@@ -117,12 +118,13 @@ def plan_scan(
     for slide in inventory.slides:
         if slide.path in left:
             continue
-        if _same(rows.records.get(slide.path), slide):
-            if _keep(rows, slide, patients.get(slide.path), retry=retry):
+        record, said = rows.records.get(slide.path), listed.get(slide.path, NOT_LISTED)
+        if record is not None and _same(record, slide) and not _other_mpp(record, said):
+            if _keep(rows, slide, said, retry=retry):
                 queue.append(slide)
-        elif _add(rows, slide, patients.get(slide.path)):
+        elif _add(rows, slide, said):
             queue.append(slide)
-    _lay_aside(rows, inventory, patients)
+    _lay_aside(rows, inventory, listed)
     rows.flush()
     queue.sort(key=lambda slide: rows.records[slide.path].attempts)
     return ScanPlan(queue, len(moved), sorted(left))
@@ -165,31 +167,39 @@ def _moved(rows: SlideRows, inventory: Inventory, fresh: Sequence[SlideFiles], k
     return moved
 
 
-def _keep(rows: SlideRows, slide: SlideFiles, patient: Pseudonym | None, *, retry: bool) -> bool:
+def _other_mpp(record: SlideRecord, said: Placed | Out) -> bool:
+    """Whether the list gives another resolution than the slide was read with, or was to be read with."""
+    return isinstance(said, Placed) and record.attributes.get("mpp") != said.attributes.get("mpp")
+
+
+def _keep(rows: SlideRows, slide: SlideFiles, said: Placed | Out, *, retry: bool) -> bool:
     """A slide that is as it was. Returns whether it must be read."""
     record = rows.records[slide.path]
-    if patient is None or record.tile_count > 0:
-        rows.assign(slide.path, patient)
-        return False
-    if record.status is SlideStatus.REFUSED and record.reason not in (*_AWAY, *_ENDLESS):
-        rows.assign(slide.path, patient)
+    if isinstance(said, Out) or record.tile_count > 0 or _is_settled(record):
+        rows.assign(slide.path, said)
         return False
     if record.attempts >= MOST_ATTEMPTS:
         code = record.reason if record.reason in _ENDLESS else ErrorCode.SLIDE_CRASHED
         detail = f"reading it was begun {record.attempts} times and came to no end"
-        rows.replace(replace(record, status=SlideStatus.REFUSED, reason=code, detail=detail, patient=patient))
+        rows.replace(
+            replace(record, status=SlideStatus.REFUSED, reason=code, detail=detail, patient=said.patient, attributes=said.attributes)
+        )
         return False
-    if record.status is SlideStatus.REFUSED and not retry:
-        rows.assign(slide.path, patient)
-        return False
-    if record.status is SlideStatus.REFUSED:
-        rows.assign(slide.path, patient)
-    elif (record.status, record.patient) != (SlideStatus.PENDING, patient):
-        rows.replace(replace(record, status=SlideStatus.PENDING, reason=None, detail=None, patient=patient))
+    if record.status is SlideStatus.REFUSED and record.reason is not ErrorCode.SLIDE_WITHDRAWN:
+        rows.assign(slide.path, said)
+        return retry
+    wanted = replace(record, status=SlideStatus.PENDING, reason=None, detail=None, patient=said.patient, attributes=said.attributes)
+    if wanted != record:
+        rows.replace(wanted)
     return True
 
 
-def _add(rows: SlideRows, slide: SlideFiles, patient: Pseudonym | None) -> bool:
+def _is_settled(record: SlideRecord) -> bool:
+    """Whether a slide without tiles was read and would be refused again."""
+    return record.status is SlideStatus.REFUSED and record.reason not in (*_AWAY, *_ENDLESS, ErrorCode.SLIDE_WITHDRAWN)
+
+
+def _add(rows: SlideRows, slide: SlideFiles, said: Placed | Out) -> bool:
     """A slide that is new or has changed. Returns whether it must be read."""
     record = SlideRecord(
         path=slide.path,
@@ -198,26 +208,33 @@ def _add(rows: SlideRows, slide: SlideFiles, patient: Pseudonym | None) -> bool:
         mtime_ns=slide.state.mtime_ns,
         scan_key=rows.scan_key,
         status=SlideStatus.PENDING,
-        patient=patient,
         parts=slide.parts,
     )
-    if patient is None:
-        record = replace(record, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED, detail="not in the patient list")
-    rows.replace(record)
-    return patient is not None
+    if isinstance(said, Out):
+        rows.replace(replace(record, status=said.status, reason=said.code, detail=said.detail))
+        return False
+    rows.replace(replace(record, patient=said.patient, attributes=said.attributes))
+    return True
 
 
-def _lay_aside(rows: SlideRows, inventory: Inventory, patients: Mapping[str, Pseudonym]) -> None:
-    """Rows without a slide in the listing: missing, never read and gone, or out of reach, of which only the patient can have changed."""
+def _lay_aside(rows: SlideRows, inventory: Inventory, listed: Mapping[str, Placed | Out]) -> None:
+    """Rows without a slide in the listing: missing, never read and gone, or out of reach, of which only what is listed can have changed."""
     there, kept = {slide.path for slide in inventory.slides}, set(inventory.kept)
     gone = []
     for path in sorted(set(rows.records) - there):
         record = rows.records[path]
         if path in kept:
-            if record.status is not SlideStatus.MISSING and (record.tile_count > 0 or path not in patients):
-                rows.assign(path, patients.get(path))
+            said = listed.get(path, NOT_LISTED)
+            if record.status is not SlideStatus.MISSING and (record.tile_count > 0 or isinstance(said, Out)):
+                rows.assign(path, said if isinstance(said, Out) else _as_read(record, said))
         elif record.fingerprint == "":
             gone.append(path)
         elif record.status is not SlideStatus.MISSING:
             rows.miss(path)
     rows.forget(gone)
+
+
+def _as_read(record: SlideRecord, said: Placed) -> Placed:
+    """What the list says, but for the resolution that the slide was read with: another one counts once it can be read again."""
+    attributes = {name: value for name, value in said.attributes.items() if name != "mpp"}
+    return replace(said, attributes=attributes | {name: value for name, value in record.attributes.items() if name == "mpp"})

@@ -30,6 +30,7 @@ class SlideTask:
         state: their size and time when they were listed.
         plan: the cohort rules.
         key: the key of the site's fingerprints.
+        mpp_override: um/px of level 0 that the patient list gives, instead of what the file states; None for the file's.
     """
 
     number: int
@@ -38,6 +39,7 @@ class SlideTask:
     state: FileState
     plan: CohortPlan = field(repr=False)
     key: bytes = field(repr=False)
+    mpp_override: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ def read_slide(task: SlideTask) -> SlideReading:
 def _examined(task: SlideTask, content: str) -> SlideReading:
     try:
         with OpenSlideReader(task.files[0], name=task.name, files=task.files) as reader:
-            facts = examine(reader, task.plan, where=task.name, native=partial(trusted_level, reader, task.files, task.name))
+            native = partial(trusted_level, reader, task.files, task.name)
+            facts = examine(reader, task.plan, where=task.name, mpp_override=task.mpp_override, native=native)
     except SiteDataError as error:
         detail = error.what if error.value is None else f"{error.what}: {error.value}"
         filters = error.report if isinstance(error, FilteredSlideError) else None

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pathfed_client.cohort.cohort import Pseudonym
+from pathfed_client.cohort.patient_list import Finding
+from pathfed_client.io.listing import ListedSlide
 from pathfed_client.io.site_records import SlideStatus
 from pathfed_client.slides.filters import FilterReport, FilterWarning
 from pathfed_common.errors import ErrorCode, SiteDataError
@@ -31,16 +33,6 @@ class PatientOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListedSlide:
-    """A line of the patient list that could not be laid to one slide."""
-
-    slide: str
-    line: int
-    code: ErrorCode = ErrorCode.SLIDE_MISSING
-    ambiguous: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class UnreachableFolder:
     """A slide folder, or a folder inside one, that could not be listed; its slides stay as they were."""
 
@@ -61,6 +53,7 @@ class ScanReport:
         slides_moved: slides known by their content at another place, and not read again.
         not_found: lines of the list whose slide is not there, or whose name fits several.
         patients_without_tile: patients of the list who cannot take part.
+        list_findings: lines of the list that cannot be used, and slides that are out for what the list says of them.
         same_content: pairs of slides of different patients with the same content: the list is wrong about one of them, both are out.
         unreachable: folders that could not be listed.
         left: slides that were still being written, left for the next scan.
@@ -75,6 +68,7 @@ class ScanReport:
     slides_moved: int = 0
     not_found: tuple[ListedSlide, ...] = ()
     patients_without_tile: tuple[PatientOutcome, ...] = ()
+    list_findings: tuple[Finding, ...] = ()
     same_content: tuple[tuple[str, str], ...] = ()
     unreachable: tuple[UnreachableFolder, ...] = ()
     left: tuple[str, ...] = ()
@@ -96,10 +90,18 @@ class ScanReport:
         return {**asdict(self), "by_status": self.by_status, "by_reason": self.by_reason}
 
 
-class CohortEmptyError(SiteDataError):
+class ScanEndedError(SiteDataError):
+    """A scan that is done and in the database, and that a person must look at; `report` is the whole of it."""
+
+    def __init__(self, error: SiteDataError, report: ScanReport) -> None:
+        super().__init__(error.code, error.what, where=error.where, value=error.value, remedy=error.remedy)
+        self.report = report
+
+
+class CohortEmptyError(ScanEndedError):
     """Nothing of what was scanned can be trained on (PF211); `report` says why for each slide."""
 
     def __init__(self, report: ScanReport, *, where: Path) -> None:
         reasons = ", ".join(f"{code.value} x {count}" for code, count in sorted(report.by_reason.items()))
-        super().__init__(ErrorCode.COHORT_EMPTY, "no slide can be trained on", where=where, value=reasons or "no slide")
-        self.report = report
+        error = SiteDataError(ErrorCode.COHORT_EMPTY, "no slide can be trained on", where=where, value=reasons or "no slide")
+        super().__init__(error, report)

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from pathfed_client.cohort.cohort import Pseudonym, SlideId
+from pathfed_client.cohort.cohort import SlideId
+from pathfed_client.io.listing import Out, Placed
 from pathfed_client.io.site_records import SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_index import IndexEntry, TileIndex, TileIndexWriter
@@ -59,19 +60,16 @@ class SlideRows:
         self._put(replace(record, tile_count=0, tiles=None) if facts is None else _usable(record, facts, self._index.add(facts.tiles)))
         self._whole.add(record.path)
 
-    def assign(self, path: str, patient: Pseudonym | None) -> None:
-        """A known slide is there as it was; who it belongs to may have changed."""
+    def assign(self, path: str, listed: Placed | Out) -> None:
+        """A known slide is there as it was; who it belongs to, and what the list says of it, may have changed."""
         record = self.records[path]
-        if patient is None:
-            wanted = replace(
-                record, status=SlideStatus.UNMAPPED, reason=ErrorCode.SLIDE_UNMAPPED, detail="not in the patient list", patient=None
-            )
-        elif record.tile_count > 0:
-            if record.status is SlideStatus.REFUSED and record.patient == patient:
-                return  # refused because of another slide, which `flush` looks at when that one changes
-            wanted = replace(record, status=SlideStatus.USABLE, reason=None, detail=None, patient=patient)
+        if isinstance(listed, Out):
+            wanted = replace(record, status=listed.status, reason=listed.code, detail=listed.detail, patient=None)
         else:
-            wanted = replace(record, patient=patient)
+            wanted = replace(record, patient=listed.patient, attributes=listed.attributes)
+            # One that is refused though it has tiles is so because of another slide, which `flush` looks at when that one changes.
+            if record.tile_count > 0 and (record.status is not SlideStatus.REFUSED or record.patient != listed.patient):
+                wanted = replace(wanted, status=SlideStatus.USABLE, reason=None, detail=None)
         self._restate(wanted)
 
     def miss(self, path: str) -> None:
@@ -186,7 +184,7 @@ def _usable(record: SlideRecord, facts: SlideFacts, entry: IndexEntry) -> SlideR
 
 
 def _counts(record: SlideRecord) -> bool:
-    return record.patient is not None and record.status is not SlideStatus.MISSING
+    return record.patient is not None and record.status is not SlideStatus.MISSING and record.reason is not ErrorCode.SLIDE_WITHDRAWN
 
 
 def _settled(group: list[SlideRecord]) -> Iterator[SlideRecord]:

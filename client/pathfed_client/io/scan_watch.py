@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from pathfed_client.io.scan import ScanMemory
 from pathfed_client.io.scan_planning import Settling
-from pathfed_client.io.scan_report import CohortEmptyError, ScanReport
+from pathfed_client.io.scan_report import ScanEndedError, ScanReport
 from pathfed_common.errors import SiteDataError
 
 Told = Callable[[ScanReport | SiteDataError], None]
@@ -54,8 +54,8 @@ def watch(
 
 def _gist(found: ScanReport | SiteDataError) -> object:
     """What a pass has to say: a pass that says the same again is not told."""
-    if isinstance(found, CohortEmptyError):
-        return found.report
+    if isinstance(found, ScanEndedError):
+        return found.code, found.report
     if isinstance(found, SiteDataError):
         return found.render()
     return found

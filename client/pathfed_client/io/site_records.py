@@ -4,6 +4,7 @@ Plain and frozen, free of any database library, so that the rest of the client c
 paths and pseudonyms are for the hospital's own eyes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -21,7 +22,7 @@ class SlideStatus(StrEnum):
     USABLE = "usable"
     #: Mapped to a patient, but not fit for training; the reason code says why.
     REFUSED = "refused"
-    #: Not in the patient list: never trained on.
+    #: Without a certain patient (not in the list, or listed in contradiction): never trained on.
     UNMAPPED = "unmapped"
     #: Scanned before, and no longer in the folder.
     MISSING = "missing"
@@ -57,6 +58,7 @@ class SlideRecord:
         tiles: where its tile map lies in the tile index, or None when there are none.
         parts: the slide's files relative to its folder, the one to open first; empty for a slide of one file.
         attempts: how often reading it was begun without coming to an end.
+        attributes: what the patient list gives beside the patient (`cohort.patient_list.KEPT`). They never leave the site.
     """
 
     path: str
@@ -75,6 +77,7 @@ class SlideRecord:
     tiles: IndexEntry | None = None
     parts: tuple[str, ...] = ()
     attempts: int = 0
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +154,7 @@ class Event:
     kind: str
     code: ErrorCode | None = None
     detail: str = ""
+
+
+class WithdrawnMeanwhileError(Exception):
+    """Something was withdrawn after the cohort was read: what was computed from it is not sealed."""

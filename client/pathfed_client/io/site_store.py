@@ -1,10 +1,10 @@
-"""The site's database: slides, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
+"""The site's database: slides, withdrawals, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
 
 The only module of the client that imports a database library. Guarantees:
 
 - every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all; inside
   `together` several methods are one;
-- ledger entries are append-only and gapless, enforced by triggers inside the database;
+- ledger entries are append-only and gapless, and withdrawals are for good, enforced by triggers inside the database;
 - several processes of a site may use it at once (WAL, writers wait up to `BUSY_TIMEOUT_S` for each other);
 - the file is readable by its owner alone: it holds slide names.
 """
@@ -12,7 +12,7 @@ The only module of the client that imports a database library. Guarantees:
 import json
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,16 +22,18 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from pathfed_client.cohort.cohort import Cohort, Pseudonym, SlideId
+from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind
 from pathfed_client.io.site_records import (
     ApprovalState,
     Event,
-    ScanSummary,
     SealedUpdate,
     SlideRecord,
     SlideStatus,
     StoredApproval,
+    WithdrawnMeanwhileError,
 )
 from pathfed_client.io.tile_index import IndexEntry
+from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
 from pathfed_common.provenance import dsse
@@ -68,9 +70,21 @@ _SLIDE = sa.Table(
     sa.Column("index_offset", sa.Integer),
     sa.Column("index_size", sa.Integer),
     sa.Column("index_check", sa.Text),
+    sa.Column("attributes", sa.Text, nullable=False),
     sa.UniqueConstraint("path", "scan_key"),
     sa.CheckConstraint("status <> 'usable' OR (patient IS NOT NULL AND tile_count > 0 AND index_check IS NOT NULL)"),
     sa.Index("slide_cohort", "scan_key", "status", "patient"),
+    sqlite_autoincrement=True,
+)
+
+_WITHDRAWAL = sa.Table(
+    "withdrawal",
+    _META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.UniqueConstraint("kind", "name"),
     sqlite_autoincrement=True,
 )
 
@@ -123,6 +137,8 @@ _TRIGGERS = (
     "CREATE TRIGGER ledger_entry_gapless BEFORE INSERT ON ledger_entry"
     " WHEN EXISTS (SELECT 1 FROM ledger_entry) AND NEW.sequence <> (SELECT max(sequence) + 1 FROM ledger_entry)"
     " BEGIN SELECT RAISE(ABORT, 'the ledger is gapless'); END",
+    "CREATE TRIGGER withdrawal_no_update BEFORE UPDATE ON withdrawal BEGIN SELECT RAISE(ABORT, 'a withdrawal is for good'); END",
+    "CREATE TRIGGER withdrawal_no_delete BEFORE DELETE ON withdrawal BEGIN SELECT RAISE(ABORT, 'a withdrawal is for good'); END",
 )
 
 
@@ -216,8 +232,9 @@ class SiteStore:
     def upsert_slide(self, record: SlideRecord) -> SlideId:
         """Store a slide under its path and scan key, replacing what was there.
 
-        A number names content: a file whose bytes, size or time changed gets a new number, and numbers are never used again, so that a
-        cohort's digest changes with its slides. A slide that was not read yet keeps the number it was given when it was found.
+        A number names content and the tiles found in it: a file whose bytes, size, time or resolution changed gets a new number, and
+        numbers are never used again, so that a cohort's digest changes with its slides. A slide that was not read yet keeps the number it
+        was given when it was found.
 
         Args:
             record: the slide; its tile map is on the disk already.
@@ -237,6 +254,7 @@ class SiteStore:
             & _SLIDE.c.fingerprint.in_([record.fingerprint, ""])  # empty: not read yet, and none other than this
             & (_SLIDE.c.size == record.size)
             & (_SLIDE.c.mtime_ns == record.mtime_ns)
+            & (_SLIDE.c.mpp.is_(None) | _SLIDE.c.mpp.is_not_distinct_from(record.mpp))
         )
         with self._transaction() as connection:
             connection.execute(sa.delete(_SLIDE).where(same_place & ~same_file))
@@ -277,8 +295,8 @@ class SiteStore:
             }
 
     def restate_slides(self, records: Mapping[SlideId, SlideRecord]) -> None:
-        """As `set_slide_state`, of many slides at once; of each record only these fields count."""
-        fields = ("status", "reason", "detail", "patient")
+        """As `set_slide_state`, of many slides at once, and what the list says of them; of each record only these fields count."""
+        fields = ("status", "reason", "detail", "patient", "attributes")
         self._update(fields, [{"number": number} | _slide_values(record) for number, record in records.items()])
 
     def move_slides(self, moved: Mapping[SlideId, SlideRecord]) -> None:
@@ -311,33 +329,58 @@ class SiteStore:
             rows = connection.execute(sa.select(_SLIDE).where(_SLIDE.c.scan_key == scan_key).order_by(_SLIDE.c.path)).all()
         return {SlideId(row.id): _slide_record(row) for row in rows}
 
-    def cohort(self, scan_key: Digest) -> Cohort:
-        """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan."""
+    def all_slides(self) -> list[SlideRecord]:
+        """All slides under any rules; a slide that was scanned under several comes several times."""
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(sa.select(_SLIDE).order_by(_SLIDE.c.path, _SLIDE.c.id)).all()
+        return [_slide_record(row) for row in rows]
+
+    def cohort(self, scan_key: Digest, weigh: Callable[[SlideRecord], float | None] = lambda _: 1.0) -> Cohort:
+        """The patients these rules leave, each with the tiles of all that patient's usable slides. Empty before a scan.
+
+        What a plan makes of them besides (`io.site_cohort`) comes in by `weigh`.
+
+        Args:
+            scan_key: the rules that the slides were scanned under.
+            weigh: gives the weight of a usable slide's tiles, or None to leave it out.
+        """
         query = (
-            sa.select(_SLIDE.c.patient, _SLIDE.c.id, _SLIDE.c.tile_count, _SLIDE.c.index_check)
+            sa.select(_SLIDE)
             .where((_SLIDE.c.scan_key == scan_key) & (_SLIDE.c.status == SlideStatus.USABLE.value))
             .order_by(_SLIDE.c.patient, _SLIDE.c.id)
         )
         with self._transaction(write=False) as connection:
-            return Cohort.of_rows((row[0], row[1], row[2], row[3]) for row in connection.execute(query))
+            return Cohort.of_rows(_weighed(connection.execute(query), weigh))
 
-    def summary(self, scan_key: Digest) -> ScanSummary:
-        """Counts for `status` and the scan's report. Depends on patients: it stays at the site."""
-        here = _SLIDE.c.scan_key == scan_key
-        usable = here & (_SLIDE.c.status == SlideStatus.USABLE.value)
+    # Withdrawals
+
+    def withdraw(self, names: Collection[Withdrawn], event: Event) -> int:
+        """Record withdrawals, take the patients' slides out and note it in the log book: at once and together.
+
+        Slides withdrawn by path or contents are found by those who make a cohort (`io.site_cohort`), which have the key of the names.
+
+        Returns:
+            How many names are new.
+        """
+        values = [{"kind": one.kind.value, "name": one.name, "at": event.at} for one in sorted(names, key=lambda one: (one.kind, one.name))]
+        patients = [{"withdrawn": one.name} for one in names if one.kind is WithdrawnKind.PATIENT]
+        out = {"status": SlideStatus.REFUSED.value, "reason": ErrorCode.SLIDE_WITHDRAWN.value, "detail": "withdrawn"}
+        of_patient = (_SLIDE.c.patient == sa.bindparam("withdrawn")) & (_SLIDE.c.status != SlideStatus.MISSING.value)
+        with self._transaction() as connection:
+            before = connection.execute(_WITHDRAWAL_COUNT).scalar_one()
+            if values:
+                connection.execute(sqlite_insert(_WITHDRAWAL).on_conflict_do_nothing(), values)
+            if patients:
+                connection.execute(sa.update(_SLIDE).where(of_patient).values(**out), patients)
+            connection.execute(sa.insert(_EVENT).values(**_event_values(event)))
+            new: int = connection.execute(_WITHDRAWAL_COUNT).scalar_one() - before
+        return new
+
+    def withdrawn(self) -> frozenset[Withdrawn]:
+        """All names that were ever withdrawn. They are never taken back, so their number says whether something was added."""
         with self._transaction(write=False) as connection:
-            statuses = connection.execute(sa.select(_SLIDE.c.status, sa.func.count()).where(here).group_by(_SLIDE.c.status)).all()
-            reasons = connection.execute(
-                sa.select(_SLIDE.c.reason, sa.func.count()).where(here & _SLIDE.c.reason.is_not(None)).group_by(_SLIDE.c.reason)
-            ).all()
-            totals = sa.select(sa.func.count(sa.distinct(_SLIDE.c.patient)), sa.func.coalesce(sa.func.sum(_SLIDE.c.tile_count), 0))
-            patients, tiles = connection.execute(totals.where(usable)).one()
-        return ScanSummary(
-            slides={SlideStatus(name): count for name, count in statuses},
-            reasons={ErrorCode(code): count for code, count in reasons},
-            patients=patients,
-            tiles=tiles,
-        )
+            rows = connection.execute(sa.select(_WITHDRAWAL.c.kind, _WITHDRAWAL.c.name)).all()
+        return frozenset(Withdrawn(WithdrawnKind(row.kind), row.name) for row in rows)
 
     # The ledger's storage port
 
@@ -378,14 +421,22 @@ class SiteStore:
 
     # Sealed updates
 
-    def put_sealed(self, sealed: SealedUpdate) -> None:
+    def put_sealed(self, sealed: SealedUpdate, *, withdrawn: int | None = None) -> None:
         """Keep a finished round's answer. Storing the same answer twice changes nothing.
 
+        Args:
+            sealed: the answer.
+            withdrawn: number of withdrawn names that its cohort knew of; None where the answer rests on no cohort.
+
         Raises:
+            WithdrawnMeanwhileError: there are more by now; nothing is stored. Compared and stored in one transaction: a withdrawal comes
+                before an answer, and then counts for it, or after it.
             TransportError: the round was already answered otherwise (PF409).
         """
         with self._transaction() as connection:
             found = connection.execute(_one_sealed(sealed.run, sealed.round_index)).one_or_none()
+            if found is None and withdrawn is not None and connection.execute(_WITHDRAWAL_COUNT).scalar_one() != withdrawn:
+                raise WithdrawnMeanwhileError
             if found is None:
                 connection.execute(sa.insert(_SEALED).values(**asdict(sealed)))
             elif (found.statement, found.update) != (sealed.statement, sealed.update):
@@ -434,7 +485,7 @@ class SiteStore:
     def add_event(self, event: Event) -> None:
         """Write one line into the site's log book."""
         with self._transaction() as connection:
-            connection.execute(sa.insert(_EVENT).values(**asdict(event) | {"code": None if event.code is None else event.code.value}))
+            connection.execute(sa.insert(_EVENT).values(**_event_values(event)))
 
     def events(self, limit: int = 100) -> list[Event]:
         """The latest lines, oldest first."""
@@ -470,10 +521,22 @@ def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
     return HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be used: {text}", where=path)
 
 
+_WITHDRAWAL_COUNT = sa.select(sa.func.count()).select_from(_WITHDRAWAL)
+
+
+def _event_values(event: Event) -> dict[str, Any]:
+    return asdict(event) | {"code": None if event.code is None else event.code.value}
+
+
+def _attributes_text(attributes: Mapping[str, str]) -> str:
+    return digest.canonical(dict(attributes)).decode()
+
+
 def _slide_values(record: SlideRecord) -> dict[str, Any]:
     tiles = record.tiles
     values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "tiles"}
     return values | {
+        "attributes": _attributes_text(record.attributes),
         "parts": json.dumps(record.parts),
         "status": record.status.value,
         "reason": None if record.reason is None else record.reason.value,
@@ -501,7 +564,16 @@ def _slide_record(row: sa.Row[Any]) -> SlideRecord:
         height=row.height,
         tile_count=row.tile_count,
         tiles=None if row.index_check is None else IndexEntry(row.index_offset, row.index_size, row.index_check),
+        attributes=json.loads(row.attributes),
     )
+
+
+def _weighed(rows: Iterable[sa.Row[Any]], weigh: Callable[[SlideRecord], float | None]) -> Iterator[tuple[str, int, int, str, float]]:
+    """Rows of a cohort, see `Cohort.of_rows`; slides without a weight are left out."""
+    for row in rows:
+        weight = weigh(_slide_record(row))
+        if weight is not None:
+            yield row.patient, row.id, row.tile_count, row.index_check, weight
 
 
 def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:

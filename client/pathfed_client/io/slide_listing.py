@@ -10,7 +10,7 @@
 
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from pathfed_client.io.slide_files import (
     joint_state,
     labelled,
     placed,
+    raw,
     shown,
 )
 from pathfed_client.slides.dicom_series import HEAD_BYTES, is_dicom, series_uid
+from pathfed_common.errors import ErrorCode, SiteDataError
 
 _INDEX_BYTES = 1 << 16
 _SHORT_HEAD = 1 << 12
@@ -48,6 +50,11 @@ class Listing:
     slides: tuple[SlideFiles, ...]
     unlisted: dict[str, str]
 
+    @property
+    def names(self) -> dict[str, frozenset[str]]:
+        """Of each slide by its path: what a patient list may call it."""
+        return {slide.path: slide.names for slide in self.slides}
+
 
 def list_slides(folders: Folders, heads: Heads | None = None) -> Listing:
     """All slides of the site's folders.
@@ -63,6 +70,17 @@ def list_slides(folders: Folders, heads: Heads | None = None) -> Listing:
         slides += walk.slides()
         unlisted |= {_place(label, relative): reason for relative, reason in walk.unlisted.items()}
     return Listing(tuple(sorted(slides, key=lambda slide: slide.path)), unlisted)
+
+
+def no_slide(unlisted: Mapping[str, str], folders: Sequence[Path]) -> SiteDataError:
+    """The error for folders without any slide: PF201.
+
+    Args:
+        unlisted: see `Listing`.
+        folders: all that were listed.
+    """
+    where, why = next(((raw(place) or "", text) for place, text in unlisted.items()), ("", "there is no slide"))
+    return SiteDataError(ErrorCode.SLIDE_FOLDER_EMPTY, f"there is no slide in the slides folder: {why}", where=where or folders[0])
 
 
 def _place(label: str, relative: str) -> str:

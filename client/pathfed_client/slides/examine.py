@@ -53,13 +53,21 @@ def through_the_reader(level: int) -> None:
     """Nothing is decoded directly."""
 
 
-def examine(reader: SlideReader, plan: CohortPlan, *, where: str, native: NativeOf = through_the_reader) -> SlideFacts:
+def examine(
+    reader: SlideReader,
+    plan: CohortPlan,
+    *,
+    where: str,
+    mpp_override: float | None = None,
+    native: NativeOf = through_the_reader,
+) -> SlideFacts:
     """Check a slide and find its tiles.
 
     Args:
         reader: the open slide.
         plan: the cohort rules.
         where: the slide's name for errors.
+        mpp_override: um/px of level 0 that the hospital gives, instead of what the file states; None for the file's.
         native: asked once, for the level that tiles are read from.
 
     Raises:
@@ -68,7 +76,7 @@ def examine(reader: SlideReader, plan: CohortPlan, *, where: str, native: Native
         FilteredSlideError: out of focus (PF214), or the filters leave no tile (PF215).
     """
     width, height = reader.dimensions
-    mpp = usable_mpp(reader, plan, where=where)
+    mpp = usable_mpp(reader, plan, where=where, mpp_override=mpp_override)
     thumbnail = slide_thumbnail(reader, mpp)
     if is_flat(thumbnail.pixels):
         _check_probes(reader, where=where)  # clean glass is this even once it is small, but not close up
@@ -80,14 +88,14 @@ def examine(reader: SlideReader, plan: CohortPlan, *, where: str, native: Native
     return SlideFacts(mpp=mpp, width=width, height=height, tiles=tiles, filters=filters)
 
 
-def usable_mpp(reader: SlideReader, plan: CohortPlan, *, where: str) -> Mpp:
-    """The slide's resolution, um/px.
+def usable_mpp(reader: SlideReader, plan: CohortPlan, *, where: str, mpp_override: float | None = None) -> Mpp:
+    """The slide's resolution, um/px: what the hospital gives, or what the file states.
 
     Raises:
         SiteDataError: it cannot be believed, or is too coarse for the plan (PF207); or nothing of the slide can be read (PF206).
     """
     try:
-        mpp = checked_mpp(reader.mpp, where=where)
+        mpp = checked_mpp(reader.mpp if mpp_override is None else (mpp_override, mpp_override), where=where)
     except SiteDataError:
         _check_probes(reader, where=where)  # a file that is broken altogether should be called that, not badly labelled
         raise

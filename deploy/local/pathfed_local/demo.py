@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfed_client.app import glance
-from pathfed_client.cohort.patient_list import decode_patient_list, parse_patient_list
+from pathfed_client.cohort.patient_list import read_patient_list
 from pathfed_client.home import SiteHome
 from pathfed_client.io.scan_workers import usable_cpus
 from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
@@ -272,21 +272,29 @@ def _plan_text(options: DemoOptions, hospitals: Sequence[Hospital]) -> str:
     if options.rounds is not None:
         raw["rounds"]["count"] = options.rounds
     lines = [f"# {options.plan.name}, fitted to the hospitals of this demo."]
-    # JSON's spelling of texts, numbers and truths is TOML's.
-    lines += [f"{key} = {json.dumps(value)}" for key, value in raw.items() if not isinstance(value, dict)]
+    lines += [f"{key} = {_toml(value)}" for key, value in raw.items() if not isinstance(value, dict)]
     for section, keys in raw.items():
         if isinstance(keys, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """A value inside a table of a plan. JSON's spelling of texts, numbers and truths is TOML's; tables inside come inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
+    return json.dumps(value)
 
 
 def _listed_patients(patient_list: Path) -> int:
     """Patients of a list; 0 for one that cannot be used: the scan says what is wrong with it."""
     try:
-        rows = parse_patient_list(decode_patient_list(patient_list.read_bytes(), where=str(patient_list)), where=str(patient_list))
+        _, listed = read_patient_list(patient_list.read_bytes(), where=str(patient_list))
     except (OSError, SiteDataError):
         return 0
-    return len({row.patient for row in rows})
+    return len({row.patient for row in listed.rows})
 
 
 def _write_trust(consortium: Consortium) -> None:

@@ -1,148 +1,158 @@
+"""What the lines of a patient list mean, each by itself."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfed_client.cohort.patient_list import PatientRow, decode_patient_list, match, parse_patient_list, pseudonym, slide_key
-from pathfed_common.errors import SiteDataError
+from pathfed_client.cohort.patient_list import Finding, PatientRow, ScannerRow, pseudonym, read_patient_list, slide_key
+from pathfed_common.errors import ErrorCode, SiteDataError
 
-ROWS = (PatientRow("a.svs", "P1", 2), PatientRow("b.svs", "P2", 3))
 KEY = bytes(range(32))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "slide,patient\na.svs,P1\nb.svs,P2\n",
-        "slide;patient\r\na.svs;P1\r\nb.svs;P2\r\n",
-        "slide\tpatient\na.svs\tP1\nb.svs\tP2",
-        "\ufeffSlide , PATIENT\n a.svs , P1 \nb.svs,P2\n",
-        'id,patient,note,slide\n1,P1,"a, b; c",a.svs\n2,P2,,b.svs\n',
-        "slide;patient;note\na.svs;P1;x,y,z\nb.svs;P2;\n",
-    ],
-    ids=["comma", "semicolon", "tab", "bom and case", "more columns", "commas in another column"],
-)
-def test_exports_of_many_forms_give_the_same_rows(text):
-    assert parse_patient_list(text, where="p.csv") == ROWS
+def listed(text: str, **columns: str):
+    return read_patient_list(text.encode(), where="p.csv", columns=columns)[1]
 
 
-def test_empty_lines_are_skipped_and_line_numbers_stay_true():
-    rows = parse_patient_list('slide,patient\n\na.svs,"P\n1"\n,\nb.svs,P2\n', where="p.csv")
-    assert [(row.slide, row.line) for row in rows] == [("a.svs", 4), ("b.svs", 6)]
+def one_row(header: str, *cells: str) -> PatientRow:
+    (row,) = listed(f"slide;patient;{header}\na.svs;P1;{';'.join(cells)}\n").rows
+    return row
 
 
-@pytest.mark.parametrize(
-    ("text", "missing", "found"),
-    [
-        ("slide,case\na,1\n", "wrong: patient", "columns found: slide, case"),
-        ("file;mrn\na;1\n", "wrong: slide, patient", "columns found: file, mrn"),
-        ("slide,slide,patient\na,b,1\n", "wrong: slide", "columns found: slide, slide, patient"),
-        ("slide patient\na 1\n", "wrong: slide, patient", "columns found: slide patient"),
-    ],
-)
-def test_missing_columns_are_named_with_what_was_found(text, missing, found):
-    with pytest.raises(SiteDataError) as caught:
-        parse_patient_list(text, where="p.csv")
-    assert caught.value.code == "PF202"
-    assert missing in caught.value.what
-    assert caught.value.value == found
-    assert caught.value.where == "p.csv, line 1"
+def fault(header: str, *cells: str) -> Finding:
+    found = listed(f"slide;patient;{header}\nb.svs;P2{';' * len(cells)}\na.svs;P1;{';'.join(cells)}\n")
+    assert [row.slide for row in found.rows] == ["b.svs"]
+    (finding,) = found.unusable
+    assert (finding.code, finding.lines, finding.slide) == (ErrorCode.LIST_LINE_UNUSABLE, (3,), "a.svs")
+    return finding
+
+
+def test_rows_hold_slide_patient_line_and_what_else_is_given():
+    found = listed("slide,patient,organ,stain,block,scanner\n./x\\a.svs, P1 , Lung ,H&E,,GT 450\nb.svs,P2,,,,\n")
+    assert found.rows == (
+        PatientRow("x/a.svs", "P1", 2, {"organ": "lung", "stain": "h&e", "scanner": "gt 450"}),
+        PatientRow("b.svs", "P2", 3, {}),
+    )
+    assert found.unusable == found.scanners == ()
 
 
 @pytest.mark.parametrize(
-    ("text", "where"),
+    ("text", "day"),
     [
-        ("", "p.csv"),
-        ("\nslide,patient\na,1\n", "p.csv"),
-        ("slide,patient\n", "p.csv"),
-        ("slide,patient\na.svs,P1\nb.svs,\n", "p.csv, line 3"),
-        ("slide,patient\n  ,P1\n", "p.csv, line 2"),
-        ("patient,slide\nP1\n", "p.csv, line 2"),
-        ('slide,patient\na,"' + "x" * 200_000 + '"\n', "p.csv, line 2"),
+        ("2021-03-04", "2021-03-04"),
+        ("2021-03-04 17:05:00", "2021-03-04"),
+        ("2021-03-04T17:05:00Z", "2021-03-04"),
+        ("2021/03/04", "2021-03-04"),
+        ("20210304", "2021-03-04"),
+        ("04.03.2021", "2021-03-04"),
+        ("4.3.2021 17:05", "2021-03-04"),
     ],
-    ids=["empty", "header not first", "no rows", "no patient", "no slide", "short row", "absurd field"],
 )
-def test_unusable_lists_are_refused_with_their_place(text, where):
-    with pytest.raises(SiteDataError) as caught:
-        parse_patient_list(text, where="p.csv")
-    assert caught.value.code == "PF202"
-    assert caught.value.where == where
+def test_days_are_read_where_they_can_be_one_day_only(text, day):
+    assert one_row("acquired", text).attributes == {"acquired": day}
 
 
-@pytest.mark.parametrize("patient", ["P2", "P1"], ids=["another patient", "the same patient"])
-def test_slide_listed_twice_is_refused_with_both_lines(patient):
-    with pytest.raises(SiteDataError) as caught:
-        parse_patient_list(f"slide,patient\na.svs,P1\nb.svs,P1\n./a.svs,{patient}\n", where="p.csv")
-    assert caught.value.code == "PF203"
-    assert caught.value.where == "p.csv, lines 2 and 4"
-    assert caught.value.value == "a.svs"
+@pytest.mark.parametrize("text", ["03/04/2021", "2021-13-01", "2021-02-29", "4 March 2021", "31.4.2021", "44259", "2021-3-4", "04.03.21"])
+def test_days_that_could_be_two_or_none_make_their_line_unusable(text):
+    assert "YYYY-MM-DD" in fault("acquired", text).what
 
 
-def test_errors_do_not_show_patient_identifiers():
-    with pytest.raises(SiteDataError) as caught:
-        parse_patient_list("slide,patient\na.svs,MRN-SECRET\na.svs,MRN-SECRET\n", where="p.csv")
-    assert "SECRET" not in str(caught.value)
-    assert "SECRET" not in repr(PatientRow("a.svs", "MRN-SECRET", 2))
+@given(st.dates())
+def test_every_day_comes_back(day):
+    assert one_row("acquired", day.isoformat()).attributes["acquired"] == day.isoformat()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_spreadsheet_encodings_are_read(encoding):
-    text = "slide,patient\nä.svs,P1\n"
-    assert decode_patient_list(text.encode(encoding), where="p.csv") == text
-
-
-def test_other_encodings_are_refused():
-    with pytest.raises(SiteDataError, match=r"PF202.*byte 14"):
-        decode_patient_list("slide,patient\nä.svs,P1\n".encode("latin-1"), where="p.csv")
-
-
-SLIDES = {
-    "x/a.svs": {"x/a.svs", "a.svs"},
-    "y/a.svs": {"y/a.svs", "a.svs"},
-    "b.svs": {"b.svs"},
-    "y/b.svs": {"y/b.svs", "b.svs"},
-    "series": {"series", "series/1.dcm", "1.dcm", "series/2.dcm", "2.dcm"},
-}
-
-
-def matched(*pairs):
-    rows = [PatientRow(slide_key(slide), patient, line) for line, (slide, patient) in enumerate(pairs, start=2)]
-    return match(rows, SLIDES, where="p.csv")
+@pytest.mark.parametrize(("text", "mpp"), [("0.2503", 0.2503), ("0,25", 0.25), ("2.5e-1", 0.25), ("0.1", 0.1), ("2", 2.0)])
+def test_a_resolution_is_read_with_point_or_comma(text, mpp):
+    assert float(one_row("mpp", text).attributes["mpp"]) == mpp
 
 
 @pytest.mark.parametrize(
-    ("name", "path"),
+    "text", ["28.97", "352.8", "1000", "0", "-0.25", "0.0999", "2.0001", "nan", "inf", "40x", "1.000,25", "0.25 um", "1,0,0"]
+)
+def test_an_implausible_resolution_makes_its_line_unusable(text):
+    assert "mpp" in fault("mpp", text).what
+
+
+@given(st.floats())
+def test_a_resolution_is_kept_exactly_where_it_is_plausible(value):
+    found = listed(f"slide;patient;mpp\na;1;{value!r}\n")
+    if 0.1 <= value <= 2.0:
+        assert float(found.rows[0].attributes["mpp"]) == value
+    else:
+        assert [finding.lines for finding in found.unusable] == [(2,)]
+
+
+@pytest.mark.parametrize("patient", ["", " ", "-", "?", "N/A", "#N/A", "null", "NaN", "Unknown", "unbekannt"])
+def test_a_line_without_a_patient_is_unusable(patient):
+    (finding,) = listed(f"slide,patient\na.svs,{patient}\n").unusable
+    assert (finding.what, finding.slide) == ("there is no patient", "a.svs")
+
+
+@pytest.mark.parametrize("patient", ["1.23E+12", "4,7e+11"])
+def test_a_number_that_a_spreadsheet_rounded_is_nobodys(patient):
+    (finding,) = listed(f"slide;patient\na.svs;{patient}\n").unusable
+    assert "rounded" in finding.what
+
+
+@pytest.mark.parametrize("patient", ["0", "NA-7", "E+12", "1E12", "P-4711", "none@x"])
+def test_odd_patient_numbers_are_patients(patient):
+    assert [row.patient for row in listed(f"slide,patient\na.svs,{patient}\n").rows] == [patient]
+
+
+def test_a_line_without_a_slide_is_unusable_and_concerns_none():
+    (finding,) = listed("slide,patient\n ,P1\n").unusable
+    assert (finding.what, finding.slide, finding.lines) == ("the slide is empty", None, (2,))
+
+
+def test_a_line_with_more_fields_than_the_header_is_unusable():
+    (finding,) = listed("slide,patient,organ\na.svs,P1,lung,left\n").unusable
+    assert "more fields" in finding.what
+
+
+def test_one_line_gives_a_whole_scanner_its_resolution():
+    found = listed("slide;patient;scanner;mpp\n*;;GT 450;0,263\na.svs;P1;gt 450;\n")
+    assert found.scanners == (ScannerRow("gt 450", "0.263", 2),)
+    assert [row.slide for row in found.rows] == ["a.svs"]
+
+
+@pytest.mark.parametrize(
+    ("line", "scanners"),
     [
-        ("x/a.svs", "x/a.svs"),
-        ("x\\a.svs", "x/a.svs"),
-        ("b.svs", "b.svs"),
-        ("series", "series"),
-        ("2.dcm", "series"),
-        ("series/1.dcm", "series"),
+        ("*;;GT 450;28.97", (ScannerRow("gt 450", None, 2),)),
+        ("*;;GT 450;", (ScannerRow("gt 450", None, 2),)),
+        ("*;;;0.25", ()),
+        ("*;P1;;", ()),
     ],
 )
-def test_a_slide_may_be_named_by_path_file_or_series(name, path):
-    matching = matched((name, "P1"))
-    assert {path: row.patient for path, row in matching.patients.items()} == {path: "P1"}
-    assert matching.missing == matching.ambiguous == ()
+def test_a_line_for_a_scanner_that_cannot_be_used_is_listed_and_gives_nothing(line, scanners):
+    found = listed(f"slide;patient;scanner;mpp\n{line}\n")
+    assert found.scanners == scanners
+    assert [finding.lines for finding in found.unusable] == [(2,)]
+    assert found.rows == ()
 
 
-def test_rows_without_a_slide_are_told_apart_from_rows_that_fit_several():
-    matching = matched(("gone.svs", "P1"), ("a.svs", "P2"), ("b.svs", "P3"))
-    assert [row.line for row in matching.missing] == [2]
-    assert [row.line for row in matching.ambiguous] == [3]
-    assert list(matching.patients) == ["b.svs"]
+def test_nothing_that_is_shown_holds_a_patient():
+    found = listed("slide,patient,acquired\na.svs,MRN-SECRET,never\nb.svs,MRN-SECRET,\n")
+    assert "SECRET" not in repr(found)
 
 
-def test_files_of_one_series_may_all_be_listed_for_one_patient_but_not_for_two():
-    assert list(matched(("1.dcm", "P1"), ("2.dcm", " p1")).patients) == ["series"]
-    with pytest.raises(SiteDataError, match=r"PF203.*lines 2 and 3"):
-        matched(("1.dcm", "P1"), ("2.dcm", "P2"))
+@given(st.binary() | st.text(alphabet='slide,patient;*mpp\t\r\n"ab01.').map(lambda text: ("slide,patient,mpp,scanner\n" + text).encode()))
+def test_any_bytes_are_understood_or_refused_and_no_line_is_lost(data):
+    try:
+        table, found = read_patient_list(data, where="p.csv")
+    except SiteDataError:
+        return
+    lines = [row.line for row in found.rows] + [finding.lines[0] for finding in found.unusable]
+    lines += [row.line for row in found.scanners if row.mpp is not None]
+    assert sorted(lines) == [line.number for line in table.lines]
+    assert all(row.slide and row.patient for row in found.rows)
 
 
-def test_unicode_spellings_of_one_file_name_match():
-    composed, decomposed = "gr\u00fcn.svs", "gru\u0308n.svs"
-    matching = match([PatientRow(slide_key(composed), "P1", 2)], {decomposed: {decomposed}}, where="p.csv")
-    assert list(matching.patients) == [decomposed]
+@pytest.mark.parametrize("name", ["x/a.svs", " x\\a.svs ", "./x/a.svs"])
+def test_slide_names_are_compared_in_one_form(name):
+    assert slide_key(name) == "x/a.svs"
+    assert slide_key("X/a.svs") != "x/a.svs"
 
 
 def test_pseudonym_is_keyed_fixed_and_short():
@@ -161,12 +171,3 @@ def test_spellings_of_one_patient_are_one_patient(spelling):
 def test_short_key_is_refused():
     with pytest.raises(ValueError, match="32 bytes, got 5"):
         pseudonym(b"short", "MRN1")
-
-
-@given(st.text() | st.text(alphabet='slide,patient;\t\r\n"ab').map("slide,patient\n".__add__))
-def test_any_text_is_parsed_or_refused_with_a_code(text):
-    try:
-        rows = parse_patient_list(text, where="p.csv")
-    except SiteDataError:
-        return
-    assert all(row.slide and row.patient for row in rows)

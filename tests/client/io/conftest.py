@@ -101,6 +101,9 @@ class ScannedSite:
         """Patients by slide, without the suffix: `a="P1"` lists a.tif for P1."""
         self.list.write_text("slide,patient\n" + "".join(f"{name}.tif,{patient}\n" for name, patient in patients.items()))
 
+    def write_list(self, *lines: str) -> None:
+        self.list.write_text("\n".join(lines))
+
     def scan(self, plan=PLAN, **more):
         return scan(self.store, self.folder, self.list, plan, KEY, **{"now": 7.0, **more})
 

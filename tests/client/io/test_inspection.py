@@ -43,6 +43,13 @@ def test_a_usable_slide_is_shown_whole(folder, tmp_path):
     assert json.loads(json.dumps(found.to_dict(), default=str))["tiles"] == found.tiles
 
 
+def test_a_resolution_that_the_hospital_gives_counts_instead_of_the_files(folder, tmp_path, write_slide):
+    write_slide(folder / "b.tif", mpp=28.97)
+    assert inspect(folder, "b.tif", PLAN, tmp_path / "out").code is ErrorCode.SLIDE_MPP_UNUSABLE
+    found = inspect(folder, "b.tif", PLAN, tmp_path / "out", listed_mpp={"b.tif": 0.5}.get)
+    assert (found.usable, found.mpp) == (True, (0.5, 0.5))
+
+
 def test_the_page_fetches_and_runs_nothing(folder, tmp_path):
     page = inspect(folder, "a&b.tif", PLAN, tmp_path / "out").page.read_text()
     for word in ("<script", "<link", "http:", "https:", "@import", "file:"):

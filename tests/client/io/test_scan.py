@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from pathfed_client.cohort.patient_list import pseudonym
-from pathfed_client.io import scan_reading
-from pathfed_client.io.scan import CohortEmptyError, scan
+from pathfed_client.io import scan_reading, site_cohort
+from pathfed_client.io.scan import CohortEmptyError, ScanEndedError, scan
 from pathfed_client.io.site_records import SlideStatus
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.io.tile_index import TileIndex, index_file
 from pathfed_client.slides.tiling import scan_key
+from pathfed_common.cohort_rules import CohortExclude, CohortInclude, TileWeight
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 from pathfed_common.plan import CohortPlan
 
@@ -267,3 +269,144 @@ def test_records_survive_as_they_were_scanned(site):
     (record,) = site.store.slides(scan_key(PLAN)).values()
     assert (record.mpp, record.width, record.height, record.tile_count) == (0.5, 768, 640, 6)
     assert record == replace(record, status=SlideStatus.USABLE, patient=pseudonym(KEY, "P1"))
+
+
+# Lists in doubt: the slides concerned are out, the rest is scanned, and the scan ends with an error
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "numbers"),
+    [
+        (("a.tif,P1,", "b.tif,P2,", "a.tif,P3,"), ErrorCode.SLIDE_LISTED_TWICE, (2, 4)),
+        (("a.tif,P1,lung", "b.tif,P2,", "a,P1,liver"), ErrorCode.SLIDE_LINES_CONFLICT, (2, 4)),
+        (("b.tif,P2,", "a.tif,,"), ErrorCode.LIST_LINE_UNUSABLE, (3,)),
+    ],
+)
+def test_a_slide_in_doubt_is_out_unread_the_rest_is_kept_and_the_scan_ends_with_the_code(site, lines, code, numbers):
+    site.add("a.tif", "b.tif")
+    site.write_list("slide,patient,organ", *lines)
+    with pytest.raises(ScanEndedError) as caught:
+        site.scan()
+    report = caught.value.report
+    assert caught.value.code is code
+    assert all(str(number) in str(caught.value.where) for number in numbers)
+    assert [(one.code, one.lines) for one in report.list_findings] == [(code, numbers)]
+    assert site.statuses() == {"a.tif": (SlideStatus.UNMAPPED, code), "b.tif": (SlideStatus.USABLE, None)}
+    assert (report.slides_read, report.patients) == (1, 1)
+    assert site.store.events()[-1].code == code
+    json.dumps(report.to_dict())
+    site.map(a="P1", b="P2")
+    assert (site.scan().slides_read, site.statuses()["a.tif"]) == (1, (SlideStatus.USABLE, None))
+
+
+def test_a_usable_slide_that_comes_into_doubt_leaves_the_cohort_without_being_read(site):
+    site.add("a.tif", "b.tif")
+    site.map(a="P1", b="P2")
+    site.scan()
+    site.write_list("slide,patient", "a.tif,P1", "a.tif,P2", "b.tif,P2")
+    with pytest.raises(ScanEndedError, match="PF203") as caught:
+        site.scan()
+    assert (caught.value.report.slides_read, caught.value.report.patients) == (0, 1)
+    assert site.statuses()["a.tif"] == (SlideStatus.UNMAPPED, ErrorCode.SLIDE_LISTED_TWICE)
+
+
+def test_what_is_wrong_with_the_list_is_told_before_what_follows_from_it(site):
+    site.add("a.tif")
+    site.write_list("slide,patient", "a.tif,P1", "a.tif,P2")
+    with pytest.raises(ScanEndedError, match="PF203"):
+        site.scan()
+
+
+def test_an_ambiguous_line_has_its_code_and_is_no_error(site):
+    site.add("x/a.tif", "y/a.tif", "b.tif")
+    site.map(a="P1", b="P2")
+    report = site.scan()
+    assert [(row.line, row.code) for row in report.not_found] == [(2, ErrorCode.SLIDE_AMBIGUOUS)]
+    assert site.statuses()["x/a.tif"] == (SlideStatus.UNMAPPED, ErrorCode.SLIDE_UNMAPPED)
+
+
+# Attributes and cohort rules
+
+
+def cohort(site, plan):
+    return site_cohort.cohort(site.store, plan, KEY, site.store.withdrawn())
+
+
+def test_other_rules_and_other_attributes_read_no_slide_and_change_the_cohort(site):
+    site.add("a.tif", "b.tif", "c.tif")
+    site.write_list("slide,patient,organ", "a.tif,P1,Lung", "b.tif,P2,Liver", "c.tif,P3,")
+    site.scan()
+    lung = CohortPlan(tile_px=224, include=CohortInclude(organ=("LUNG",)))
+    report = site.scan(lung)
+    assert (report.slides_read, report.patients) == (0, 1)
+    assert {one.path: one.reason for one in report.slides} == {
+        "a.tif": None,
+        "b.tif": ErrorCode.SLIDE_OUTSIDE_RULES,
+        "c.tif": ErrorCode.SLIDE_OUTSIDE_RULES,
+    }
+    assert [one.detail for one in report.slides if one.detail] == ["organ: liver", "organ: not known"]
+    assert site.scan().patients == 3, "the other plan's cohort is as it was"
+    assert [patient.pseudonym for patient in cohort(site, lung).patients] == [pseudonym(KEY, "P1")]
+    before = cohort(site, lung).digest
+    site.write_list("slide,patient,organ", "a.tif,P1,Lung", "b.tif,P2,Lung", "c.tif,P3,")
+    report = site.scan(lung)
+    assert (report.slides_read, report.patients) == (0, 2)
+    assert cohort(site, lung).digest != before
+
+
+def test_a_plan_whose_rules_leave_nothing_is_told(site):
+    site.add("a.tif")
+    site.map(a="P1")
+    with pytest.raises(CohortEmptyError, match=r"PF211.*PF233 x 1"):
+        site.scan(CohortPlan(tile_px=224, exclude=CohortExclude(stain=("ihc",))))
+
+
+def test_weights_reach_the_cohort_and_its_digest(site):
+    site.add("a.tif", "b.tif")
+    site.write_list("slide,patient,stain", "a.tif,P1,HE", "b.tif,P1,IHC")
+    plan = CohortPlan(tile_px=224, tile_weights=(TileWeight(attribute="stain", value="ihc", weight=0.25),))
+    site.scan(plan)
+    (patient,) = cohort(site, plan).patients
+    assert [slide.weight for slide in patient.slides] == [1.0, 0.25]
+    assert cohort(site, plan).digest != cohort(site, PLAN).digest
+
+
+# Resolutions from the list
+
+
+def test_a_resolution_in_the_list_mends_a_file_and_a_change_of_it_reads_the_slide_again(site):
+    site.write_slide(site.folder / "a.tif", mpp=28.97)
+    site.write_slide(site.folder / "b.tif", mpp=28.97, shift=50)
+    site.write_list("slide;patient;scanner;mpp", "*;;S1;0,5", "a.tif;P1;S1;", "b.tif;P2;;0.25")
+    assert site.scan().patients == 2
+    by_path = {record.path: record for record in site.store.slides(scan_key(PLAN)).values()}
+    with TileIndex(index_file(site.store.tile_folder, scan_key(PLAN))) as index:
+        grids = {path: (record.mpp, index.read(record.tiles).grid) for path, record in by_path.items()}
+    sides = {path: (mpp, grid.crop * grid.downsample) for path, (mpp, grid) in grids.items()}
+    assert sides == {"a.tif": (0.5, 224), "b.tif": (0.25, 448)}, "level-0 pixels of a tile"
+    assert site.scan().slides_read == 0
+    before = cohort(site, PLAN)
+    site.write_list("slide;patient;scanner;mpp", "*;;S1;0.49", "a.tif;P1;S1;", "b.tif;P2;;0.25")
+    assert site.scan().slides_read == 1
+    after = cohort(site, PLAN)
+    numbers = [{slide.slide for patient in made.patients for slide in patient.slides} for made in (before, after)]
+    assert len(numbers[0] - numbers[1]) == 1, "other pixels under old corners are another slide"
+    site.map(a="P1", b="P2")
+    with pytest.raises(CohortEmptyError, match="PF207 x 2"):
+        site.scan()
+
+
+def test_an_implausible_resolution_in_the_list_refuses_its_line_alone(site):
+    site.add("a.tif", "b.tif")
+    site.write_list("slide,patient,mpp", "a.tif,P1,352.8", "b.tif,P2,")
+    with pytest.raises(ScanEndedError, match=r"PF232.*line 2"):
+        site.scan()
+    assert site.statuses() == {"a.tif": (SlideStatus.UNMAPPED, ErrorCode.LIST_LINE_UNUSABLE), "b.tif": (SlideStatus.USABLE, None)}
+
+
+def test_configured_columns_reach_the_scan(site):
+    site.add("a.tif")
+    site.write_list("Objekt,Fall", "a,F1")
+    with pytest.raises(SiteDataError, match=r"PF202.*not found"):
+        site.scan()
+    assert site.scan(columns={"slide": "Objekt", "patient": "Fall"}).patients == 1

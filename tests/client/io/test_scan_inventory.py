@@ -111,6 +111,29 @@ def test_list_still_decides_about_slides_that_are_out_of_reach(site, roots):
     assert len(cohort(site).patients) == 2
 
 
+def test_stems_and_whole_names_of_slides_in_several_folders_are_understood(site, roots):
+    roots.add(0, "a.tif", "b.tif")
+    roots.add(1, "b.tif", "deep/c.tif")
+    site.write_list("slide,patient", "a,P1", "nas//b,P2", "archive//b,P3", "deep/c,P4")
+    assert roots.scan().patients == 4
+
+
+def test_other_resolution_of_a_slide_out_of_reach_counts_once_it_can_be_read(site, roots):
+    roots.add(0, "a.tif")
+    roots.add(1, "b.tif")
+    site.write_list("slide,patient,organ,mpp", "a.tif,P1,,", "b.tif,P2,lung,0.5")
+    roots.scan()
+    number = site.numbers()["archive//b.tif"]
+    shutil.move(roots.folders[1], site.folder.parent / "unmounted")
+    site.write_list("slide,patient,organ,mpp", "a.tif,P1,,", "b.tif,P2,liver,0.49")
+    assert roots.scan().patients == 2
+    record = {one.path: one for one in site.store.slides(scan_key(PLAN)).values()}["archive//b.tif"]
+    assert (record.mpp, record.attributes) == (0.5, {"organ": "liver", "mpp": "0.5"})
+    shutil.move(site.folder.parent / "unmounted", roots.folders[1])
+    assert roots.scan().slides_read == 1
+    assert site.numbers()["archive//b.tif"] != number
+
+
 def test_all_folders_away_is_an_error_that_changes_nothing(site, roots):
     roots.add(0, "a.tif")
     site.map(a="P1")

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from pathfed_client.io.scan_reading import InlineExecutor
-from pathfed_client.io.scan_report import CohortEmptyError, ScanReport
+from pathfed_client.io.scan_report import CohortEmptyError, ScanEndedError, ScanReport
 from pathfed_client.io.scan_watch import watch
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 
@@ -75,6 +75,16 @@ def test_what_can_come_right_by_itself_is_told_once_and_waited_for(site):
     assert isinstance(told[0], CohortEmptyError)
     assert [one.code for one in told if isinstance(one, SiteDataError)] == [ErrorCode.COHORT_EMPTY, ErrorCode.PATIENT_LIST_UNREADABLE]
     assert told[-1].patients == 1
+
+
+def test_list_in_doubt_is_told_with_its_report_once_and_the_rest_is_taken_up(site):
+    site.add("a.tif", "b.tif")
+    site.write_list("slide,patient", "a.tif,P1", "b.tif,P2", "b.tif,P3")
+    told, read = watched(site, lambda: None, lambda: site.add("c.tif"), lambda: site.map(a="P1", b="P2"))
+    assert read == ["a.tif", "b.tif"]
+    assert [type(one) for one in told] == [ScanEndedError, ScanEndedError, ScanEndedError, ScanReport]
+    assert [one.report.slides_read for one in told[:3]] == [1, 0, 0]
+    assert [one.report.patients for one in told[:3]] == [1, 1, 1]
 
 
 def test_what_cannot_ends_the_watch():

@@ -130,7 +130,7 @@ home = Path(sys.argv[1])
 
 def progress(done, total):
     if done == 4:
-        print(" ".join(str(one._process.pid) for one in (*executor._idle, *executor._busy.values())), flush=True)
+        print(" ".join(str(one.pid) for one in (*executor._idle, *(busy for busy, _ in executor._busy.values()))), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 with SiteStore(home / "site.db") as store, ProcessExecutor(2) as executor:

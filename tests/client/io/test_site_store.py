@@ -91,14 +91,28 @@ def test_state_change_takes_a_slide_out_and_keeps_its_tiles(store):
         store.set_slide_state(999, status=SlideStatus.MISSING)
 
 
-def test_summary_counts_statuses_reasons_patients_and_tiles(store):
-    store.upsert_slide(usable("1.tif"))
-    store.upsert_slide(usable("2.tif"))
-    store.upsert_slide(replace(usable("3.tif", tiles=0), status=SlideStatus.REFUSED, reason=ErrorCode.SLIDE_WITHOUT_TISSUE))
-    summary = store.summary(KEY)
-    assert summary.slides == {SlideStatus.USABLE: 2, SlideStatus.REFUSED: 1}
-    assert summary.reasons == {ErrorCode.SLIDE_WITHOUT_TISSUE: 1}
-    assert (summary.patients, summary.tiles) == (1, 6)
+def test_what_the_list_says_of_slides_comes_back_and_can_change_without_reading(store):
+    slide = store.upsert_slide(replace(usable(), attributes={"organ": "lung"}))
+    assert store.slides(KEY)[slide].attributes == {"organ": "lung"}
+    store.restate_slides({slide: replace(usable(), attributes={"organ": "liver"})})
+    assert store.slides(KEY) == {slide: replace(usable(), attributes={"organ": "liver"})}
+
+
+def test_other_resolution_is_another_number_unless_the_slide_was_not_read_yet(store):
+    found = replace(usable(tiles=0), status=SlideStatus.PENDING, fingerprint="", mpp=None)
+    first = store.upsert_slide(found)
+    assert store.upsert_slide(usable()) == first
+    other = store.upsert_slide(replace(usable(), mpp=0.25))
+    assert other != first
+    assert store.upsert_slide(found) not in (first, other)
+
+
+def test_weights_reach_the_cohort_and_slides_without_one_are_left_out(store):
+    one, two = store.upsert_slide(usable("1.tif")), store.upsert_slide(usable("2.tif", content=b"y"))
+    store.upsert_slide(usable("3.tif", "3" * 32, content=b"z"))
+    weights = {"1.tif": 1.0, "2.tif": 0.25, "3.tif": None}
+    (patient,) = store.cohort(KEY, lambda record: weights[record.path]).patients
+    assert [(slide.slide, slide.weight) for slide in patient.slides] == [(one, 1.0), (two, 0.25)]
 
 
 def test_tiles_without_a_tile_map_are_refused(store):

@@ -78,6 +78,14 @@ def test_broken_slide_without_resolution_is_called_broken(picture):
         examine(ArrayReader(picture, mpp=None), PLAN, where="a")
 
 
+@pytest.mark.parametrize("stated", [None, (28.97, 28.97), (0.25, 0.25)])
+def test_a_resolution_given_by_the_hospital_counts_instead_of_the_files(picture, stated):
+    facts = examine(ArrayReader(picture, mpp=stated), PLAN, where="a", mpp_override=0.5)
+    assert (facts.mpp, facts.tiles.grid.source_side) == (0.5, 96)
+    with pytest.raises(SiteDataError, match="PF207"):
+        examine(ArrayReader(picture), PLAN, where="a", mpp_override=28.97)
+
+
 def test_slide_coarser_than_the_plan_is_refused_before_it_is_read(picture):
     reader = ArrayReader(picture, mpp=(0.6, 0.6))
     with pytest.raises(SiteDataError, match=r"PF207.*coarser"):
