@@ -17,7 +17,7 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_common.errors import PathfedError
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "scan", "inspect", "approve", "start", "status", "ledger")
+COMMANDS = ("init", "doctor", "scan", "inspect", "approve", "start", "status", "ledger")
 
 
 def fails(done, code: str) -> None:
