@@ -108,4 +108,6 @@ def _server(home: SiteHome) -> ErrorCode | None:
         check_server(home.server_card.fleet_address, home.ca_file)
     except TransportError as error:
         return error.code
+    except OSError:
+        return ErrorCode.HOME_UNUSABLE  # of the pinned certificate's own file
     return None

@@ -1,6 +1,6 @@
 """`pathfed-site`: what a hospital's IT does."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -227,7 +227,8 @@ def doctor(
 
     here = SiteHome(home)
     given = None if plan is None else site.read_signed_plan(here, plan)[1]
-    found = examine_site(here, given, sample=sample, seconds=seconds, seed=seed)
+    with nullcontext() if as_json else console.err.status("looking at slides, keys and server"):
+        found = examine_site(here, given, sample=sample, seconds=seconds, seed=seed)
     error = DoctorError(found) if found.errors else None
     if as_json:
         told = found.to_dict(show_slides=show_slides)

@@ -134,8 +134,10 @@ def test_slides_that_are_damaged_or_unlisted_are_counted_with_their_codes(site, 
         (lambda mine, home: mine.patients.write_text("slide,patient\nother.svs,P1\n"), "patients", "PF204"),
         (lambda mine, home: (home.root / "keys" / "pseudonym.key").chmod(0o644), "keys", "PF906"),
         (lambda mine, home: (home.root / "keys" / "flower").unlink(), "keys", "PF906"),
+        (lambda mine, home: home.ca_file.unlink(), "server", "PF904"),
+        (lambda mine, home: home.ca_file.write_text("no certificate"), "server", "PF904"),
     ],
-    ids=["folder gone", "no slide", "all damaged", "no list", "nobody listed", "key open", "key gone"],
+    ids=["folder gone", "no slide", "all damaged", "no list", "nobody listed", "key open", "key gone", "no CA", "damaged CA"],
 )
 def test_an_error_ends_with_the_doctors_own_code_and_the_whole_report(site, doctor, spoil, check, code):
     mine, home = site

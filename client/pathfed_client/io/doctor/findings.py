@@ -278,6 +278,9 @@ def judge_server(code: ErrorCode | None) -> Finding:
     if code is ErrorCode.SERVER_UNREACHABLE:
         hint = "check the address, the firewall (outbound TCP) and the proxy; the operator knows whether the server runs"
         return Finding(check="server", severity=Severity.WARNING, what="the server does not answer", hint=hint, codes={code: 1})
+    if code is ErrorCode.HOME_UNUSABLE:
+        hint = "it was written by `pathfed-site init` out of the server card"
+        return Finding(check="server", severity=Severity.ERROR, what="ca.pem in the home cannot be read", hint=hint, codes={code: 1})
     hint = "ask the operator for a new server card; do not go on with this one"
     return Finding(check="server", severity=Severity.ERROR, what="the server's certificate is refused", hint=hint, codes={code: 1})
 

@@ -87,7 +87,7 @@ def free_bytes(folder: Path) -> int:
 def measure_speed(
     folders: Folders, looks: Sequence[Look], *, tile_px: int, tiles_per_slide: int, workers: int, seconds: float
 ) -> SpeedSeen | None:
-    """Read tiles with the processes that a round reads with.
+    """Read tiles with the processes that a round reads with. Each slide is opened anew for its few tiles, as at a site of very many.
 
     Args:
         folders: the slide folders.
@@ -105,7 +105,7 @@ def measure_speed(
         return None
     jobs = _jobs(able, tiles_per_slide)
     read = failed = 0
-    with TileWorkers(folders, tile_px, workers) as reading:
+    with TileWorkers(folders, tile_px, workers, open_slides=1) as reading:
         for _ in range(workers):
             reading.order(list(itertools.islice(jobs, CHUNK)))
         for _ in range(workers):

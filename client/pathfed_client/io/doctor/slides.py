@@ -30,8 +30,8 @@ from pathfed_common.plan import CohortPlan
 
 #: Seconds one slide may take.
 SLIDE_TIMEOUT_S = 60.0
-#: Tiles of a slide whose places are drawn for measuring speed.
-PLACES = 32
+#: Tiles of a slide whose places are drawn for measuring speed: so many that few are read twice, which would be the page cache's speed.
+PLACES = 256
 _MODULE = "pathfed_client.io.doctor.slides"
 
 

@@ -215,6 +215,7 @@ def test_a_server_that_is_away_is_a_warning_and_a_strange_certificate_an_error()
     assert judge_server(None).severity is OK
     assert judge_server(ErrorCode.SERVER_UNREACHABLE).severity is WARNING
     assert judge_server(ErrorCode.CERTIFICATE_REFUSED).severity is ERROR
+    assert judge_server(ErrorCode.HOME_UNUSABLE).severity is ERROR
 
 
 def test_names_are_told_only_when_asked_for():
