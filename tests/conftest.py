@@ -1,14 +1,22 @@
-"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread a process."""
+"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread each, fixed examples."""
 
 import os
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Read by torch and BLAS when they are first imported. Two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-#: Folders whose tests start a whole consortium: they go to one test process, one after the other, once the others are done.
+# The same examples in every run, here and in CI, and no limit of time an example: a loaded machine must not decide whether a property
+# holds. Look for new examples with `make test T=--hypothesis-profile=search`.
+settings.register_profile("pathfed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pathfed")
+
+#: Folders whose tests start a whole consortium: they go to one test process, one after the other. They are handed out last, so other
+#: files may still be running in the other process.
 WHOLE_MACHINE = ("end_to_end", "chaos")
 
 

@@ -16,6 +16,7 @@ Whatever goes wrong becomes a code; a code is decided by public facts (see train
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ import torch
 from pathfed_client.budget.entry import LedgerEntry
 from pathfed_client.budget.ledger import Ledger
 from pathfed_client.cohort.cohort import Cohort
-from pathfed_client.gate.offer import check_base_state, check_deadline, check_order, open_offer, reply_time
+from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
@@ -100,20 +101,24 @@ class SiteAnswerer:
         torch.set_num_threads(home.policy.threads)
 
     def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
-        """Answer one offer; see `gate.ports.Answerer`."""
+        """Answer one offer; see `gate.ports.Answerer`. The log gets our own words and types, no text that could name a slide or a path."""
         try:
             return self._answer(envelope, base_state)
         except PathfedError as error:
-            _log.error("%s", error)
+            # What is wrong with site data is said in words that name slides; where and which value may be a path.
+            _log.error("%s: %s", error.code.value, type(error).__name__ if isinstance(error, SiteDataError) else error.what)
+            _log.debug("the whole error: %s", error)
             return Answer(code=error.code.value)
-        except Exception:
-            # The edge towards the server: an exception's text stays here, a code goes out.
-            _log.exception("the round failed")
+        except Exception as error:
+            # The edge towards the server: a code goes out. An exception's text and traceback may name a slide, so the log shows its type.
+            _log.error("the round failed: %s at %s", type(error).__name__, _place(error))
+            _log.debug("the round failed", exc_info=error)
             return Answer(code=ErrorCode.SITE_INTERNAL.value)
 
     def _answer(self, envelope: bytes, base_state: bytes) -> Answer:
         offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
         plan, approval = self._approved(offer)
+        check_bounds(offer, plan.rounds, self._now())
         check_base_state(offer, base_state)
         sealed = self._sealed_before(offer)
         if sealed is None:
@@ -146,9 +151,13 @@ class SiteAnswerer:
         return None
 
     def _cohort(self, plan: Plan) -> Cohort:
+        """The patients as they are now.
+
+        An approved plan was scanned, so an empty cohort is no error: whether a site answers must not depend on its last patient.
+        """
         cohort = self._store.cohort(scan_key(plan.cohort))
         if not cohort.patients:
-            raise SiteDataError(ErrorCode.NOT_SCANNED, "no slide was scanned for this plan", remedy="run `pathfed-site scan` with the plan")
+            _log.warning("no patient is left under this plan's rules; the answer will be noise alone")
         return cohort
 
     @cached_property
@@ -270,12 +279,19 @@ class SiteAnswerer:
             reply_slot_s=plan.rounds.reply_slot_s if self._home.policy.reply_slots else None,
             manifest_commitment=commitment,
             previous=None if previous is None else digest.of_bytes(previous.statement),
-            issued_at=UtcSeconds(self._now()),
+            issued_at=UtcSeconds(offer.offered_at),
         )
 
     def _wait_for_slot(self, offer: RoundOffer, plan: Plan) -> None:
         if self._home.policy.reply_slots:
             self._sleep(max(0.0, reply_time(offer, plan.rounds.reply_slot_s, self._now()) - self._now()))
+
+
+def _place(error: Exception) -> str:
+    """Where in our own code an exception came from: the innermost frame that is ours, module and line. Names no data."""
+    modules = ((str(frame.f_globals.get("__name__")), line) for frame, line in traceback.walk_tb(error.__traceback__))
+    ours = [f"{module}:{line}" for module, line in modules if module.startswith("pathfed_")]
+    return ours[-1] if ours else "an unknown place"
 
 
 def _open_state(base_state: bytes, plan: Plan) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathfed_client.gate.site_policy import SitePolicy, check_plan
-from pathfed_client.home import SiteHome, SiteSettings, create_home
+from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
 _TICK_S = 0.25
+_RUNNER_PATIENCE_S = 20.0
 
 
 def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
@@ -282,13 +283,19 @@ def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
 
 
 def start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    """Run the site's processes until interrupted.
+    """Run the site's processes until interrupted. One such command a home.
 
     Raises:
-        HostError: PF903, a process does not start or will not stay up.
+        HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing.
         TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged.
     """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    with hold(home, "site"):
+        _start(home, tell)
+
+
+def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
     from pathfed_client.transport.site_engine import SiteFiles, start_site
     from pathfed_common.processes import Supervisor
 
@@ -357,10 +364,15 @@ def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
 
 
 def run_resident(home: SiteHome, address: str) -> None:
-    """The runner's process: answer the SuperNode at `address` until ended."""
+    """The runner's process: answer the SuperNode at `address` until ended.
+
+    Raises:
+        HostError: PF904, another runner works in this home and does not end.
+    """
     from pathfed_client.transport import resident_runner
 
-    with closing(open_store(home)) as store:
+    # A runner that is being replaced may need a moment to end.
+    with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
         app = make_flower_app(home, store)
         warm_up(home)
         resident_runner.run(address, home.superexec_secret, app)

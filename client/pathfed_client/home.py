@@ -5,9 +5,14 @@ keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a f
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets); leave it out of backups
 updates/   sealed updates, resent as they are
 logs/      one file per process
+*.lock     held while the site runs (`hold`)
 """
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +31,7 @@ from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.settings import Settings, read_settings, to_toml
 
 _SECRET_BYTES = 32
+_LOOK_AGAIN_S = 0.2
 
 
 class SiteSettings(Settings):
@@ -154,6 +160,43 @@ def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_c
     card = ServerCard.from_bytes(server_card)
     files.create_folder(root, lambda part: _fill(part, settings, policy, card, server_card))
     return SiteHome(root)
+
+
+@contextmanager
+def hold(home: SiteHome, what: str, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Be the only process that does `what` ("site", "runner") in this home, as long as the context lasts or the process lives.
+
+    A killed process lets go at once: the lock is the operating system's (flock), and the file `what`.lock means nothing by itself.
+
+    Args:
+        home: the site's home.
+        what: names the lock.
+        patience_s: how long to wait for another process to let go, seconds.
+
+    Raises:
+        HostError: PF904, another process holds it, or the home cannot be written.
+    """
+    path = home.root / f"{what}.lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise files.disk_error(error, path) from error
+    with file:
+        last = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= last:
+                    raise HostError(
+                        ErrorCode.HOME_UNUSABLE,
+                        "another process runs this site already",
+                        where=path,
+                        remedy="stop the other `pathfed-site start` of this home; two would spend and erase each other's secrets",
+                    ) from None
+                time.sleep(_LOOK_AGAIN_S)
+        yield
 
 
 def _fill(part: Path, settings: SiteSettings, policy: SitePolicy, card: ServerCard, server_card: bytes) -> None:

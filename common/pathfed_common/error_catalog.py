@@ -95,9 +95,10 @@ _SITE_DATA: dict[Code, CatalogEntry] = {
         "site",
     ),
     Code.SLIDE_LISTED_TWICE: CatalogEntry(
-        "A slide is listed for two patients",
-        "One slide stands in the patient list more than once. If it counted for two patients, taking out one of them would not "
-        "take out all that depends on that person, and the privacy guarantee would not hold. The list is refused as a whole.",
+        "A slide is listed twice",
+        "One slide stands in the patient list more than once, for two patients or for the same one again. If it counted for two "
+        "patients, taking out one of them would not take out all that depends on that person, and the privacy guarantee would not "
+        "hold; and a list with repeated rows is not certain to be right elsewhere. It is refused as a whole.",
         "Find out whose slide it is and leave one row. If one slide truly carries tissue of two people, leave it out.",
         "site",
     ),
@@ -256,18 +257,21 @@ _PRIVACY: dict[Code, CatalogEntry] = {
     ),
     Code.LEDGER_DAMAGED: CatalogEntry(
         "The privacy ledger does not verify",
-        "An entry of the ledger is missing, changed, out of order or wrongly signed. The site refuses to release anything, "
-        "because what was spent is no longer certain.",
+        "An entry of the ledger is missing, changed, out of order or wrongly signed, or its end was cut off: a statement that this "
+        "site has sealed names an entry that is no longer there. The site refuses to release anything, because what was spent is no "
+        "longer certain.",
         "Do not edit the database. Find out what happened to the disk. Restoring an older copy would forget what was spent since;"
         " that is not a remedy. Keep the damaged database as evidence and ask the operator which statements of this site the "
         "record holds.",
         "site",
     ),
     Code.ACCOUNTANTS_DISAGREE: CatalogEntry(
-        "The two accountants disagree",
-        "The epsilon computed by dp_accounting and the bounds computed by opacus differ by more than their stated tolerances. "
-        "Since one of them must be wrong, the site has refused to charge.",
-        "Report it with the plan's privacy section and the versions of both packages. Do not raise the tolerance.",
+        "The privacy accountants disagree",
+        "The epsilon computed by dp_accounting (PLD) lies outside the bounds that independent methods give: above opacus' Renyi "
+        "bound, below what a simple attack demonstrates, or outside the bounds of opacus' PRV accountant, by more than the stated "
+        "tolerances. One of them must be wrong, so nothing was charged or released.",
+        "Install the pinned versions of dp-accounting and opacus. If it stays, report the figures of the message with the plan's "
+        "privacy section and both versions. Do not raise a tolerance.",
         "both",
     ),
     Code.BASE_STATE_UNTRAINABLE: CatalogEntry(
@@ -346,9 +350,12 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.ROUND_OUT_OF_ORDER: CatalogEntry(
         "A round is out of order",
-        "The offer names an earlier round than one this site has already answered, or a round the plan does not have. It was "
-        "refused, so that no round is answered twice with different noise.",
-        "After the server was restored from a backup it may offer old rounds: continue from the last round that the record holds.",
+        "The offer names an earlier round than one this site has already answered, or a round the plan does not have, or its times "
+        "do not fit: its deadline has passed or is not the plan's, or it lies in the future by the site's clock. It was refused and "
+        "nothing was charged, so that no round is answered twice with different noise and nothing is spent on an answer that cannot "
+        "count.",
+        "Compare the clocks of site and server (a few minutes are tolerated). After the server was restored from a backup it may offer "
+        "old rounds: continue from the last round that the record holds.",
         "operator",
     ),
     Code.SITE_INTERNAL: CatalogEntry(
@@ -556,12 +563,13 @@ _HOST: dict[Code, CatalogEntry] = {
         "The home folder cannot be used",
         "The folder of this site, server or run is missing, not ours, in use by another process, not empty where it must be, or "
         "not writable.",
-        "Check the path, its owner and its rights. One home serves one process at a time.",
+        "Check the path, its owner and its rights. One home serves one `start` at a time; stop the other one.",
         "both",
     ),
     Code.SETTINGS_INVALID: CatalogEntry(
         "The settings are invalid",
-        "A settings or policy file, or an option of the command, has an unknown key, a wrong type, or a value out of bounds.",
+        "A settings or policy file, or an option of the command, has an unknown key, a wrong type, or a value out of bounds; or a "
+        "policy's delta was changed, which is fixed for the ledger's life.",
         "The message names the file and the key, or the option. `--help` shows what each option takes.",
         "both",
     ),

@@ -3,8 +3,6 @@
 A *base state* is the set of all trained tensors, float32, named ``encoder.<timm name>`` and ``head.<name>``.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape, preset
@@ -48,11 +46,6 @@ def trained_shapes(plan: Plan) -> dict[str, Shape]:
         decoder_depth=objective.decoder_depth,
         decoder_heads=objective.decoder_heads,
     )
-
-
-def encoder_state(base_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors of a base state, under timm's names."""
-    return {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in base_state.items() if name.startswith(ENCODER_PREFIX)}
 
 
 def timm_config(plan: Plan) -> dict[str, object]:

@@ -19,8 +19,6 @@ from pathfed_common.ids import site_name
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.validation import Fault, first_finding
 
-PLAN_VERSION = 1
-
 Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -12,14 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from pathfed_common.errors import ErrorCode, HostError
 
+#: Looked up here, not in a child between fork and exec, where loading a library may wait for a lock that no thread will release.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
+_PORT_POLL_S = 0.1
 _READY_POLL_S = 0.05
 _LOG_TAIL_LINES = 5
 _ORPHANS_GRACE_S = 3.0
@@ -152,17 +159,8 @@ class Supervisor:
         What they started, and left behind in their sessions, is asked and ended after them.
         """
         children = [child for child in reversed(self._children) if child.restart_at is None]
-        for child in children:
-            if child.process.poll() is None:
-                child.process.terminate()
         until = time.monotonic() + grace_s
-        for child in children:
-            try:
-                child.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _signal_group(child.process.pid, signal.SIGKILL)
-                child.process.wait()
-            self._note_orphans(child)
+        end_all((child.process for child in children), grace_s)
         _end_groups(self._orphaned, until)
         self._children.clear()
         self._orphaned.clear()
@@ -172,26 +170,82 @@ class Supervisor:
             self._orphaned.add(child.process.pid)
 
 
+def start_owned(argv: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """Start a child in a session of its own, which the kernel ends (SIGTERM) when its owner dies (Linux).
+
+    Its owner is the calling thread: call it from the main one. `options` are those of `subprocess.Popen`. An interrupt that comes while
+    the process forks takes effect afterwards: Python would raise it inside a fork handler (`os.register_at_fork`), and lose it there.
+
+    Raises:
+        FileNotFoundError: no such command.
+    """
+    owner = os.getpid()
+    with _interrupts_held():
+        return subprocess.Popen(
+            list(argv), start_new_session=True, preexec_fn=(lambda: _die_with(owner)) if _prctl is not None else None, **options
+        )
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let the handlers of SIGINT and SIGTERM wait until the block ends."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler ever runs
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted: list[tuple[int, FrameType | None]] = []
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for came, frame in noted[:1]:
+            first = handlers[signal.Signals(came)]
+            if callable(first):
+                first(came, frame)
+
+
+def end_all(children: Iterable["subprocess.Popen[Any]"], grace_s: float) -> None:
+    """End children of `start_owned`, in the order given: asked first, by force after `grace_s` seconds in all.
+
+    What they started, and left behind in their sessions, is asked and ended after them.
+    """
+    children = list(children)
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    until = time.monotonic() + grace_s
+    for child in children:
+        try:
+            child.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal_group(child.pid, signal.SIGKILL)
+            child.wait()
+    _end_groups([child.pid for child in children], until)
+
+
 def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
     spec.log.parent.mkdir(parents=True, exist_ok=True)
-    owner = os.getpid()
     with spec.log.open("ab") as log:
         try:
-            return subprocess.Popen(
-                list(spec.argv),
+            return start_owned(
+                spec.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **spec.environment},
-                start_new_session=True,
-                preexec_fn=(lambda: _die_with(owner)) if sys.platform == "linux" else None,
             )
         except FileNotFoundError as error:
             raise HostError(ErrorCode.TOOL_MISSING, f"{spec.name} cannot be started: no such command", where=spec.argv[0]) from error
 
 
 def _die_with(owner: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != owner:
         os._exit(1)
 
@@ -231,12 +285,23 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Check that a port chosen by a person can be listened on.
+def require_free_port(host: str, port: int, within_s: float = 0.0) -> None:
+    """Check that a port chosen by a person can be listened on, now or within some seconds: a predecessor may still be closing it.
 
     Raises:
         HostError: PF902, somebody listens there already.
     """
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            return _try_port(host, port)
+        except HostError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_PORT_POLL_S)
+
+
+def _try_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

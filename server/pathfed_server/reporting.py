@@ -131,11 +131,14 @@ def _round(row: RoundRow, participations: Sequence[Participation]) -> RoundRepor
     times = row.times
     if times is None:
         raise ValueError(f"round {row.round_index} is not committed")
+    waited = max(0.0, times.exchange_s - times.transfer_s - times.admission_s)
+    until_slot = max((slot * one.reply_slot_s for one in participations if (slot := _slot(one)) and one.reply_slot_s), default=0.0)
     return RoundReport(
         index=row.round_index,
         sites=tuple(_site_round(one) for one in participations),
         times=RoundTimes(
-            wait_s=max(0.0, times.exchange_s - times.transfer_s - times.admission_s),
+            slots_s=min(waited, until_slot),
+            wait_s=max(0.0, waited - until_slot),
             transfer_s=times.transfer_s,
             aggregation_s=times.admission_s + times.aggregation_s,
             step_s=times.step_s,
@@ -151,7 +154,15 @@ def _site_round(one: Participation) -> SiteRound:
         code=one.code,
         epsilon_plan=one.epsilon_plan,
         figures=SiteFigures(**figures) if figures else None,
+        slot=_slot(one),
     )
+
+
+def _slot(one: Participation) -> int | None:
+    """The time slot in which a reply came: the last that began before its first byte was seen, and the first at least."""
+    if one.reply_slot_s is None or one.offered_at is None or one.received_at is None:
+        return None
+    return max(1, int((one.received_at - (one.transfer_s or 0.0) - one.offered_at) // one.reply_slot_s))
 
 
 def _sites(store: SqlStore, run: RunRow, plan: Plan, rounds: Mapping[int, Sequence[Participation]]) -> list[SiteReport]:
@@ -191,7 +202,7 @@ def _contact_sheet(plan: Plan, state: Path) -> tuple[ContactRow, ...]:
     from pathfed_common.privacy.randomness import KeyedRandom
 
     model = build_model(plan).eval()
-    model.load_state_dict(weights.load(state.read_bytes()), strict=False)
+    model.load_state_dict(weights.load(state.read_bytes()))
     tiles = synthetic.synthetic_tiles(_TILES, plan.cohort.tile_px, seed=_TILE_SEED)
     with torch.no_grad():
         inputs = normalise(tiles)

@@ -1,18 +1,23 @@
+import datetime
 import sqlite3
 from contextlib import closing
 
 import pytest
+from tls_listener import listening
 
 from pathfed_client import app
-from pathfed_client.home import SiteHome
+from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.home import SiteHome, SiteSettings, hold
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError
-from pathfed_common.ids import RunName
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError, TransportError
+from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import CohortPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, epsilon
-from pathfed_common.provenance.documents import Approval
+from pathfed_common.processes import ProcessEnd
+from pathfed_common.provenance.documents import Approval, ServerCard
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_server.transport.certificates import make_tls
 
 
 def charge(home: SiteHome, plan: str, count: int) -> None:
@@ -140,6 +145,45 @@ def test_a_site_does_not_start_with_a_key_that_others_may_read(copy_home, key):
     home = copy_home()
     (home.root / "keys" / key).chmod(0o644)
     with pytest.raises(HostError, match="PF906"):
+        app.start(home, print)
+
+
+def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(world, tmp_path):
+    tls = make_tls("test", ["127.0.0.1"], now=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=500))
+    with listening(tmp_path, tls) as port:
+        card = ServerCard(
+            name="test", evidence_key=world.server_key.public, ca_pem=tls.ca_certificate.decode(), fleet_address=f"127.0.0.1:{port}"
+        )
+        (tmp_path / "card").write_bytes(card.to_bytes(world.server_key))
+        settings = SiteSettings(name=SiteName("late"), slides=(str(world.slides),), patients=str(world.patients))
+        home = app.init(tmp_path / "home", settings, SitePolicy(max_epsilon=10.0, delta=1e-6), tmp_path / "card")
+        with pytest.raises(TransportError, match=r"PF401.*expired"):
+            app.start(home, print)
+    assert not list(home.logs.glob("*")), "no process was started"
+
+
+@pytest.mark.parametrize(
+    ("name", "log", "code"),
+    [
+        ("supernode", "E: refused [code: 2004]", "PF402"),
+        ("supernode", "ssl: CERTIFICATE_VERIFY_FAILED", "PF401"),
+        ("supernode", "Address already in use", "PF903"),
+        ("runner", "E: refused [code: 2004]", "PF903"),
+    ],
+)
+def test_a_process_that_ended_and_is_started_again_is_told_with_its_reason(copy_home, tmp_path, name, log, code):
+    (tmp_path / "log").write_text(log)
+    told: list[str] = []
+    app._tell_end(ProcessEnd(name=name, status=1, restarted=True, log=tmp_path / "log"), copy_home(), told.append)
+    assert len(told) == 1
+    assert told[0].startswith(f"{code} {name} ended (1) and is started again")
+    with pytest.raises(PathfedError, match=code):
+        app._tell_end(ProcessEnd(name=name, status=1, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
+
+
+def test_a_second_start_in_the_same_home_is_refused(copy_home):
+    home = copy_home()
+    with hold(home, "site"), pytest.raises(HostError, match=r"PF904.*another process runs this site"):
         app.start(home, print)
 
 

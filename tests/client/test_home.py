@@ -1,4 +1,6 @@
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from pathfed_client.gate.site_policy import SitePolicy
-from pathfed_client.home import SiteHome, SiteSettings, create_home
+from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_common.errors import HostError, PathfedError
 from pathfed_common.provenance.documents import SiteCard
 
@@ -98,3 +100,26 @@ def test_a_folder_that_is_no_home_says_so(tmp_path):
     for read in (lambda: home.settings, lambda: home.policy, lambda: home.server_card):
         with pytest.raises(HostError, match=r"PF904.*init"):
             read()
+
+
+def test_a_home_is_held_by_one_process_and_let_go_afterwards(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    refused = pytest.raises(HostError, match=r"PF904.*another process runs this site")
+    with hold(home, "site"), hold(home, "runner"), refused, hold(home, "site"):
+        pass
+    with hold(home, "site"):
+        pass
+
+
+def test_a_killed_process_lets_go_of_the_home_and_its_lock_is_waited_for(world, tmp_path):
+    home = made(world, tmp_path / "home")
+    code = "import sys; from pathlib import Path; from pathfed_client.home import SiteHome, hold\n"
+    code += "with hold(SiteHome(Path(sys.argv[1])), 'site'):\n    print('held', flush=True)\n    sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, home.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(HostError, match="PF904"), hold(home, "site", patience_s=0.3):
+            pass
+        other.kill()
+        with hold(home, "site", patience_s=60):
+            pass

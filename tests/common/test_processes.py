@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import Any
 import pytest
 
 from pathfed_common.errors import ErrorCode, HostError
-from pathfed_common.processes import ProcessEnd, ProcessSpec, Supervisor, accepts_connections, free_port, require_free_port
+from pathfed_common.processes import (
+    ProcessEnd,
+    ProcessSpec,
+    Supervisor,
+    accepts_connections,
+    end_all,
+    free_port,
+    require_free_port,
+    start_owned,
+)
 
 
 @pytest.fixture
@@ -40,7 +50,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 5.0) -> bool:
+def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> bool:
     until = time.monotonic() + within_s
     while not holds():
         if time.monotonic() > until:
@@ -102,13 +112,13 @@ def test_a_restart_waits_for_its_delay(supervisor, spec, tmp_path):
     assert eventually(lambda: (tmp_path / "starts").exists())
     os.kill(supervisor.pids()["child"], signal.SIGKILL)
     ends: list[ProcessEnd] = []
-    assert eventually(lambda: bool(noted(ends, supervisor)))
     began = time.monotonic()
+    assert eventually(lambda: bool(noted(ends, supervisor)))
     assert ends[0].status == -signal.SIGKILL
     assert "signal 9" in ends[0].error().what
     assert supervisor.pids() == {}
     assert eventually(lambda: supervisor.poll() == [] and bool(supervisor.pids()))
-    assert time.monotonic() - began >= 0.35
+    assert time.monotonic() - began >= 0.4
     assert eventually(lambda: (tmp_path / "starts").read_text() == "x\n" * 2)
 
 
@@ -118,7 +128,7 @@ def test_a_child_that_will_not_end_is_killed_after_its_grace(supervisor, spec, t
     (pid,) = supervisor.pids().values()
     began = time.monotonic()
     supervisor.stop(grace_s=0.3)
-    assert 0.25 < time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.3
     assert not alive(pid)
 
 
@@ -163,6 +173,46 @@ time.sleep(60)
     assert eventually(lambda: not any(alive(pid) for pid in pids))
 
 
+def test_a_command_begun_beside_others_ends_with_its_owner_and_on_demand(tmp_path):
+    script = """
+import time
+from pathfed_common.processes import start_owned
+print(start_owned(["sleep", "60"]).pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert alive(pid)
+        owner.kill()
+    assert eventually(lambda: not alive(pid))
+    with start_owned(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        grandchild = int(command.stdout.readline())
+        end_all([command], grace_s=10)
+        assert command.returncode == -signal.SIGTERM
+    assert eventually(lambda: not alive(grandchild))
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_comes_while_the_owner_forks_is_not_lost(number):
+    """Python runs its handler in the first fork handler, and throws away what is raised there."""
+    script = f"""
+import os, signal
+from pathfed_common.console import end_on_terminate
+from pathfed_common.processes import start_owned
+end_on_terminate()
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{number}))
+try:
+    start_owned(["true"])
+    print("lost")
+except KeyboardInterrupt:
+    print("heeded")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "heeded\n"
+
+
 def test_ctrl_c_reaches_the_owner_alone(supervisor, spec):
     """A child in the owner's group would get the terminal's signal too, and end before its owner ends it in order."""
     supervisor.start(spec("exec sleep 60"))
@@ -189,8 +239,29 @@ def test_a_port_in_use_is_told_and_a_free_one_is_not():
             require_free_port("127.0.0.1", port)
         assert caught.value.code is ErrorCode.PORT_IN_USE
         assert caught.value.value == f"127.0.0.1:{port}"
-    require_free_port("127.0.0.1", port)
-    assert not accepts_connections("127.0.0.1", port)
+    # A port that was let go may be taken by any program of this machine: several are looked at.
+    assert eventually(lambda: not accepts_connections("127.0.0.1", free_port()), within_s=10)
+
+
+def test_a_port_that_is_let_go_in_time_is_waited_for():
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        letting_go = threading.Timer(0.3, listener.close)
+        letting_go.start()
+        require_free_port("127.0.0.1", port, within_s=60)
+        letting_go.join()
+
+
+def test_a_port_that_is_not_let_go_is_told_when_the_time_is_over():
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        began = time.monotonic()
+        with pytest.raises(HostError, match="PF902"):
+            require_free_port("127.0.0.1", listener.getsockname()[1], within_s=0.2)
+        assert time.monotonic() - began >= 0.2
 
 
 def test_an_address_of_another_machine_cannot_be_listened_on():
@@ -201,5 +272,12 @@ def test_an_address_of_another_machine_cannot_be_listened_on():
 def test_free_ports_can_be_listened_on():
     ports = {free_port() for _ in range(5)}
     assert all(1024 <= port <= 65535 for port in ports)
-    for port in ports:
+    assert eventually(lambda: can_be_listened_on(free_port()), within_s=10)
+
+
+def can_be_listened_on(port: int) -> bool:
+    try:
         require_free_port("127.0.0.1", port)
+    except HostError:
+        return False
+    return True

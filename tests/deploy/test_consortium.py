@@ -96,7 +96,8 @@ def test_events_and_ends_of_processes_are_told_once(tmp_path):
     consortium._supervisor.start(ProcessSpec(name="site-a", argv=["sh", "-c", "exit 4"], log=log, restarts=1, restart_delay_s=0.0))
 
     def watch_on() -> None:
-        for _ in range(200):
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
             consortium.watch(told.append)
             time.sleep(0.02)
 
@@ -104,3 +105,25 @@ def test_events_and_ends_of_processes_are_told_once(tmp_path):
         watch_on()
     assert sum("is started again" in line for line in told) == 1
     consortium.stop()
+
+
+def test_a_command_that_was_killed_is_told(tmp_path):
+    consortium = Consortium(tmp_path, [])
+    begun = consortium.begin_site("site-a", "scan", tmp_path / "plan.dsse")
+    begun.kill()
+    with pytest.raises(HostError, match=r"PF903.*status -9"):
+        consortium.finish(begun)
+    consortium.stop()
+
+
+def test_commands_that_were_begun_and_not_finished_end_with_the_consortium(tmp_path, monkeypatch):
+    """As when the demo is ended by SIGTERM, or Ctrl-C, while the sites scan."""
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text("#!/bin/sh\nexec sleep 60\n")
+    stubborn.chmod(0o755)
+    monkeypatch.setattr("pathfed_local.consortium.program", lambda name: stubborn)
+    consortium = Consortium(tmp_path / "out", [])
+    begun = [consortium.begin_site(name, "scan") for name in ("a", "b")]
+    assert all(process.poll() is None for process in begun)
+    consortium.stop()
+    assert [process.returncode for process in begun] == [-15, -15]

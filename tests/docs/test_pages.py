@@ -25,6 +25,18 @@ def test_files_and_tests_that_the_pages_name_exist(root, written_pages):
     assert named > 50
 
 
+def test_files_that_the_code_names_exist(root):
+    named = 0
+    for package in ("common", "client", "server", "deploy"):
+        for source in (root / package).rglob("*.py"):
+            for path in re.findall(
+                r"\b(?:common|client|server|deploy|tests|docs)/[\w./-]+\.(?:py|md|toml)\b", source.read_text(encoding="utf-8")
+            ):
+                named += 1
+                assert (root / path).exists(), f"{source.relative_to(root)} names {path}"
+    assert named > 5
+
+
 def test_links_lead_somewhere(root, written_pages):
     for page, text in written_pages.items():
         for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):

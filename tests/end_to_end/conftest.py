@@ -63,18 +63,20 @@ def real_data() -> Path:
     """The folder of real slides and tiles."""
     folder = Path(os.environ.get("PATHFED_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no test data in {folder}: set PATHFED_TEST_DATA")
+        # Named and not there is a mistake, which a skip would hide.
+        (pytest.fail if "PATHFED_TEST_DATA" in os.environ else pytest.skip)(f"no test data in {folder}: set PATHFED_TEST_DATA")
     return folder
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Living processes whose command, or environment, names a folder."""
+    """Living processes whose command, or environment, names a folder, but for the tests' own."""
     found = []
+    own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid not in own and process.status() != psutil.STATUS_ZOMBIE:
                 words = [*process.cmdline(), *process.environ().values()]
-                if any(str(folder) in word for word in words) and "pytest" not in " ".join(process.cmdline()):
+                if any(str(folder) in word for word in words):
                     found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -85,7 +87,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def leaves_no_process(tmp_path: Path) -> Iterator[None]:
     """Fails a test after which a process that names its folder is left."""
     yield
-    left = wait_for(lambda: processes_of(tmp_path), until=lambda found: not found, within_s=15)
+    left = wait_for(lambda: processes_of(tmp_path), until=lambda found: not found, within_s=60)
     assert not left, [process.cmdline() for process in left]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_fixtures import chromium
 
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import preset
@@ -16,9 +17,11 @@ from pathfed_common.encoder.vit import VisionTransformer
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
+#: A demo, and the fixture's, at a tenth of the usual speed.
+pytestmark = pytest.mark.timeout(1300)
 
 
-def _run(*arguments: object, within_s: float = 240) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object, within_s: float = 600) -> subprocess.CompletedProcess[str]:
     command, *rest = (str(argument) for argument in arguments)
     return subprocess.run([str(BIN / command), *rest], capture_output=True, text=True, timeout=within_s)
 
@@ -37,7 +40,7 @@ def demo(tmp_path_factory, plan_file, hospitals):
 
 def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -> None:
     out, _ = demo
-    assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=10)
+    assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=60)
 
 
 def test_everything_it_says_is_there_is_there(demo) -> None:
@@ -45,6 +48,22 @@ def test_everything_it_says_is_there_is_there(demo) -> None:
     for place in ("record/encoder/model.safetensors", "report.html", "server/pathfed.db", "logs", "commands.log", "trust.json"):
         assert (out / place).exists(), place
     assert "pathfed verify" in printed
+
+
+def test_its_report_shows_the_participants_their_memory_and_painted_tiles_in_a_browser(demo) -> None:
+    out, _ = demo
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto((out / "report.html").as_uri())
+        sites = [path.name for path in sorted((out / "sites").iterdir())]
+        assert page.locator("table.sites tbody th").all_inner_texts() == sites
+        assert page.locator("section[aria-labelledby=memory] tbody th").all_inner_texts() == ["server", *sites]
+        assert page.locator("section[aria-labelledby=memory] .bad").count() == 0
+        widths = page.locator("section[aria-labelledby=tiles] img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        assert len(widths) == 12
+        assert set(widths) == {96}
+        assert "verified" in (page.locator("section.verdict").get_attribute("class") or "")
+        assert page.locator("figure.panel").filter(has_text="time slot").count() == 1
 
 
 def test_the_record_verifies_with_trusted_keys_and_says_so_without(demo) -> None:
@@ -106,7 +125,7 @@ def test_every_ledger_verifies_and_its_epsilon_is_what_three_accountants_allow(d
         assert found["entries"][-1]["epsilon_total"] == pytest.approx(found["epsilon"], abs=1e-9)
 
 
-def test_a_second_demo_replaces_the_first_and_nothing_else(tmp_path, plan_file, hospitals) -> None:
+def test_a_folder_that_is_not_a_demos_is_left_as_it_is(tmp_path, plan_file, hospitals) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     refused = _demo(tmp_path, plan_file, hospitals)
     assert refused.returncode == 19

@@ -1,12 +1,15 @@
 """`pathfed-server` as an operator meets it: exit statuses, JSON, and nothing half-written."""
 
+import datetime
 from pathlib import Path
 
 import pytest
 import typer
 
+from pathfed_common import console
 from pathfed_common.errors import PathfedError
 from pathfed_server import cli
+from pathfed_server.transport.certificates import make_tls
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
 COMMANDS = (
@@ -162,3 +165,13 @@ def test_a_key_that_others_may_read_stops_the_command(server_cli, server_home, p
         fails(server_cli(*command, "--home", server_home.root, "--json"), "PF906")
         key.chmod(0o600)
     assert list(plan_file.parent.glob("*.dsse")) == []
+
+
+def test_a_server_whose_certificate_has_expired_does_not_start(server_cli, server_home, monkeypatch):
+    monkeypatch.setattr(console, "end_on_terminate", lambda: None)  # this process's signals stay as they are
+    old = make_tls("test", ["127.0.0.1"], now=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=500))
+    server_home.tls_certificate.write_bytes(old.certificate)
+    done = server_cli("start", "--home", server_home.root, "--json")
+    assert (done.code, done.status) == ("PF401", 14)
+    assert not server_home.ports_file.exists()
+    assert not server_home.logs.exists() or not list(server_home.logs.glob("superlink*")), "no process was started"

@@ -3,11 +3,14 @@ import re
 import numpy as np
 import pytest
 
+from pathfed_common import digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import RoundError
-from pathfed_common.ids import RunName
+from pathfed_common.ids import RunName, SiteName
 from pathfed_common.model import initial_state
 from pathfed_server import app, reporting
+from pathfed_server.db.rows import RoundRow
+from pathfed_server.rounds.state import Participation, ParticipationState, RoundState, RoundTimes
 
 
 @pytest.fixture
@@ -53,6 +56,61 @@ def test_hidden_patches_are_grey_and_shown_ones_untouched():
     assert (masked[0, 16:] == 200).all()
     assert (masked[1, 16:, 16:] == tiles[1, 16:, 16:]).all()
     assert (masked[1, :, :16] == 200).all()
+
+
+def reply(after_s: float | None, slot_s: float | None, transfer_s: float = 0.5) -> Participation:
+    received = None if after_s is None else 1000.0 + after_s + transfer_s
+    return Participation(
+        site=SiteName("site-a"),
+        state=ParticipationState.ADMITTED,
+        offered_at=1000.0,
+        received_at=received,
+        transfer_s=transfer_s,
+        reply_slot_s=slot_s,
+    )
+
+
+@pytest.mark.parametrize(
+    ("after_s", "slot_s", "slot"),
+    [(25.4, 25.0, 1), (49.9, 25.0, 1), (50.1, 25.0, 2), (24.9, 25.0, 1), (9.0, None, None), (None, 5.0, None)],
+)
+def test_the_slot_of_a_reply_is_the_last_that_began_before_it_was_seen(after_s, slot_s, slot):
+    assert reporting._slot(reply(after_s, slot_s)) == slot
+
+
+@pytest.mark.parametrize(
+    ("replies", "slots_s", "wait_s"),
+    [
+        ([reply(10.2, 10.0), reply(20.3, 10.0)], 20.0, 1.5),
+        ([reply(12.0, None), reply(11.0, None)], 0.0, 21.5),
+        ([reply(30.0, 10.0)], 21.5, 0.0),  # two clocks: never more than there was
+    ],
+)
+def test_the_wait_for_time_slots_is_told_apart_from_other_waiting(replies, slots_s, wait_s):
+    row = RoundRow(
+        run=RunName("run-1"),
+        round_index=1,
+        attempt=1,
+        state=RoundState.COMMITTED,
+        base_state=digest.of_bytes(b"a"),
+        next_state=digest.of_bytes(b"b"),
+        committed_at=1025.0,
+        code=None,
+        offered_at=1000.0,
+        deadline=1060.0,
+        times=RoundTimes(exchange_s=24.0, transfer_s=2.0, admission_s=0.5),
+    )
+    times = reporting._round(row, replies).times
+    assert (times.slots_s, times.wait_s) == pytest.approx((slots_s, wait_s))
+
+
+def test_a_state_that_does_not_fit_the_model_makes_no_contact_sheet(planned, tmp_path):
+    tensors = initial_state(planned)
+    tensors.pop(next(iter(tensors)))
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(weights.dump(tensors, {}))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        reporting._contact_sheet(planned, state)
 
 
 @pytest.mark.parametrize(("declared", "rate"), [(0, 0.0), (2, 1.0), (4, 1.0), (40, 0.1)])

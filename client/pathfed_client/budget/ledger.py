@@ -6,10 +6,12 @@ Guarantees:
       another name is another release and another charge.
     - **It refuses.** A charge that would take the site over its policy's epsilon, or the plan over its own limit, stores nothing.
     - **Any change is found.** Entries are numbered, hash-chained (each names the digest of the one before) and signed with the site's
-      evidence key; `verify` finds a changed byte and a missing, swapped, foreign or duplicate entry. An end cut off is found against a head
-      known from elsewhere (a sent statement): give it as `known_head`.
+      evidence key; `verify` finds a changed byte and a missing, swapped, foreign or duplicate entry. An end cut off is found against the
+      heads that the site's sealed statements name: each must still be in the chain. A charge looks at all of this again.
     - **Epsilon is computed, not stored and trusted**: from the events of all entries, at the policy's delta, by PLD; the entry's own
-      figures are what was known when it was written. Before each charge two other accountants must not contradict it.
+      figures are what was known when it was written. Before each charge an upper and a lower bound by other methods must not contradict
+      it, and now and then a third accountant is asked too (`pathfed_common.privacy.accounting` says when, and why that is enough).
+    - **Delta is fixed for the ledger's life.** A policy with another delta than the entries' is refused; nothing is read or charged.
     - It is never reset, whatever happens to the cohort. A patient is taken to have been in the cohort all along, which is the worst case.
 
 Pure: entries are kept by a port, the time is passed in. Two writers cannot both charge one sequence number: the port refuses the second.
@@ -23,9 +25,9 @@ from typing import Protocol
 from pathfed_client.budget.entry import LEDGER_TYPE, LedgerEntry
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.errors import ErrorCode, PrivacyError, ProvenanceError
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError, ProvenanceError
 from pathfed_common.ids import RunName
-from pathfed_common.privacy.accounting import PrivacyEvent, check_accountants, composed_epsilon
+from pathfed_common.privacy.accounting import FULL_CHECK_GROWTH, PrivacyEvent, check_accountants, check_bounds, composed_epsilon
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.units import UtcSeconds
@@ -40,6 +42,10 @@ class LedgerPort(Protocol):
 
     def append(self, sequence: int, entry: bytes) -> None:
         """Store an entry; MUST fail if the sequence number exists."""
+        ...
+
+    def stated_heads(self) -> list[Digest]:
+        """The head that each sealed statement of this site names, of all runs."""
         ...
 
 
@@ -101,20 +107,17 @@ class Ledger:
         self._port, self._key, self._delta, self._max_epsilon = port, key, delta, max_epsilon
         # Signatures verified in this process, by the digest of the exact bytes: a charge then costs hashes, not a signature for each entry.
         self._opened: dict[Digest, LedgerEntry] = {}
+        # Steps at which all accountants agreed in this process, by the mechanisms and the delta.
+        self._agreed: dict[tuple[frozenset[tuple[float, float]], float], int] = {}
 
-    def verify(self, *, known_head: Digest | None = None) -> tuple[LedgerEntry, ...]:
-        """Check every entry and the chain; return the entries in order.
-
-        Args:
-            known_head: a head that the ledger is known to have had; it must still be in the chain.
+    def verify(self) -> tuple[LedgerEntry, ...]:
+        """Check every entry, the chain and its end; return the entries in order.
 
         Raises:
             PrivacyError: PF304, the ledger is damaged, cut off, or not this site's.
+            HostError: PF905, the policy's delta is not the one that the ledger was begun with.
         """
-        entries, heads = self._chain()
-        if known_head is not None and known_head not in heads:
-            raise _damaged(f"the end was cut off: a head stated before, {digest.short(known_head)}, is not in the chain", len(heads))
-        return tuple(entries)
+        return tuple(self._chain()[0])
 
     def _chain(self) -> tuple[list[LedgerEntry], list[Digest]]:
         """All entries, checked, and the digest of each."""
@@ -128,11 +131,19 @@ class Ledger:
                 raise _damaged(f"entry {sequence} carries the number {entry.sequence}: an entry is missing, swapped or repeated", sequence)
             if entry.previous != (heads[-1] if heads else None):
                 raise _damaged("an entry does not follow from the one before it", sequence)
+            if entry.delta != (entries[0] if entries else entry).delta:
+                raise _damaged("an entry has another delta than the first", sequence)
             if entry.release_id in releases:
                 raise _damaged("a release is charged twice", sequence)
             releases.add(entry.release_id)
             entries.append(entry)
             heads.append(head)
+        known = set(heads)
+        lost = next((head for head in self._port.stated_heads() if head not in known), None)
+        if lost is not None:
+            raise _damaged(f"the end was cut off: a head stated before, {digest.short(lost)}, is not in the chain", len(heads))
+        if entries and entries[0].delta != self._delta:
+            raise _other_delta(self._delta, entries[0].delta)
         return entries, heads
 
     @property
@@ -168,6 +179,7 @@ class Ledger:
         Raises:
             PrivacyError: PF301 over the policy's epsilon, PF302 over the plan's limit, PF304 the ledger is damaged, PF305 the accountants
                 contradict each other. Nothing was stored.
+            HostError: PF905, the policy's delta is not the ledger's. Nothing was stored.
             ValueError: the release was charged before for another plan, run, round or event.
         """
         entries, heads = self._chain()
@@ -202,22 +214,15 @@ class Ledger:
 
         Raises:
             PrivacyError: PF304, the ledger is damaged.
+            HostError: PF905, the policy's delta is not the ledger's.
         """
         entries = self.verify()
         total = composed_epsilon([entry.event for entry in entries], self._delta)
         return Spend(releases=len(entries), delta=self._delta, epsilon=total, max_epsilon=self._max_epsilon, plans=_by_plan(entries))
 
-    def spent_by_plan(self) -> dict[Digest, PlanSpend]:
-        """What each plan's releases have cost, by the plan's digest.
-
-        Raises:
-            PrivacyError: PF304, the ledger is damaged.
-        """
-        return _by_plan(self.verify())
-
     def _within(self, before: list[PrivacyEvent], event: PrivacyEvent, delta: float, limit: float, code: ErrorCode, name: str) -> float:
         """Epsilon after the event, if that is within the limit."""
-        after = check_accountants([*before, event], delta)
+        after = self._checked([*before, event], delta)
         # Written so that a NaN, which compares false with everything, refuses.
         if not after <= limit:
             spent = composed_epsilon(before, delta)
@@ -227,6 +232,16 @@ class Ledger:
                 value=f"delta {delta:g}, rate {event.sampling_rate:.6g}, sigma {event.noise_multiplier:g}, steps {event.steps}",
                 remedy="nothing was charged or released; budget does not come back",
             )
+        return after
+
+    def _checked(self, events: list[PrivacyEvent], delta: float) -> float:
+        """Epsilon, within its bounds; all accountants are asked for new mechanisms and where the steps have grown much."""
+        kind = frozenset((event.sampling_rate, event.noise_multiplier) for event in events), delta
+        steps = sum(event.steps for event in events)
+        if kind in self._agreed and steps < FULL_CHECK_GROWTH * self._agreed[kind]:
+            return check_bounds(events, delta)
+        after = check_accountants(events, delta)
+        self._agreed[kind] = steps
         return after
 
     def _open(self, data: bytes, head: Digest, sequence: int) -> LedgerEntry:
@@ -262,6 +277,16 @@ def _by_plan(entries: Sequence[LedgerEntry]) -> dict[Digest, PlanSpend]:
         )
         for plan, group in groups.items()
     }
+
+
+def _other_delta(policy: float, ledger: float) -> HostError:
+    return HostError(
+        ErrorCode.SETTINGS_INVALID,
+        "delta differs from the one that this site's ledger was begun with, which holds for the ledger's whole life",
+        where="policy.toml, key delta",
+        value=f"{policy:g}, the ledger's is {ledger:g}",
+        remedy=f"write delta = {ledger!r} again; nothing was charged or released",
+    )
 
 
 def _damaged(what: str, sequence: int) -> PrivacyError:

@@ -4,9 +4,15 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, ProvenanceError, TransportError
 from pathfed_common.ids import SiteName
+from pathfed_common.plan import RoundsPlan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance.dsse import open_envelope
 from pathfed_common.provenance.keys import VerifyKey
+
+#: How far, in seconds, an offer may lie in the future by the site's clock: what machines' clocks differ by at worst.
+CLOCK_SKEW_S = 300.0
+#: What a deadline may be off by, seconds, for rounding.
+_DEADLINE_SLACK_S = 1.0
 
 
 def open_offer(envelope: bytes, server_key: VerifyKey, site: SiteName) -> RoundOffer:
@@ -23,6 +29,34 @@ def open_offer(envelope: bytes, server_key: VerifyKey, site: SiteName) -> RoundO
     if offer.site != site:
         raise TransportError(ErrorCode.OFFER_NOT_AUTHENTIC, "the offer is meant for another site", where="round offer", value=offer.site)
     return offer
+
+
+def check_bounds(offer: RoundOffer, rounds: RoundsPlan, now: float) -> None:
+    """Check that the offer stays within the plan it names: a server cannot make a site wait long or run ahead of the plan.
+
+    A round beyond the plan's last would move the run's secret on for nothing, an offer from the future would hold the site until then.
+
+    Args:
+        offer: the offer.
+        rounds: the approved plan's rounds.
+        now: UTC seconds by this site's clock.
+
+    Raises:
+        TransportError: PF409, the plan has no such round, the offer lies in the future by more than `CLOCK_SKEW_S`, or its deadline is
+            before it or later than the plan allows.
+    """
+    found = None
+    if offer.round_index > rounds.count:
+        found = "the plan has fewer rounds", f"{offer.round_index} > {rounds.count}", "tell the consortium's operator"
+    elif offer.offered_at > now + CLOCK_SKEW_S:
+        found = "the offer lies in the future", f"{offer.offered_at - now:.0f} s by this site's clock", "set this machine's clock"
+    elif not 0 <= offer.deadline - offer.offered_at <= rounds.deadline_s + _DEADLINE_SLACK_S:
+        allowed = f"{offer.deadline - offer.offered_at:g} s, the plan allows {rounds.deadline_s:g} s"
+        found = "the offer's deadline is not the plan's", allowed, "tell the consortium's operator"
+    if found is not None:
+        what, value, remedy = found
+        where = f"round {offer.round_index}"
+        raise TransportError(ErrorCode.ROUND_OUT_OF_ORDER, what, where=where, value=value, remedy=f"nothing was charged; {remedy}")
 
 
 def check_deadline(offer: RoundOffer, now: float) -> None:

@@ -30,17 +30,26 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EndedError(Exception):
-    """A side process ended, or was ended because it was late, while it had a task."""
+    """A side process ended. `late`: it was ended, because its time was over."""
+
+    def __init__(self, how: str, *, late: bool) -> None:
+        super().__init__(f"the reading process {how}")
+        self.late = late
+
+
+def module_command(module: str) -> tuple[str, ...]:
+    """What runs an installed module; nothing that lies in the current folder counts (`-P`)."""
+    return (sys.executable, "-P", "-m", module)
 
 
 class SideProcess:
     """One process, started at once. `connection` can be waited for with `multiprocessing.connection.wait`."""
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), *, timeout_s: float, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, command: Sequence[str], arguments: Sequence[str] = (), *, timeout_s: float, pass_fds: Sequence[int] = ()) -> None:
         """Start it.
 
         Args:
-            module: run with ``python -m``; it calls `serve` with its first argument.
+            command: what it runs, such as `module_command` gives; it calls `serve` with the argument that follows.
             arguments: further arguments.
             timeout_s: seconds a task may take.
             pass_fds: file descriptors it inherits.
@@ -52,7 +61,7 @@ class SideProcess:
         with theirs:
             end = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(end), *arguments],
+                [*command, str(end), *arguments],
                 pass_fds=[end, *pass_fds],
                 env={**os.environ, **dict.fromkeys(_THREADS, "1")},
                 stdin=subprocess.DEVNULL,
@@ -65,6 +74,11 @@ class SideProcess:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
     @property
     def deadline(self) -> float:
@@ -92,7 +106,7 @@ class SideProcess:
             told = self.connection.recv()
         except (EOFError, OSError):
             self.end()
-            raise self._ended(f"ended with status {self._process.returncode}") from None
+            raise self._ended(f"ended with status {self._process.returncode}", late=False) from None
         if told is None:
             self._ready = True
             self.more_time()
@@ -107,11 +121,11 @@ class SideProcess:
         """
         if time.monotonic() >= self._deadline:
             self.end()
-            raise self._ended(f"took longer than {self._timeout_s if self._ready else START_TIMEOUT_S:g} s")
+            raise self._ended(f"took longer than {self._timeout_s if self._ready else START_TIMEOUT_S:g} s", late=True)
 
-    def _ended(self, how: str) -> EndedError | HostError:
+    def _ended(self, how: str, *, late: bool) -> EndedError | HostError:
         if self._ready:
-            return EndedError(f"the reading process {how}")
+            return EndedError(how, late=late)
         return HostError(ErrorCode.PROCESS_ENDED, "a reading process does not start", value=how)
 
     def end(self) -> None:

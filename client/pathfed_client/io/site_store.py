@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,8 @@ from pathfed_client.io.site_records import (
 from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.statement import UpdateStatement
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60
@@ -127,7 +129,7 @@ _TRIGGERS = (
 class SiteStore:
     """One site's database. Usable as a context manager; `close` gives its connections back.
 
-    Implements the ledger's storage port (`entries`, `append`).
+    Implements the ledger's storage port (`entries`, `append`, `stated_heads`).
 
     Raises (every method):
         HostError: the disk is full (PF901), or the file cannot be opened, locked, read or written (PF904).
@@ -364,6 +366,16 @@ class SiteStore:
                 remedy="run one client per site home, then `pathfed-site ledger` to check the ledger",
             ) from error
 
+    def stated_heads(self) -> list[Digest]:
+        """The ledger's head that each sealed update's statement names, of all runs, in no order.
+
+        Raises:
+            ProvenanceError: PF601, a stored statement cannot be read.
+        """
+        with self._transaction(write=False) as connection:
+            stored = connection.execute(sa.select(_SEALED.c.statement)).scalars().all()
+        return [UpdateStatement.from_payload(dsse.parse(envelope).payload).ledger_head for envelope in stored]
+
     # Sealed updates
 
     def put_sealed(self, sealed: SealedUpdate) -> None:
@@ -402,17 +414,6 @@ class SiteStore:
         """Record the site's word on a plan; the latest word on a plan counts, earlier ones are kept."""
         with self._transaction() as connection:
             connection.execute(sa.insert(_APPROVAL).values(**asdict(approval) | {"state": approval.state.value}))
-
-    def withdraw_approval(self, plan: Digest, *, at: float) -> None:
-        """Take an approval back, from `at` (UTC seconds) on.
-
-        Raises:
-            TransportError: the plan is not approved (PF407).
-        """
-        current = self.approval(plan)
-        if current is None or current.state is not ApprovalState.APPROVED:
-            raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "there is no approval to withdraw", where=plan)
-        self.add_approval(replace(current, at=at, state=ApprovalState.WITHDRAWN))
 
     def approval(self, plan: Digest) -> StoredApproval | None:
         """The latest word on a plan, or None."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfed_client.io.side_process import EndedError, SideProcess, serve
+from pathfed_client.io.side_process import EndedError, SideProcess, module_command, serve
 from pathfed_client.io.slide_files import Folders
 from pathfed_client.io.tile_reader import SlideSource, TileReader
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
@@ -152,7 +152,7 @@ class TileWorkers:
     def _started(self, number: int) -> _Worker:
         self._progress[number] = _IDLE
         arguments = [str(self._memory), str(number), *self._arguments]
-        return _Worker(SideProcess(_MODULE, arguments, timeout_s=TILE_TIMEOUT_S, pass_fds=[self._memory]), number)
+        return _Worker(SideProcess(module_command(_MODULE), arguments, timeout_s=TILE_TIMEOUT_S, pass_fds=[self._memory]), number)
 
     def _hand_out(self) -> None:
         """Give waiting chunks to the processes with the least to do, as long as there is memory for their tiles."""

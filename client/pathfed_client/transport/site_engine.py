@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pathfed_common.flower_environment import flower_environment
-from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, free_port
+from pathfed_common.processes import ProcessSpec, Supervisor, free_port
 
 LOOPBACK = "127.0.0.1"
 _RESTARTS = 1000
@@ -40,10 +40,13 @@ class SiteFiles:
 
 
 def start_site(supervisor: Supervisor, files: SiteFiles) -> None:
-    """Start SuperNode and runner.
+    """Start SuperNode and runner, and wait for neither.
+
+    Each is watched from its first moment on: a SuperNode that the server does not let in ends within seconds, which is told, with its
+    reason, as it would be later (`Supervisor.poll`), and tried again. The runner waits for the SuperNode by itself.
 
     Raises:
-        HostError: PF903, a process ended or did not become ready; PF907, a command is missing.
+        HostError: PF907, a command is missing.
     """
     port = free_port()
     environment = flower_environment(files.flower)
@@ -60,7 +63,6 @@ def start_site(supervisor: Supervisor, files: SiteFiles) -> None:
             argv=supernode,
             log=files.logs / "supernode.log",
             environment=environment,
-            ready=lambda: accepts_connections(LOOPBACK, port),
             restarts=_RESTARTS,
             restart_delay_s=_SUPERNODE_DELAY_S,
         )

@@ -89,20 +89,6 @@ def header(path: Path) -> dict[str, tuple[torch.dtype, Shape]]:
     return {name: (slot.dtype, slot.shape) for name, slot in _file_slots(path).items()}
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata.
-
-    Raises:
-        ValueError: not a file as `dump` writes it.
-        OSError: the file cannot be read.
-    """
-    _file_slots(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        found: dict[str, str] = loads(file.read(length)).get(_METADATA, {})
-    return found
-
-
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a file, through a memory map: nothing else of the file is read. The tensor owns its memory.
 

@@ -124,8 +124,12 @@ def without_slots(contents: Contents) -> dict[SiteName, int]:
 
 
 def check_epsilons(contents: Contents) -> Faults:
-    """Stated epsilons of the plan never fall, and the last is at least what the site's recorded releases cost."""
+    """Stated epsilons of the plan never fall, the last is at least what the site's recorded releases cost, and a site's delta is one."""
     for site, recomputed in recomputed_epsilons(contents).items():
+        deltas = {index: contents.statements[index, site].statement.delta_total for index in _rounds_of(contents, site)}
+        for (_, first), (index, delta) in pairwise(deltas.items()):
+            if delta != first:
+                yield _fault("the site's delta changed, which is fixed for its ledger", record.statement_path(index, site), delta)
         stated = [(index, contents.statements[index, site].statement.epsilon_plan) for index in _rounds_of(contents, site)]
         for (_, before), (index, after) in pairwise(stated):
             if after < before - EPSILON_SLACK:

@@ -90,7 +90,8 @@ class UpdateStatement(Value):
         reply_slot_s: the public time slot the reply waited for, seconds, or None where the site's policy has slots off.
         manifest_commitment: hiding commitment to the cohort, fresh salt each time, opening kept at the site.
         previous: digest of the envelope of the site's previous statement in this run, or None for its first.
-        issued_at: UTC seconds.
+        issued_at: UTC seconds of the offer it answers, a public time: that of the sealing would tell how long the round took, and with it
+            how many patients were drawn.
     """
 
     site: SiteName

@@ -24,6 +24,7 @@ def demo(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the plan's if not given.")] = None,
     sites: Annotated[int, typer.Option(min=1, max=16, help="Hospitals at most.")] = 3,
+    patients: Annotated[int, typer.Option(min=4, max=1000, help="Patients of each painted hospital.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")] = Path("pathfed-demo"),
     plan: Annotated[Path | None, typer.Option(help="Another plan, TOML.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave server and sites running afterwards, until Ctrl-C.")] = False,
@@ -35,7 +36,16 @@ def demo(
     from pathfed_local.view import View
 
     console.end_on_terminate()
-    options = DemoOptions(out=out, slides=slides, plan=plan or demo_plan(), rounds=rounds, sites=sites, keep=keep, reply_slots=reply_slots)
+    options = DemoOptions(
+        out=out,
+        slides=slides,
+        plan=plan or demo_plan(),
+        rounds=rounds,
+        sites=sites,
+        keep=keep,
+        patients=patients,
+        reply_slots=reply_slots,
+    )
     Demo(options, View(console.out)).run()
     _where(out)
 

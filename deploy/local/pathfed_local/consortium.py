@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, error_from_dict
-from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections
+from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, end_all, start_owned
 
 _RESTARTS = 2
+_COMMANDS_GRACE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,15 @@ class Consortium:
     Attributes:
         out: the folder: `server/`, `sites/<name>/`, `logs/`, `commands.log`.
         hospitals: its hospitals.
+        restarts: how often the server, and each site, is started again after it ended by itself.
     """
 
     out: Path
     hospitals: Sequence[Hospital]
+    restarts: int = _RESTARTS
     _supervisor: Supervisor = field(default_factory=Supervisor, repr=False)
     _read_to: dict[Path, int] = field(default_factory=dict, repr=False)
+    _begun: list["subprocess.Popen[str]"] = field(default_factory=list, repr=False)
 
     @property
     def server(self) -> Path:
@@ -103,25 +107,26 @@ class Consortium:
         return self.begin("pathfed-site", *arguments, "--home", self.site(site))
 
     def begin(self, command: str, *arguments: str | Path) -> "subprocess.Popen[str]":
-        """Begin a command beside others."""
+        """Begin a command beside others. It is owned until it is finished: `stop`, or this process's death, ends it."""
         argv = [str(part) for part in (program(command), *arguments)]
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "commands.log").open("a", encoding="utf-8") as log:
             log.write(shlex.join([command, *argv[1:]]) + "\n")
-        return subprocess.Popen([*argv, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+        process = start_owned([*argv, "--json"], **pipes)
+        self._begun.append(process)
+        return process
 
     def finish(self, process: "subprocess.Popen[str]") -> Any:
         """Wait for a command; its result.
 
         Raises:
             PathfedError: the command's own error.
+            HostError: PF903, it ended without a result.
         """
-        try:
-            output, errors = process.communicate()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        output, errors = process.communicate()
+        if process in self._begun:
+            self._begun.remove(process)
         try:
             result = json.loads(output.strip().splitlines()[-1])
         except (ValueError, IndexError):
@@ -137,13 +142,15 @@ class Consortium:
         fleet_port = int(tomllib.loads((self.server / "server.toml").read_text(encoding="utf-8"))["fleet_port"])
         argv = [str(program("pathfed-server")), "start", "--home", str(self.server), "--json"]
         ready = lambda: (self.server / "ports.json").exists() and accepts_connections("127.0.0.1", fleet_port)  # noqa: E731 - one expression, used once
-        self._supervisor.start(ProcessSpec(name="server", argv=argv, log=self.logs / "server.log", ready=ready, restarts=_RESTARTS))
+        self._supervisor.start(ProcessSpec(name="server", argv=argv, log=self.logs / "server.log", ready=ready, restarts=self.restarts))
 
     def start_sites(self) -> None:
         """Start `pathfed-site start` for every site."""
         for hospital in self.hospitals:
             argv = [str(program("pathfed-site")), "start", "--home", str(self.site(hospital.name)), "--json"]
-            self._supervisor.start(ProcessSpec(name=hospital.name, argv=argv, log=self.logs / f"{hospital.name}.log", restarts=_RESTARTS))
+            self._supervisor.start(
+                ProcessSpec(name=hospital.name, argv=argv, log=self.logs / f"{hospital.name}.log", restarts=self.restarts)
+            )
 
     def watch(self, tell: Callable[[str], None]) -> None:
         """Tell what happened since the last call: processes that ended, and the events they told.
@@ -172,7 +179,13 @@ class Consortium:
         return self._supervisor.pids()
 
     def stop(self) -> None:
-        """End every process."""
+        """End every process: commands that were begun and not finished first."""
+        end_all(self._begun, _COMMANDS_GRACE_S)
+        for process in self._begun:
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        self._begun.clear()
         self._supervisor.stop(grace_s=20.0)
 
 

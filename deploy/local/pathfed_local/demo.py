@@ -49,6 +49,7 @@ class DemoOptions:
         sites: hospitals at most.
         keep: leave the consortium running afterwards, until Ctrl-C.
         reply_slots: whether sites reply at time slots.
+        patients: in each painted hospital.
         seed: of the painted slides.
     """
 
@@ -59,6 +60,7 @@ class DemoOptions:
     sites: int
     keep: bool
     reply_slots: bool = True
+    patients: int = _PATIENTS
     seed: int = 0
 
 
@@ -108,7 +110,9 @@ class Demo:
 
         began = time.monotonic()
         with self.view.phase(f"painting slides of {self.options.sites} hospitals"):
-            generate_hospitals(out / "data", hospitals=self.options.sites, patients=_PATIENTS, seed=self.options.seed, side_px=_SIDE_PX)
+            generate_hospitals(
+                out / "data", hospitals=self.options.sites, patients=self.options.patients, seed=self.options.seed, side_px=_SIDE_PX
+            )
         self.phases["paint"] = time.monotonic() - began
         return find_hospitals(out / "data", self.options.sites)
 

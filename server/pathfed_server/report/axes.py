@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass
 
+#: Spans finer than this share of their values, or smaller than this number, are drawn like one value.
+_FINEST = 1e-12
+_SMALLEST = 1e-300
+
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers, evenly spaced by 1, 2 or 5 times a power of ten, that cover [low, high].
@@ -12,8 +16,10 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """
     if not (math.isfinite(low) and math.isfinite(high)) or low > high:
         raise ValueError(f"an axis needs finite low <= high, got {low} and {high}")
-    if low == high:
-        low, high = (low - 0.5, high + 0.5) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    size = max(abs(low), abs(high))
+    if high - low <= size * _FINEST or high - low < _SMALLEST:  # one value, as far as a drawing tells
+        around = size / 2 if size > _SMALLEST else 0.5
+        low, high = low - around, high + around
     rough = (high - low) / max(most - 1, 1)
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -50,6 +50,8 @@ class SiteRound:
         code: why it did not, or None.
         epsilon_plan: epsilon of this plan's releases so far at the plan's delta, as the site signed it; None without a statement.
         figures: the released figures, or None.
+        slot: the public time slot in which its reply came, 1 for the first after the offer; None: no reply, or its slots are off. A later
+            slot than the first was seen by the server, and tells how long the site's training took.
     """
 
     site: SiteName
@@ -57,6 +59,7 @@ class SiteRound:
     code: str | None = None
     epsilon_plan: float | None = None
     figures: SiteFigures | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,14 @@ class RoundTimes:
     """Where the server's time of one round went, seconds of its own clock.
 
     Attributes:
-        wait_s: from the offers to the first reply's first byte and between replies: training, reply slots, polling.
+        slots_s: from the offers to the last time slot in which a site replied; the sites train inside it. 0 where no site has slots.
+        wait_s: other waiting for sites: polling, and the training of sites that have their slots off.
         transfer_s: bytes of replies arriving.
         aggregation_s: admission and averaging.
         step_s: server optimiser, checkpoint, commit.
     """
 
+    slots_s: float
     wait_s: float
     transfer_s: float
     aggregation_s: float

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode
 from pathfed_server.report.charts import Reference, Series, line_chart, stacked_bars
-from pathfed_server.report.data import Estimate, ReportData, RoundReport, RoundTimes, SiteReport
+from pathfed_server.report.data import Estimate, ReportData, RoundReport, RoundTimes
 
 #: Sites up to this number get a colour each; more share one, and the largest epsilon is named.
 MOST_COLOURS = 8
@@ -22,7 +22,8 @@ MOST_COLOURS = 8
 _MOST_ROWS = 40
 
 _TIME_LAYERS: tuple[tuple[str, str], ...] = (
-    ("wait_s", "waiting for sites"),
+    ("slots_s", "reply slots, with training"),
+    ("wait_s", "other waiting"),
     ("transfer_s", "transfer"),
     ("aggregation_s", "admission and average"),
     ("step_s", "server step and commit"),
@@ -115,13 +116,26 @@ def loss_words(rounds: Sequence[RoundReport]) -> str:
     return f"The released loss {'fell' if change < 0 else 'rose'} {figures}."
 
 
-def slot_words(sites: Sequence[SiteReport]) -> str:
-    """Whether a reply's time can tell how many patients were drawn."""
-    without = [site.site for site in sites if not site.reply_slots]
-    if not without:
-        return "Sites answer at public times, so that a reply's time tells nothing of the patients drawn."
-    who = "All sites have" if len(without) == len(sites) else ", ".join(without) + (" has" if len(without) == 1 else " have")
-    return f"{who} switched reply slots off: a reply's time hints at how many patients were drawn, and ε does not cover that."
+def slot_words(data: ReportData) -> str:
+    """What the replies' times told of how many patients were drawn: what was seen, and no more."""
+    length = f"{data.plan.rounds.reply_slot_s:g} s"
+    without = [site.site for site in data.sites if not site.reply_slots]
+    said = []
+    slots = [(site.site, site.slot) for round_ in data.rounds for site in round_.sites if site.slot is not None]
+    late = [site for site, slot in slots if slot > 1]
+    if late:
+        who = ", ".join(f"{site} {late.count(site)}" for site in sorted(set(late)))
+        said.append(
+            f"{len(late)} of {len(slots)} replies missed their first time slot of {length} ({who}): a reply's slot tells how "
+            "long the training took, and with it something of how many patients were drawn, which ε does not cover. A longer "
+            "rounds.reply_slot_s hides more."
+        )
+    elif slots:
+        said.append(f"All {len(slots)} replies that wait for time slots came in the first one, {length} after the offer.")
+    if without:
+        who = "All sites have" if len(without) == len(data.sites) else ", ".join(without) + (" has" if len(without) == 1 else " have")
+        said.append(f"{who} switched reply slots off: a reply's time hints at how many patients were drawn, and ε does not cover that.")
+    return " ".join(said) or f"Sites answer {length}, or a multiple of it, after the offer."
 
 
 def sentence(text: str) -> str:
@@ -282,7 +296,7 @@ def _times_figure(data: ReportData) -> Figure:
     return Figure(
         title="Where the server's time went",
         chart=stacked_bars(f"Seconds per round, mean of {len(rounds)}: {words}.", rounds, layers) if rounds else None,
-        caption=f"Seconds by the server's clock. Waiting holds the sites' training and their reply slots. {slot_words(data.sites)}",
+        caption=f"Seconds by the server's clock. {slot_words(data)}",
         legend=[(layer.name, layer.colour) for layer in layers],
         head=("round", *(words for _, words in _TIME_LAYERS)),
         rows=_shorten([(str(r.index), *(number(_seconds(r.times, key), 2) for key, _ in _TIME_LAYERS)) for r in data.rounds]),

@@ -19,6 +19,8 @@ from pathfed_server.transport.certificates import check_validity
 
 LOOPBACK = "127.0.0.1"
 _RESTARTS = 20
+#: The fleet door of a server that was just killed ends with it, but not in the same instant.
+_PORT_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def start_engine(supervisor: Supervisor, files: EngineFiles) -> int:
         HostError: PF902, the fleet port is taken; PF903, a process ended or did not become ready; PF907, a command is missing.
     """
     check_validity(files.certificate.read_bytes(), now=datetime.datetime.now(datetime.UTC), where=files.certificate)
-    require_free_port(files.listen, files.fleet_port)
+    require_free_port(files.listen, files.fleet_port, within_s=_PORT_WITHIN_S)
     port = free_port()
     supervisor.start(_superlink(files, port))
     supervisor.start(_door(files, port))

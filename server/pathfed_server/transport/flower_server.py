@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,8 +23,10 @@ from pathfed_server.rounds.ports import Offer, Reply
 
 RUN_KEY = "pathfed-run"
 _POLL_S = 0.25
-#: Replies pulled at the same time: one stalled upload does not hold up the others, and memory stays that of so many updates.
+#: Replies pulled at the same time: memory stays that of so many updates.
 _AT_ONCE = 2
+#: Seconds after which a pull counts as stalled, and others may pull beside it. It holds no more in memory than what has arrived of it.
+_STALL_S = 20.0
 _CODES = frozenset(code.value for code in ErrorCode)
 
 
@@ -73,13 +76,17 @@ class _Inbox:
     """Collects the replies of one exchange, a thread for each.
 
     Flower's pull blocks until a reply's upload is complete, and for three minutes when the upload broke off: the thread that waits so is
-    left behind at the deadline, and writes nothing any more. `_AT_ONCE` bounds the replies in memory.
+    left behind at the deadline, and writes nothing any more. `_AT_ONCE` bounds the replies in memory; a pull that has not ended after
+    `_STALL_S` seconds gives up its place, so that stalled uploads hold up nobody else.
     """
 
     def __init__(self, grid: Grid, spool: Path) -> None:
         self._grid = grid
         self._spool = spool
-        self._turn = threading.Semaphore(_AT_ONCE)
+        self._places = threading.Semaphore(_AT_ONCE)
+        self._lock = threading.Lock()
+        #: Sites being pulled, and since when (monotonic seconds).
+        self._pulling: dict[SiteName, float] = {}
         self._closed = threading.Event()
         self._found: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
         self.expected: set[SiteName] = set()
@@ -91,6 +98,7 @@ class _Inbox:
 
     def next(self, within_s: float) -> Reply | None:
         """The next reply, or None when none came in time."""
+        self._free_stalled_places()
         try:
             found = self._found.get(timeout=within_s)
         except queue.Empty:
@@ -107,7 +115,7 @@ class _Inbox:
     def _collect(self, site: SiteName, message_id: str) -> None:
         try:
             while not self._closed.is_set():
-                with self._turn:
+                with self._place(site):
                     reply = self._look(site, message_id)
                 if reply is not None:
                     self._found.put(reply)
@@ -115,6 +123,25 @@ class _Inbox:
                 self._closed.wait(_POLL_S)
         except Exception as error:  # handed over: `next` raises it in the loop's thread
             self._found.put(error)
+
+    @contextmanager
+    def _place(self, site: SiteName) -> Iterator[None]:
+        self._places.acquire()
+        with self._lock:
+            self._pulling[site] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._pulling.pop(site, None) is not None:
+                    self._places.release()
+
+    def _free_stalled_places(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for site in [site for site, since in self._pulling.items() if now - since > _STALL_S]:
+                del self._pulling[site]
+                self._places.release()
 
     def _look(self, site: SiteName, message_id: str) -> Reply | None:
         seen = time.time()

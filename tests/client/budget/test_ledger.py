@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+from pathfed_client.budget import ledger as budget
 from pathfed_client.budget.entry import LEDGER_TYPE, LedgerEntry
 from pathfed_client.budget.ledger import Ledger
 from pathfed_common import digest
-from pathfed_common.errors import ErrorCode, PrivacyError
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.ids import run_name
 from pathfed_common.privacy import accounting
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
@@ -25,8 +27,9 @@ KEY = SigningKey.generate()
 class Memory:
     """The port's contract, in a list."""
 
-    def __init__(self, *entries: bytes) -> None:
+    def __init__(self, *entries: bytes, stated: tuple[Digest, ...] = ()) -> None:
         self.stored = list(entries)
+        self.stated = stated
 
     def entries(self) -> list[bytes]:
         return list(self.stored)
@@ -35,6 +38,9 @@ class Memory:
         if sequence != len(self.stored) + 1:
             raise ValueError(f"entry {sequence} exists")
         self.stored.append(entry)
+
+    def stated_heads(self) -> list[Digest]:
+        return list(self.stated)
 
 
 def make(port: Memory, *, max_epsilon: float = 50.0, key: SigningKey = KEY) -> Ledger:
@@ -175,7 +181,6 @@ def test_spent_gives_totals_and_each_plan(port: Memory) -> None:
     spent = ledger.spent()
     assert (spent.releases, spent.delta, spent.max_epsilon) == (3, DELTA, 50.0)
     assert spent.epsilon == ledger.verify()[-1].epsilon_total
-    assert spent.plans == ledger.spent_by_plan()
     assert (spent.plans[PLAN].releases, spent.plans[PLAN].steps, spent.plans[OTHER_PLAN].steps) == (2, 2, 4)
     assert spent.plans[PLAN].epsilon == pytest.approx(composed_epsilon([EVENT] * 2, PLAN_DELTA))
     assert max(plan.epsilon for plan in spent.plans.values()) < spent.epsilon
@@ -237,17 +242,72 @@ def test_entries_of_another_key_or_type_are_found(four: list[bytes]) -> None:
         make(Memory(dsse.seal(payload, "text/plain", KEY))).verify()
 
 
-def test_an_end_cut_off_is_found_against_a_stated_head(four: list[bytes]) -> None:
-    head = digest.of_bytes(four[3])
-    assert len(make(Memory(*four)).verify(known_head=head)) == 4
-    assert len(make(Memory(*four)).verify(known_head=digest.of_bytes(four[2]))) == 4
-    with pytest.raises(PrivacyError, match="cut off"):
-        make(Memory(*four[:3])).verify(known_head=head)
+def test_an_end_cut_off_is_found_against_the_heads_that_statements_name(four: list[bytes]) -> None:
+    heads = tuple(digest.of_bytes(entry) for entry in four)
+    assert len(make(Memory(*four, stated=heads[1::2])).verify()) == 4
+    for length in range(3):
+        cut = Memory(*four[:length], stated=heads[:3])
+        for call in (lambda cut=cut: make(cut).verify(), lambda cut=cut: make(cut).spent(), lambda cut=cut: charge(make(cut), 9)):
+            with pytest.raises(PrivacyError, match=r"PF304.*cut off"):
+                call()
+        assert len(cut.stored) == length
+    # An entry charged but not yet stated, as after a crash, may be the last.
+    assert charge(make(Memory(*four, stated=heads[:3])), 9).sequence == 5
+
+
+def test_a_ledger_has_one_delta_for_its_whole_life(four: list[bytes]) -> None:
+    """A larger delta would make what was spent look small."""
+    port = Memory(*four)
+    other = Ledger(port, KEY, delta=1e-3, max_epsilon=50.0)
+    for call in (other.verify, other.spent, lambda: charge(other, 9)):
+        with pytest.raises(HostError, match=r"PF905.*delta.*0\.001, the ledger's is 1e-06"):
+            call()
+    assert len(port.stored) == 4
+
+
+def test_an_entry_with_another_delta_in_a_well_formed_chain_is_found(four: list[bytes]) -> None:
+    second = make(Memory(*four)).verify()[1]
+    forged = dsse.seal(LedgerEntry(**{**vars(second), "delta": 1e-3}).to_payload(), LEDGER_TYPE, KEY)
+    with pytest.raises(PrivacyError, match=r"PF304.*another delta"):
+        make(Memory(four[0], forged)).verify()
+
+
+def test_all_accountants_are_asked_at_first_and_when_the_steps_have_grown_tenfold(port: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    full = accounting.check_accountants
+
+    def counting(events, delta) -> float:
+        asked.append(sum(event.steps for event in events))
+        return full(events, delta)
+
+    monkeypatch.setattr(budget, "check_accountants", counting)
+    ledger = make(port)
+    for number in range(1, 12):
+        charge(ledger, number, plan_delta=DELTA)
+    assert asked == [1, 10]
+    charge(ledger, 12, plan_delta=DELTA, event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=3.0, steps=1))
+    assert asked == [1, 10, 12]  # a new mechanism
+    charge(ledger, 13)
+    assert asked == [1, 10, 12, 13]  # another delta
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_charge_between_full_checks_still_stops_where_accountants_disagree(
+    factor: float, port: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = make(port)
+    charge(ledger, 1)
+    true = accounting._pld
+    monkeypatch.setattr(budget, "check_accountants", lambda events, delta: pytest.fail("not a full check"))
+    monkeypatch.setattr(accounting, "_pld", lambda merged, delta: true(merged, delta) * factor)
+    with pytest.raises(PrivacyError, match="PF305"):
+        charge(ledger, 2)
+    assert len(port.stored) == 1
 
 
 def test_a_damaged_ledger_refuses_to_charge_and_to_report(four: list[bytes]) -> None:
     port = Memory(four[0], four[2])
-    for call in (lambda: charge(make(port), 9), lambda: make(port).spent(), lambda: make(port).spent_by_plan()):
+    for call in (lambda: charge(make(port), 9), lambda: make(port).spent()):
         with damage():
             call()
     assert len(port.stored) == 2

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfed_client.gate.offer import check_base_state, check_deadline, check_order, open_offer, reply_time
+from pathfed_client.gate.offer import CLOCK_SKEW_S, check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.plan import RoundsPlan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
@@ -86,3 +89,30 @@ def test_an_offer_counts_until_its_deadline_and_not_after() -> None:
     check_deadline(OFFER, OFFER.deadline)
     with pytest.raises(TransportError, match=r"PF409.*deadline"):
         check_deadline(OFFER, OFFER.deadline + 0.1)
+
+
+ROUNDS = RoundsPlan(count=3, deadline_s=600.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "allowed"),
+    [
+        ({}, 1000.0, True),
+        ({}, 1000.0 - CLOCK_SKEW_S, True),
+        ({}, 999.0 - CLOCK_SKEW_S, False),
+        ({}, 1e9, True),
+        ({"round_index": 4}, 1000.0, False),
+        ({"round_index": 10**18}, 1000.0, False),
+        ({"deadline": 1601.0}, 1000.0, True),
+        ({"deadline": 1602.0}, 1000.0, False),
+        ({"deadline": 999.0}, 1000.0, False),
+        ({"deadline": 1000.0}, 1000.0, True),
+    ],
+)
+def test_an_offer_stays_within_the_plan_it_names(changes, now, allowed) -> None:
+    offer = replace(OFFER, **changes)
+    if allowed:
+        check_bounds(offer, ROUNDS, now)
+    else:
+        with pytest.raises(TransportError, match=r"PF409.*nothing was charged"):
+            check_bounds(offer, ROUNDS, now)

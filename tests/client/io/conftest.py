@@ -28,7 +28,8 @@ def slides_data() -> Path:
     """The real slides; tests that need them are skipped where they are not."""
     folder = Path(os.environ.get("PATHFED_TEST_DATA", _ROOT.parent / "shared" / "data"))
     if not (folder / "slides" / "manifest.csv").exists():
-        pytest.skip(f"no real slides at {folder}: set PATHFED_TEST_DATA")
+        # Named and not there is a mistake, which a skip would hide.
+        (pytest.fail if "PATHFED_TEST_DATA" in os.environ else pytest.skip)(f"no real slides at {folder}: set PATHFED_TEST_DATA")
     return folder / "slides"
 
 

@@ -123,7 +123,11 @@ class Scene:
             entry = round_record(self._round(index, base, after, previous, envelopes))
             made[record.round_path(index)] = entry.to_bytes(self.server)
             previous = digest.of_bytes(made[record.round_path(index)])
-        made[record.ENCODER] = weights.dump(model.encoder_state(weights.load(states[-1])), {"format": "pt"})
+        last_state = weights.load(states[-1])
+        encoder = {
+            name.removeprefix(model.ENCODER_PREFIX): tensor for name, tensor in last_state.items() if name.startswith(model.ENCODER_PREFIX)
+        }
+        made[record.ENCODER] = weights.dump(encoder, {"format": "pt"})
         made[record.ENCODER_CONFIG] = digest.canonical(model.timm_config(self.plan))
         made = files(made)
         entries = [FileEntry(path=path, digest=digest.of_bytes(data), size=len(data)) for path, data in sorted(made.items())]

@@ -241,6 +241,13 @@ def test_understated_epsilon_is_found(scene: Any, write: Write) -> None:
     assert "understates" in error.what
 
 
+def test_a_delta_that_changes_within_a_run_is_found(scene: Any, write: Write) -> None:
+    """A larger delta makes a total look smaller; the ledger has one for its whole life."""
+    changed = scene.files(statement=_in_round(2, "a", delta_total=1e-3))
+    found = _refused(verify_record(write(changed)), ErrorCode.RECORD_CHANGED, record.statement_path(2, "a"))
+    assert "delta changed" in found.what
+
+
 def test_falling_epsilon_is_found_and_a_larger_one_is_the_sites_business(scene: Any, write: Write) -> None:
     fell = scene.files(statement=_in_round(2, "a", epsilon_plan=0.0))
     assert "fell" in _refused(verify_record(write(fell)), ErrorCode.RECORD_CHANGED, record.statement_path(2, "a")).what

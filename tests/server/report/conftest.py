@@ -55,9 +55,10 @@ def make_round(index: int, names: list[str], random: np.random.Generator) -> Rou
                 code="PF515" if silent else None,
                 epsilon_plan=None if silent else (1.1 + place * 0.25) * index**0.62,
                 figures=None if silent else figures,
+                slot=None if silent else 1,
             )
         )
-    times = RoundTimes(wait_s=6 + random.random() * 2, transfer_s=0.6, aggregation_s=0.45, step_s=0.3 + 0.1 * random.random())
+    times = RoundTimes(slots_s=6.0, wait_s=2 * random.random(), transfer_s=0.6, aggregation_s=0.45, step_s=0.3 + 0.1 * random.random())
     return RoundReport(index=index, sites=tuple(entries), times=times)
 
 

@@ -2,7 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pathfed_server.report.axes import Scale, label, nice_ticks, round_ticks
@@ -11,6 +11,9 @@ BOUND = st.floats(min_value=-1e9, max_value=1e9, allow_nan=False, allow_infinity
 
 
 @given(BOUND, BOUND)
+@example(5e-324, 5e-324)
+@example(0.0, 0.0)
+@example(-1e9, -1e9)
 def test_ticks_cover_the_values_are_even_and_few(one, other):
     low, high = sorted((one, other))
     assume(low == high or high - low > 1e-6 * max(1, abs(low), abs(high)))  # finer than any figure we draw
@@ -20,6 +23,17 @@ def test_ticks_cover_the_values_are_even_and_few(one, other):
     assert ticks[-1] >= high - 1e-6 * step
     assert 2 <= len(ticks) <= 9
     assert all(math.isclose(later - earlier, step, rel_tol=1e-3, abs_tol=1e-9) for earlier, later in pairwise(ticks))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(5e-324, 5e-324), (0.0, 5e-324), (-5e-324, 5e-324), (1.0, 1.0 + 2**-52), (-3.0, -3.0), (1e9, 1e9 + 1e-7), (0.0, 1e-299)],
+)
+def test_values_that_a_drawing_cannot_tell_apart_get_an_axis_that_holds_them(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert ticks == sorted(set(ticks))
+    assert 2 <= len(ticks) <= 9
 
 
 @pytest.mark.parametrize(("low", "high"), [(math.nan, 1.0), (0.0, math.inf), (2.0, 1.0)])

@@ -4,7 +4,7 @@ import pytest
 from pathfed_common.ids import site_name
 from pathfed_server.report.data import RoundReport, RoundTimes, SiteFigures, SiteRound
 
-TIMES = RoundTimes(wait_s=1, transfer_s=1, aggregation_s=1, step_s=1)
+TIMES = RoundTimes(slots_s=1, wait_s=1, transfer_s=1, aggregation_s=1, step_s=1)
 
 
 def one_round(*figures: SiteFigures | None, admitted: bool = True) -> RoundReport:

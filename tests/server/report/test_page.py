@@ -101,11 +101,24 @@ def test_change_inside_the_noise_is_not_called_learning(report):
 
 
 def test_switched_off_reply_slots_are_said(report):
-    sites = report().sites
-    off = [dataclasses.replace(site, reply_slots=False) for site in sites]
-    assert "tells nothing" in slot_words(sites)
-    assert slot_words([off[0], *sites[1:]]).startswith(f"{sites[0].site} has switched reply slots off")
-    assert slot_words(off).startswith("All sites have switched")
+    data = report(rounds=0)
+    off = [dataclasses.replace(site, reply_slots=False) for site in data.sites]
+    assert slot_words(data) == "Sites answer 1 s, or a multiple of it, after the offer."
+    assert slot_words(dataclasses.replace(data, sites=(off[0], *data.sites[1:]))).startswith(f"{off[0].site} has switched reply slots off")
+    assert slot_words(dataclasses.replace(data, sites=tuple(off))).startswith("All sites have switched")
+
+
+def test_replies_that_missed_their_first_slot_are_counted_and_what_that_tells_is_said(report):
+    data = report(rounds=4)
+    assert slot_words(data).startswith("All 12 replies that wait for time slots came in the first one, 1 s after the offer.")
+    rounds = list(data.rounds)
+    for index in (0, 2):
+        late = dataclasses.replace(rounds[index].sites[1], slot=3)
+        rounds[index] = dataclasses.replace(rounds[index], sites=(rounds[index].sites[0], late, rounds[index].sites[2]))
+    words = slot_words(dataclasses.replace(data, rounds=tuple(rounds)))
+    assert words.startswith("2 of 12 replies missed their first time slot of 1 s (hospital-lake 2):")
+    assert "ε does not cover" in words
+    assert "in the first one" not in words
 
 
 def test_sites_beyond_the_colours_share_one(report):

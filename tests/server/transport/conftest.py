@@ -3,7 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pathfed_common import files
+from pathfed_common.errors import HostError
 from pathfed_common.processes import Supervisor, free_port
 from pathfed_server.transport.certificates import make_tls
 from pathfed_server.transport.engine import EngineFiles, start_engine
+
+_PORTS_TRIED = 3
 
 
 @dataclass
@@ -67,9 +70,17 @@ def write_node_key() -> Callable[[Path], str]:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     root = tmp_path_factory.mktemp("engine")
     supervisor = Supervisor()
-    fleet_port = free_port()
+    made = _engine_files(root, free_port(), {})
     try:
-        port = start_engine(supervisor, _engine_files(root, fleet_port, {}))
-        yield Engine(root, port, fleet_port, supervisor)
+        for _ in range(_PORTS_TRIED):
+            try:
+                port = start_engine(supervisor, made)
+                break
+            except HostError as error:  # a port was snatched between its choice and its use
+                supervisor.stop()
+                made, failed = replace(made, fleet_port=free_port()), error
+        else:
+            raise failed
+        yield Engine(root, port, made.fleet_port, supervisor)
     finally:
         supervisor.stop()

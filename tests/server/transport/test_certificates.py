@@ -1,36 +1,15 @@
 """Real handshakes over loopback."""
 
-import contextlib
 import datetime
 import socket
 import ssl
-import threading
 
 import pytest
+from tls_listener import listening
 
 from pathfed_server.transport.certificates import TlsFiles, make_tls
 
 NOW = datetime.datetime.now(datetime.UTC)
-
-
-@contextlib.contextmanager
-def listening(tmp_path, tls: TlsFiles):
-    for name, data in {"cert": tls.certificate, "key": tls.key}.items():
-        (tmp_path / name).write_bytes(data)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                with connection, context.wrap_socket(connection, server_side=True) as secured:
-                    secured.sendall(b"hello")
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield listener.getsockname()[1]
-        thread.join(10)
 
 
 def greeted(tmp_path, tls: TlsFiles, trusted: TlsFiles, host: str = "127.0.0.1") -> bytes:

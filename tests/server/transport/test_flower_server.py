@@ -1,0 +1,207 @@
+"""Offers and replies over a grid of this process, with Flower's own messages. The whole way is in tests/end_to_end."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.task_identity import TaskIdentity
+
+from pathfed_common.ids import SiteName
+from pathfed_common.protocol import wire
+from pathfed_server.rounds.ports import Offer, Reply
+from pathfed_server.transport import flower_server
+from pathfed_server.transport.flower_server import FlowerSites
+
+UPDATE = b"u" * 1000
+#: Longer than any of these exchanges takes when it works.
+LONG_S = 60.0
+Answering = Callable[[Message], Message | None]
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch):
+    """Flower's messages take their run and sender from the task of their process."""
+    for name, value in {"_task_id": 3, "_run_id": 1, "_node_id": 2}.items():
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+class LocalGrid:
+    """What `FlowerSites` uses of Flower's grid. Each site answers by a function; None: not yet."""
+
+    def __init__(self, answers: dict[str, Answering]) -> None:
+        self.answers = answers
+        self.online = list(answers)
+        self.sent: list[tuple[str, Message]] = []
+        self.refuse_pushes = 0
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=number, public_key=key(name)) for number, name in enumerate(self.answers, 1) if name in self.online]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        if self.refuse_pushes:
+            self.refuse_pushes -= 1
+            return [""]
+        (message,) = messages
+        self.sent.append((list(self.answers)[message.metadata.dst_node_id - 1], message))
+        return [str(len(self.sent) - 1)]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        (message_id,) = message_ids
+        name, message = self.sent[int(message_id)]
+        reply = self.answers[name](message)
+        return [] if reply is None else [reply]
+
+
+def key(name: str) -> bytes:
+    return f"key of {name}".encode()
+
+
+def content(code: Any = "", envelope: Any = b"signed", update: bytes | None = UPDATE) -> RecordDict:
+    records: dict[str, Any] = {wire.REPLY: ConfigRecord({wire.CODE: code, wire.ENVELOPE: envelope})}
+    if update is not None:
+        bulk = Array(dtype="uint8", shape=(len(update),), stype=wire.BULK_STYPE, data=update)
+        records[wire.BULK] = ArrayRecord({wire.BYTES: bulk})
+    return RecordDict(records)
+
+
+def answered(message: Message) -> Message:
+    return Message(content(), reply_to=message)
+
+
+def never(message: Message) -> None:
+    return None
+
+
+@pytest.fixture
+def exchange(tmp_path):
+    """Offer a round to sites; the replies by site."""
+    state = tmp_path / "state"
+    state.write_bytes(b"state")
+    spool = tmp_path / "spool"
+    spool.mkdir()
+
+    def call(grid: Any, asked: Iterable[str], enrolled: Iterable[str] | None = None, within_s: float = LONG_S) -> dict[str, Reply]:
+        deadline = time.time() + within_s
+        offers = [Offer(site=SiteName(name), envelope=f"offer to {name}".encode(), base_state=state, deadline=deadline) for name in asked]
+        keys = {SiteName(name): key(name) for name in (enrolled or grid.answers)}
+        replies = list(FlowerSites(grid, keys).exchange(offers, spool))
+        assert len({reply.site for reply in replies}) == len(replies), "one reply a site"
+        return {reply.site: reply for reply in replies}
+
+    return call
+
+
+def test_each_site_gets_its_own_offer_and_the_state_and_its_update_is_spooled(exchange):
+    grid = LocalGrid({"site-a": answered, "site-b": answered})
+    replies = exchange(grid, ["site-a", "site-b"])
+    for name, message in grid.sent:
+        assert message.content.config_records[wire.OFFER][wire.ENVELOPE] == f"offer to {name}".encode()
+        assert message.content.array_records[wire.BULK][wire.BYTES].data == b"state"
+        assert message.metadata.message_type == wire.MESSAGE_TYPE
+        assert LONG_S - 20 < message.metadata.ttl <= LONG_S
+    assert sorted(replies) == ["site-a", "site-b"]
+    for reply in replies.values():
+        assert (reply.code, reply.statement) == (None, b"signed")
+        assert reply.update is not None
+        assert reply.update.read_bytes() == UPDATE
+        assert reply.transfer_s >= 0
+
+
+def test_nodes_of_sites_that_are_not_asked_or_not_enrolled_get_nothing(exchange):
+    grid = LocalGrid({"asked": answered, "enrolled": answered, "stranger": answered})
+    assert sorted(exchange(grid, ["asked"], enrolled=["asked", "enrolled"])) == ["asked"]
+    assert [name for name, _ in grid.sent] == ["asked"]
+
+
+def test_a_site_that_comes_online_later_gets_its_offer_then(exchange):
+    grid = LocalGrid({"early": answered, "late": answered})
+    grid.online = ["early"]
+
+    def early(message: Message) -> Message:
+        grid.online.append("late")
+        return answered(message)
+
+    grid.answers["early"] = early
+    assert {name: reply.code for name, reply in exchange(grid, ["early", "late"]).items()} == {"early": None, "late": None}
+
+
+def test_an_offer_that_superlink_did_not_take_is_sent_again(exchange):
+    grid = LocalGrid({"site-a": answered})
+    grid.refuse_pushes = 2
+    assert exchange(grid, ["site-a"])["site-a"].code is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (lambda message: Message(content(code="PF302", envelope=b"", update=None), reply_to=message), "PF302"),
+        (lambda message: Message(content(code="Muellerova.tif", envelope=b"", update=None), reply_to=message), "PF405"),
+        (lambda message: Message(content(update=None), reply_to=message), "PF405"),
+        (lambda message: Message(content(envelope="text"), reply_to=message), "PF405"),
+        (lambda message: Message(RecordDict(), reply_to=message), "PF405"),
+        (lambda message: Message(Error(code=1, reason="PF404"), reply_to=message), "PF404"),
+        (lambda message: Message(Error(code=1, reason="a text of Flower's"), reply_to=message), "PF515"),
+        (lambda message: Message(Error(code=1), reply_to=message), "PF515"),
+    ],
+)
+def test_what_is_no_update_becomes_a_code_and_no_file(exchange, tmp_path, reply, code):
+    got = exchange(LocalGrid({"site-a": reply}), ["site-a"])["site-a"]
+    assert (got.code, got.statement, got.update) == (code, None, None)
+    assert not list((tmp_path / "spool").iterdir())
+
+
+def test_sites_that_are_away_or_silent_are_told_at_the_deadline(exchange):
+    grid = LocalGrid({"away": answered, "silent": never, "site-a": answered})
+    grid.online.remove("away")
+    replies = exchange(grid, ["away", "silent", "site-a"], within_s=6)
+    assert {name: reply.code for name, reply in replies.items()} == {"away": "PF515", "silent": "PF515", "site-a": None}
+
+
+def test_a_superlink_that_is_away_for_a_moment_is_asked_again(exchange):
+    away = [httpx.ConnectError("away"), httpx.ReadTimeout("away")]
+
+    def answer(message: Message) -> Message:
+        if away:
+            raise away.pop()
+        return answered(message)
+
+    assert exchange(LocalGrid({"site-a": answer}), ["site-a"])["site-a"].code is None
+
+
+def test_an_error_while_a_reply_is_pulled_ends_the_exchange(exchange):
+    def broken(message: Message) -> Message:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        exchange(LocalGrid({"site-a": broken}), ["site-a"])
+
+
+def test_stalled_uploads_hold_up_nobody_else_and_write_nothing_afterwards(exchange, monkeypatch, tmp_path):
+    """More of them than are pulled at once."""
+    monkeypatch.setattr(flower_server, "_STALL_S", 0.2)
+    go_on, stalling = threading.Event(), []
+    stalled_sites = [f"stalled-{number}" for number in range(flower_server._AT_ONCE + 1)]
+
+    def stalled(message: Message) -> Message:
+        stalling.append(message)
+        go_on.wait(LONG_S)
+        return answered(message)
+
+    def prompt(message: Message) -> Message | None:
+        """Answers when every place is, or was, held by a stalled upload."""
+        return answered(message) if len(stalling) >= flower_server._AT_ONCE else None
+
+    grid = LocalGrid({**dict.fromkeys(stalled_sites, stalled), "prompt": prompt})
+    replies = exchange(grid, [*stalled_sites, "prompt"], within_s=15)
+    assert replies["prompt"].code is None
+    assert {replies[name].code for name in stalled_sites} == {"PF515"}
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("reply of stalled"):
+            thread.join(LONG_S)
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == ["prompt.safetensors"]
