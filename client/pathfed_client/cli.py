@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -297,6 +297,38 @@ def approve(
         as_json=as_json,
         title="Approved. Hand the approval to the operator.",
     )
+
+
+@app.command()
+def doctor(
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A signed plan: slides are judged by its cohort rules, speed by its rounds.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, max=10_000, help="Slides to open at most.")] = 24,
+    seconds: Annotated[float, typer.Option(min=0, max=600, help="Seconds for which tiles are read to measure speed.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample; another one looks at other slides.")] = 0,
+    show_slides: Annotated[bool, typer.Option("--show-slides", help="Name slides and folders. For your eyes: do not paste it.")] = False,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Check slides, patient list, decoders, speed, disk, keys and server, with a hint for each finding. Changes nothing."""
+    from pathfed_client import app as site
+    from pathfed_client.checkup import DoctorError, examine_site
+
+    here = SiteHome(home)
+    given = None if plan is None else site.read_signed_plan(here, plan)[1]
+    with nullcontext() if as_json else console.err.status("looking at slides, keys and server"):
+        found = examine_site(here, given, sample=sample, seconds=seconds, seed=seed)
+    error = DoctorError(found) if found.errors else None
+    if as_json:
+        told = found.to_dict(show_slides=show_slides)
+        show(told if error is None else {"error": error.to_dict(), "report": told}, as_json=True)
+        raise typer.Exit(0 if error is None else error.exit_status)
+    show(found.rows(), as_json=False, title="doctor")
+    if show_slides:
+        show(found.named(), as_json=False, title="what is meant, by name: for your eyes alone")
+    if error is not None:
+        raise error
 
 
 @app.command()

@@ -637,6 +637,12 @@ _HOST: dict[Code, CatalogEntry] = {
         "machine alone.",
         "site",
     ),
+    Code.SITE_UNFIT: CatalogEntry(
+        "The doctor found errors",
+        "`pathfed-site doctor` found something that keeps this site from taking part as it should. Nothing was changed.",
+        "Each finding comes with a hint. Put right those marked `error`, from the top down, and run it again.",
+        "site",
+    ),
 }
 
 CATALOG: Final[dict[Code, CatalogEntry]] = {**_PLANS, **_SITE_DATA, **_PRIVACY, **_TRANSPORT, **_ROUNDS, **_PROVENANCE, **_HOST}

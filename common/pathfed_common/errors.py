@@ -111,6 +111,7 @@ class ErrorCode(StrEnum):
     KEY_FILE = "PF906"
     TOOL_MISSING = "PF907"
     SCHEDULER_LOST = "PF908"
+    SITE_UNFIT = "PF909"
 
 
 class PathfedError(Exception):

@@ -20,7 +20,7 @@ from pathfed_common.errors import PathfedError
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw")
+COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw")
 
 
 def fails(done, code: str) -> None:
