@@ -7,7 +7,7 @@ gives them in order, watches, and shows.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,12 +268,17 @@ def _plan_text(options: DemoOptions, hospitals: Sequence[Hospital]) -> str:
     if options.rounds is not None:
         raw["rounds"]["count"] = options.rounds
     lines = [f"# {options.plan.name}, fitted to the hospitals of this demo."]
-    # JSON's spelling of texts, numbers and truths is TOML's.
-    lines += [f"{key} = {json.dumps(value)}" for key, value in raw.items() if not isinstance(value, dict)]
-    for section, keys in raw.items():
-        if isinstance(keys, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_toml(raw, "")]) + "\n"
+
+
+def _toml(keys: Mapping[str, Any], section: str) -> list[str]:
+    """Lines of a section and of those inside it; JSON's spelling of texts, numbers and truths is TOML's."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if not isinstance(value, dict)]
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            name = f"{section}.{key}" if section else key
+            lines += ["", f"[{name}]", *_toml(value, name)]
+    return lines
 
 
 def _listed_patients(patient_list: Path) -> int:
