@@ -1,5 +1,6 @@
 """Small hospitals, a small plan, and the processes of a consortium, for tests that run the real thing from slides to encoder."""
 
+import csv
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from typing import TypeVar
 
 import psutil
 import pytest
+import tifffile
+from planted import plant_list, planted_tiff
 
 from pathfed_local.generator import generate_hospitals
 
@@ -52,9 +55,15 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three painted hospitals of six patients each."""
+    """Three painted hospitals of six patients each, with identifiers in every text tag of a slide and every column of a list."""
     folder = tmp_path_factory.mktemp("hospitals")
     generate_hospitals(folder, hospitals=3, patients=6, slides_per_patient=1, seed=3, side_px=(512, 640))
+    for number, slide in enumerate(sorted(folder.glob("*/slides/*.tif"))):
+        slide.write_bytes(planted_tiff(tifffile.imread(slide, key=0), aperio=bool(number % 2)))
+    for patient_list in folder.glob("*/patients.csv"):
+        with patient_list.open(newline="") as file:
+            rows = [(row["slide"], row["patient"]) for row in csv.DictReader(file)]
+        plant_list(patient_list, rows)
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser_fixtures import chromium
+from planted import found_in, mark, planted_words
 
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import preset
@@ -134,7 +135,7 @@ def test_a_folder_that_is_not_a_demos_is_left_as_it_is(tmp_path, plan_file, hosp
 
 
 def test_no_slide_name_path_or_patient_is_in_anything_that_left_a_site(demo, hospitals) -> None:
-    """Everything the server holds, logs and databases included."""
+    """Everything the server holds, record, logs and databases included, and the report: identifiers from inside slides as well."""
     out, _ = demo
     secrets: set[bytes] = set()
     for patient_list in hospitals.glob("*/patients.csv"):
@@ -142,9 +143,16 @@ def test_no_slide_name_path_or_patient_is_in_anything_that_left_a_site(demo, hos
             for row in csv.DictReader(file):
                 secrets |= {row["slide"].encode(), Path(row["slide"]).stem.encode(), row["patient"].encode()}
     secrets = {secret for secret in secrets if len(secret) >= 6}  # shorter ones come up by chance in tensors
-    for file in (path for path in (out / "server").rglob("*") if path.is_file()):
+    words = planted_words()
+    slides = b"".join(path.read_bytes() for path in hospitals.rglob("*") if path.is_file())
+    assert found_in(slides, words) == words, "there is something to leak"
+    for file in [out / "report.html", *(path for path in (out / "server").rglob("*") if path.is_file())]:
         data = file.read_bytes()
         assert not [secret for secret in secrets if secret in data], file
+        assert not [word for word in words if word.encode() in data], file
+        # In every form: all words in small files and heads, one of each kind in large ones, which would take minutes.
+        few = {mark("ImageDescription"), mark("AperioBarcode"), mark("ColumnName")}
+        assert found_in(data[: 1 << 16], words) | found_in(data if file.suffix != ".safetensors" else b"", few) == set(), file
 
 
 def test_mixed_real_slides_are_scanned_and_named_and_the_run_goes_on(tmp_path, plan_file, real_data, leaves_no_process) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfed_client.slides.dicom_layout import dicom_level
-from pathfed_client.slides.native import MOST_TILE_BYTES, Decoder, LayoutError, NativeLevel
+from pathfed_client.slides.dicom_series import is_dicom
+from pathfed_client.slides.native import MOST_TILE_BYTES, DamagedLayoutError, Decoder, LayoutError, NativeLevel
 from pathfed_client.slides.reader import SlideReader
 from pathfed_client.slides.tiff_layout import tiff_levels
 from pathfed_common.errors import ErrorCode, SiteDataError
@@ -24,6 +25,7 @@ _COMPARED = 6
 _ALIGNED = 1 / 512
 #: Largest mean difference of an interpolated tile from its own pixels, levels of 255; wrong colours or places give tens.
 _CLOSE = 8.0
+_DICOM_HEAD_BYTES = 132
 
 
 class DirectLevel:
@@ -124,6 +126,9 @@ def open_direct(files: Sequence[Path], width: int, height: int, *, name: str) ->
 
     Returns:
         None where the slide has no such level in a form that is decoded directly. Nothing is left open then.
+
+    Raises:
+        SiteDataError: a file contradicts itself about where its tiles lie (PF206): OpenSlide might show them in wrong places.
     """
     for file in files:
         try:
@@ -131,11 +136,13 @@ def open_direct(files: Sequence[Path], width: int, height: int, *, name: str) ->
         except OSError:
             return None  # OpenSlide, which is asked next, says what is wrong
         try:
-            found = next((level for level in _levels(file, number) if (level.width, level.height) == (width, height)), None)
+            found = next((level for level in _levels(number) if (level.width, level.height) == (width, height)), None)
             if found is not None:
                 opened = DirectLevel(file, number, found, name=name)
                 number = -1
                 return opened
+        except DamagedLayoutError as error:
+            raise SiteDataError(ErrorCode.SLIDE_UNREADABLE, f"the slide contradicts itself: {error}", where=name) from error
         except (LayoutError, OSError):
             continue
         finally:
@@ -144,13 +151,13 @@ def open_direct(files: Sequence[Path], width: int, height: int, *, name: str) ->
     return None
 
 
-def _levels(file: Path, number: int) -> tuple[NativeLevel, ...]:
+def _levels(number: int) -> tuple[NativeLevel, ...]:
     def read_at(offset: int, size: int) -> bytes:
         if not 0 <= offset < 1 << 62 or not 0 <= size <= MOST_TILE_BYTES:
             raise LayoutError(f"the file points to byte {offset}")
         return os.pread(number, size, offset)
 
-    if file.suffix.lower() != ".dcm":
+    if not is_dicom(read_at(0, _DICOM_HEAD_BYTES)):
         return tiff_levels(read_at)
     with open(number, "rb", closefd=False) as stream:
         level = dicom_level(stream, read_at)
@@ -163,7 +170,8 @@ def agrees(direct: DirectLevel, reader: SlideReader, level: int) -> bool:
     Where a level's downsample is no whole number, OpenSlide itself interpolates between pixels for most places: those are compared
     closely, and the places it does not interpolate bit for bit, the level's first native tile among them.
 
-    Tiles that neither can read do not count; one that only one of the two can read means no.
+    Tiles that direct decoding cannot read do not count, be it that OpenSlide gives something for them: its decoder fills up damaged tiles
+    without a word, ours refuses them. Half of those compared must have been equal. One that OpenSlide alone refuses means no.
 
     Args:
         direct: the level, opened directly.
@@ -171,7 +179,7 @@ def agrees(direct: DirectLevel, reader: SlideReader, level: int) -> bool:
         level: number of the level there.
     """
     native, downsample = direct.native, reader.downsamples[level]
-    compared = 0
+    compared, refused = 0, 0
     for index in np.unique(np.linspace(0, native.columns * native.rows - 1, _COMPARED).astype(int)).tolist():
         row, column = divmod(index, native.columns)
         x, y = column * native.tile_width, row * native.tile_height
@@ -182,12 +190,13 @@ def agrees(direct: DirectLevel, reader: SlideReader, level: int) -> bool:
             width, height = max(1, width - 2), max(1, height - 2)
         ours = _pixels_or_none(direct.read, x, y, width, height)
         theirs = _pixels_or_none(reader.read_region, x0, y0, level, width, height)
-        if ours is None and theirs is None:
+        if ours is None:
+            refused += theirs is not None
             continue
-        if ours is None or theirs is None or not _equal(ours, theirs, exact=exact):
+        if theirs is None or not _equal(ours, theirs, exact=exact):
             return False
         compared += 1
-    return compared > 0
+    return compared > 0 and compared >= refused
 
 
 def _equal(one: NDArray[np.uint8], other: NDArray[np.uint8], *, exact: bool) -> bool:

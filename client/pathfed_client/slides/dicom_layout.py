@@ -16,7 +16,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from pathfed_client.slides.native import Codec, LayoutError, NativeLevel, Span
+from pathfed_client.slides.native import Codec, DamagedLayoutError, LayoutError, NativeLevel, Span
 from pathfed_client.slides.tiff_layout import ReadAt
 
 _READ = (
@@ -53,6 +53,7 @@ _PYDICOM_RAISES = (
     TypeError,
     KeyError,
     ValueError,
+    ZeroDivisionError,
     IndexError,
     OverflowError,
     NotImplementedError,
@@ -89,6 +90,7 @@ def dicom_level(file: BinaryIO, read_at: ReadAt) -> NativeLevel | None:
 
     Raises:
         LayoutError: this is no DICOM file, or its frames cannot be found.
+        DamagedLayoutError: it does not have one frame for each place of its picture.
     """
     try:
         head, at = _head(file)
@@ -100,6 +102,7 @@ def dicom_level(file: BinaryIO, read_at: ReadAt) -> NativeLevel | None:
         frames = int(head.NumberOfFrames)
         if not 0 < frames <= _MOST_FRAMES:
             raise LayoutError(f"the file claims {frames} frames")
+        _check_frames(head, frames)
         starts = _starts(read_at, at, frames, head.get("ExtendedOffsetTable"))
         return NativeLevel(
             width=int(head.TotalPixelMatrixColumns),
@@ -135,6 +138,13 @@ def _is_plain(head: pydicom.Dataset) -> bool:
         and head.get("NumberOfOpticalPaths", 1) == 1
         and head.get("TotalPixelMatrixFocalPlanes", 1) == 1
     )
+
+
+def _check_frames(head: pydicom.Dataset, frames: int) -> None:
+    columns = -(-int(head.TotalPixelMatrixColumns) // int(head.Columns))
+    rows = -(-int(head.TotalPixelMatrixRows) // int(head.Rows))
+    if frames != columns * rows:
+        raise DamagedLayoutError(f"the file has {frames} frames for {columns} x {rows} places")
 
 
 def _starts(read_at: ReadAt, at: int, frames: int, extended: bytes | None) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pathfed_client.slides.filters import FilterCount, FilteredSlideError, FilterReport, SlideMasks, filtered_tiles, slide_masks
 from pathfed_client.slides.focus import sharpness_at
 from pathfed_client.slides.native import NativeLevel
-from pathfed_client.slides.quality import check_thumbnail, checked_mpp, flat_share, is_flat
+from pathfed_client.slides.quality import check_levels, check_thumbnail, checked_mpp, flat_share, is_flat
 from pathfed_client.slides.reader import SlideReader, Thumbnail
 from pathfed_client.slides.tile_map import TileMap, make_map
 from pathfed_client.slides.tiling import TileGrid, choose_level, fits, tile_grid
@@ -75,6 +75,7 @@ def examine(
             tile with enough tissue (PF209).
         FilteredSlideError: out of focus (PF214), or the filters leave no tile (PF215).
     """
+    check_levels(reader.level_dimensions, where=where)
     width, height = reader.dimensions
     mpp = usable_mpp(reader, plan, where=where, mpp_override=mpp_override)
     thumbnail = slide_thumbnail(reader, mpp)

@@ -5,6 +5,7 @@ colour space comes from the file's own tag (TIFF 6.0 section 23, DICOM PS3.3 C.7
 (Adobe Technical Note 5116, section 18), because a decoder left to guess takes RGB for YCbCr and is wrong by up to 254 levels.
 """
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,11 +25,17 @@ REDUCTIONS = (1, 2, 4, 8)
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _IGNORED = frozenset([bytes([0xFF, kind]) for kind in range(0xE0, 0xF0)] + [b"\xff\xfe"])
+#: JPEG 2000's start and size marks; a file of the JP2 form has boxes before them.
+_SIZES, _JP2_HEAD_BYTES = b"\xff\x4f\xff\x51", 1 << 12
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
 
 class LayoutError(ValueError):
     """A file whose native tiles cannot be found or decoded. The slide may still be readable by OpenSlide."""
+
+
+class DamagedLayoutError(LayoutError):
+    """A file that contradicts itself about where its native tiles lie: whoever reads it may give one place's pixels for another's."""
 
 
 class Codec(Enum):
@@ -143,6 +150,7 @@ class Decoder:
         return self._checked(simplejpeg.decode_jpeg(stream, buffer=buffer, min_height=shape[0], min_width=shape[1]), shape)
 
     def _jpeg_2000(self, data: bytes) -> NDArray[np.uint8]:
+        _check_jpeg_2000(data, self._level.tile_width, self._level.tile_height)
         return self._checked(imagecodecs.jpeg2k_decode(data), self._shape(1))
 
     def _shape(self, reduce: int) -> tuple[int, int, int]:
@@ -152,6 +160,21 @@ class Decoder:
         if pixels.shape != shape or pixels.dtype != np.uint8:
             raise LayoutError(f"a native tile of {pixels.shape} {pixels.dtype}, expected {shape}")
         return pixels
+
+
+def _check_jpeg_2000(data: bytes, width: int, height: int) -> None:
+    """Refuse a codestream of another size before a decoder makes room for it, or one without its end, which decoders take for granted.
+
+    ITU-T T.800 A.5.1 has the sizes and offsets of the image, A.4.4 the end; a byte may follow it where a file aligns its tiles.
+    """
+    if data[-2:] != _END and data[-3:-1] != _END:
+        raise LayoutError("a native tile without an end")
+    at = data.find(_SIZES, 0, _JP2_HEAD_BYTES)
+    if at < 0 or len(data) < at + 24:
+        raise LayoutError("no JPEG 2000 stream")
+    right, bottom, left, top = struct.unpack_from(">IIII", data, at + 8)
+    if (right - left, bottom - top) != (width, height):
+        raise LayoutError(f"a native tile of {(bottom - top, right - left)}")
 
 
 def _marks_end(data: bytes) -> int:

@@ -5,6 +5,7 @@ be trained on silently, so either is refused with a code.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,11 @@ from pathfed_common.units import Mpp
 MPP_BOUNDS = (0.1, 2.0)
 #: Largest ratio of mpp along x to mpp along y (or the reverse) of square pixels, as a share above 1.
 MPP_ANISOTROPY = 0.05
+
+#: Longest side of a slide, pixels: several times the largest that scanners make. More is damage, or made to exhaust memory.
+MOST_SIDE_PX = 1 << 19
+#: By how much the two sides of a level may be shrunk differently: a share, and pixels of that level, for levels padded to whole tiles.
+_SHAPE, _SHAPE_PX = 0.05, 2
 
 _FLAT = 2  # levels of 255 a region may span and still count as one colour
 _STRIDE = 8  # every eighth pixel of every eighth row tells nearly always
@@ -49,6 +55,26 @@ def checked_mpp(mpp: tuple[float, float] | None, *, where: str) -> Mpp:
     if max(x, y) > min(x, y) * (1 + MPP_ANISOTROPY):
         raise SiteDataError(ErrorCode.SLIDE_MPP_UNUSABLE, "the slide's pixels are not square", where=where, value=f"{x:g} x {y:g} um/px")
     return Mpp((x + y) / 2)
+
+
+def check_levels(sizes: Sequence[tuple[int, int]], *, where: str) -> None:
+    """Refuse a slide whose stated sizes cannot be a picture's: beyond any scanner's, or levels that are no smaller copies of level 0.
+
+    Args:
+        sizes: width and height of each level, pixels of that level, level 0 first.
+        where: the slide's name for errors.
+
+    Raises:
+        SiteDataError: PF206.
+    """
+    (width0, height0), *_ = sizes
+    for width, height in sizes:
+        told = f"{width} x {height}"
+        if not (0 < width <= MOST_SIDE_PX and 0 < height <= MOST_SIDE_PX):
+            raise SiteDataError(ErrorCode.SLIDE_UNREADABLE, "the slide states a size that no scanner makes", where=where, value=told)
+        across, down = width0 / width, height0 / height
+        if abs(across - down) > max(across, down) * (_SHAPE + _SHAPE_PX / min(width, height)):
+            raise SiteDataError(ErrorCode.SLIDE_UNREADABLE, f"a level is no smaller copy of {width0} x {height0}", where=where, value=told)
 
 
 def is_flat(pixels: NDArray[np.uint8]) -> bool:

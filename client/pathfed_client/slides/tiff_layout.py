@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from pathfed_client.slides.native import Codec, LayoutError, NativeLevel, Span
+from pathfed_client.slides.native import Codec, DamagedLayoutError, LayoutError, NativeLevel, Span
 
 #: Reads that many bytes at that place of the file; fewer at its end.
 ReadAt = Callable[[int, int], bytes]
@@ -98,6 +98,7 @@ def tiff_levels(read_at: ReadAt) -> tuple[NativeLevel, ...]:
 
     Raises:
         LayoutError: this is no TIFF, or its table of contents is damaged.
+        DamagedLayoutError: an image's tables do not have one entry for each of its tiles.
     """
     form, first = _header(read_at)
     levels = (_level(read_at, form, tags) for tags in _directories(read_at, form, first))
@@ -169,7 +170,7 @@ def _level(read_at: ReadAt, form: _Form, tags: Mapping[int, _Field]) -> NativeLe
     codec = _CODECS.get((values(_Tag.COMPRESSION, (1,))[0], values(_Tag.PHOTOMETRIC, (0,))[0]))
     if codec is None or set(values(_Tag.BITS, (1,))) != {8} or values(_Tag.SAMPLES, (1,)) != (3,) or values(_Tag.PLANAR, (1,)) != (1,):
         return None
-    return NativeLevel(
+    level = NativeLevel(
         width=values(_Tag.WIDTH, ())[0],
         height=values(_Tag.LENGTH, ())[0],
         tile_width=values(_Tag.TILE_WIDTH, ())[0],
@@ -178,3 +179,7 @@ def _level(read_at: ReadAt, form: _Form, tags: Mapping[int, _Field]) -> NativeLe
         tables=bytes(values(_Tag.JPEG_TABLES, (), _MOST_TABLE_BYTES)),
         span=_TileTable(read_at, form, tags[_Tag.TILE_OFFSETS], tags[_Tag.TILE_BYTES]),
     )
+    listed = {tags[_Tag.TILE_OFFSETS].count, tags[_Tag.TILE_BYTES].count}
+    if listed != {level.columns * level.rows}:
+        raise DamagedLayoutError(f"an image of {level.columns} x {level.rows} tiles lists {sorted(listed)}")
+    return level

@@ -9,9 +9,10 @@ patient an anatomy of their own that all their slides share. Equal seeds give eq
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import tifffile
@@ -127,22 +128,25 @@ def _finish(folder: Path, rows: list[tuple[str, str]], patients: int) -> Generat
     )
 
 
-def slide_bytes(pixels: NDArray[np.uint8], *, mpp: float = PAINTED_MPP) -> bytes:
+def slide_bytes(pixels: NDArray[np.uint8], *, mpp: float = PAINTED_MPP, texts: Mapping[int, str] | None = None) -> bytes:
     """A pyramidal tiled JPEG TIFF with levels at full, half and quarter size.
 
     Args:
         pixels: uint8 RGB (height, width, 3), level 0.
         mpp: um/px of level 0, stated in the resolution tags.
+        texts: what further tags of level 0 say, by their numbers, as scanners and laboratories fill them.
     """
     file = io.BytesIO()
     with tifffile.TiffWriter(file) as writer:
-        _add_level(writer, pixels, mpp, reduced=False)
+        _add_level(writer, pixels, mpp, reduced=False, texts=texts or {})
         for down in _DOWNSAMPLES:
             _add_level(writer, np.asarray(Image.fromarray(pixels).reduce(down)), mpp * down, reduced=True)
     return file.getvalue()
 
 
-def _add_level(writer: tifffile.TiffWriter, pixels: NDArray[np.uint8], mpp: float, *, reduced: bool) -> None:
+def _add_level(
+    writer: tifffile.TiffWriter, pixels: NDArray[np.uint8], mpp: float, *, reduced: bool, texts: Mapping[int, str] = MappingProxyType({})
+) -> None:
     per_cm = 10_000 / mpp
     writer.write(
         pixels,
@@ -155,4 +159,5 @@ def _add_level(writer: tifffile.TiffWriter, pixels: NDArray[np.uint8], mpp: floa
         subfiletype=int(reduced),
         software="pathfed synthetic slide",
         metadata=None,
+        extratags=[(number, "s", 0, text, True) for number, text in texts.items()],
     )
