@@ -1,6 +1,8 @@
 """The round loop's process: wires the loop to Flower, the database and the record, and runs it to the end of a run."""
 
 import logging
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pathfed_server.transport.flower_control import node_key
 from pathfed_server.transport.flower_server import FlowerSites
 
 _log = logging.getLogger(__name__)
+_PARENT_POLL_S = 1.0
 
 
 class SystemClock:
@@ -42,6 +45,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
         PathfedError: the run cannot go on; the database says so too where that is possible.
     """
     _log_to(home.logs / "server-app.log")
+    end_with_parent()
     # The server's arithmetic is bound by memory, tensor by tensor; more threads would only wait for each other beside other processes.
     torch.set_num_threads(1)
     note_server_app(home, run)
@@ -70,6 +74,22 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
     except PathfedError as error:
         _log.error("%s", error)
         raise
+
+
+def end_with_parent() -> None:
+    """Let this process end, within a second or so, when the one that started it does.
+
+    A killed superexec would leave the loop running beside the next attempt at the same run. The loop may end at any instant.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        _log.error("the process that started the round loop has ended: so does the loop")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _tell(progress: Progress) -> None:

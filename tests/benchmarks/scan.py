@@ -46,7 +46,12 @@ _DAMAGED_EVERY = 20
 _PLAN = CohortPlan(tile_px=224)
 _KEY = bytes(range(32))
 _POLL_S = 0.05
-_TARGETS = {"repeated_share": Target("<", 0.02), "same_cohort": Target(">=", 1), "right_verdicts": Target(">=", 1)}
+_TARGETS = {
+    "repeated_share": Target("<", 0.02),
+    "same_cohort": Target(">=", 1),
+    "right_verdicts": Target(">=", 1),
+    "index_bytes_per_tile": Target("<=", 8.0),
+}
 
 
 def main() -> int:
@@ -81,6 +86,7 @@ def _measure(root: Path, count: int, workers: int) -> dict[str, Any]:
     again = _run(root, "killed.db", workers)
     with SiteStore(root / "whole.db") as one, SiteStore(root / "killed.db") as other:
         same = one.cohort(scan_key(_PLAN)).digest == other.cohort(scan_key(_PLAN)).digest
+        index = sum(record.tiles.size for record in one.slides(scan_key(_PLAN)).values() if record.tiles is not None)
     # Read by the killed scan, by its own count, and by the one that took it up.
     repeated = killed["begun"] + rest["read"] - count
     return {
@@ -91,7 +97,7 @@ def _measure(root: Path, count: int, workers: int) -> dict[str, Any]:
         "usable": whole["usable"],
         "tiles": whole["tiles"],
         "database_bytes_per_tile": round((root / "whole.db").stat().st_size / whole["tiles"], 2),
-        # The tile index's bytes a tile belong here.
+        "index_bytes_per_tile": round(index / whole["tiles"], 2),
         "killed_after": killed["kept"],
         "repeated_slides": repeated,
         "repeated_share": round(repeated / count, 4),
