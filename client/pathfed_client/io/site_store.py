@@ -41,6 +41,7 @@ from pathfed_common.provenance.statement import UpdateStatement
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60
+_AT_ONCE = 500  # numbers in one question: SQLite bounds its parameters
 #: Below this, bytes, a disk counts as full: SQLite's shared-memory file alone takes half of it.
 _LEAST_FREE = 64 * 1024
 
@@ -322,6 +323,17 @@ class SiteStore:
             statement = statement.values({name: sa.bindparam(f"new_{name}") for name in fields})
             with self._transaction() as connection:
                 connection.execute(statement, [{"number": one["number"]} | {f"new_{name}": one[name] for name in fields} for one in values])
+
+    def slides_of(self, numbers: Collection[SlideId]) -> dict[SlideId, SlideRecord]:
+        """Slides by their numbers; those that are no more are left out."""
+        found: dict[SlideId, SlideRecord] = {}
+        wanted = sorted(numbers)
+        with self._transaction(write=False) as connection:
+            for start in range(0, len(wanted), _AT_ONCE):
+                some = wanted[start : start + _AT_ONCE]
+                rows = connection.execute(sa.select(_SLIDE).where(_SLIDE.c.id.in_(some)))
+                found |= {SlideId(row.id): _slide_record(row) for row in rows}
+        return found
 
     def slides(self, scan_key: Digest) -> dict[SlideId, SlideRecord]:
         """All slides scanned under these rules, in order of their paths."""

@@ -27,6 +27,8 @@ from pathfed_common.plan import CohortPlan
 _LOG = logging.getLogger(__name__)
 #: Orders under way ahead of the one that is used; the workers' memory bounds how many tiles that is.
 _AHEAD = 32
+#: Slides whose rows are remembered.
+_KNOWN = 10_000
 
 
 class TileStream:
@@ -45,7 +47,7 @@ class TileStream:
         """Make a stream over the slides scanned under a plan's cohort rules.
 
         Args:
-            store: the site database; read once, here.
+            store: the site database; asked for slides when their tiles are.
             slides_folder: where the slides lie: one folder, or several.
             plan: the cohort rules.
             workers: processes that read, for tiles of `plan.tile_px`; the caller's, who closes them. None: this process reads.
@@ -53,7 +55,9 @@ class TileStream:
         """
         key = scan_key(plan)
         self.left_out = 0
-        self._records: dict[SlideId, SlideRecord] = store.slides(key)
+        self._store = store
+        self._key = key
+        self._records: dict[SlideId, SlideRecord] = {}
         self._index = TileIndex(index_file(store.tile_folder, key))
         self._px = plan.tile_px
         self._reader = TileReader(slides_folder, open_slides=open_slides)
@@ -144,6 +148,7 @@ class TileStream:
 
     def _jobs(self, refs: Sequence[TileRef]) -> list[TileJob]:
         """What there is to read: references that the index does not hold, or holds damaged, are left out here already."""
+        self._look_up({ref.slide for ref in refs})
         jobs = []
         for ref in refs:
             try:
@@ -152,9 +157,15 @@ class TileStream:
                 _LOG.debug("slide %d: tile left out: %s", ref.slide, error)
         return jobs
 
+    def _look_up(self, slides: set[SlideId]) -> None:
+        """Know these slides; at most `_KNOWN` and these are known at a time, however many the site has."""
+        if len(self._records) > _KNOWN:
+            self._records = {number: record for number, record in self._records.items() if number in slides}
+        self._records |= self._store.slides_of(slides - self._records.keys())
+
     def _job(self, ref: TileRef) -> TileJob:
         record = self._records.get(ref.slide)
-        if record is None or record.tiles is None:
+        if record is None or record.tiles is None or record.scan_key != self._key:
             raise ValueError(f"slide {ref.slide} is not of this scan")
         tiles = self._index.read(record.tiles)
         place = tiles.grid.place(*tiles.cell(ref.tile), ref.across, ref.down)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pathfed_client.cohort.cohort import Pseudonym, SlideTiles
+from pathfed_client.cohort.cohort import Pseudonym, SlideId, SlideTiles
 from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, SlideRecord, SlideStatus, StoredApproval
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_index import IndexEntry
@@ -45,6 +45,13 @@ def test_slide_comes_back_as_stored(store):
     slide = store.upsert_slide(usable())
     assert store.slides(KEY) == {slide: usable()}
     assert store.slides(digest.of_bytes(b"other rules")) == {}
+
+
+def test_slides_are_found_by_their_numbers_however_many_are_asked_for(store):
+    numbers = [store.upsert_slide(usable(f"{name}.tif")) for name in "abc"]
+    assert store.slides_of(numbers[1:]) == {numbers[1]: usable("b.tif"), numbers[2]: usable("c.tif")}
+    assert set(store.slides_of([SlideId(number) for number in range(1, 1300)])) == set(numbers)
+    assert store.slides_of([]) == {}
 
 
 def test_unchanged_slide_keeps_its_number_and_changed_file_gets_a_fresh_one(store):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pathfed_client.cohort.cohort import SlideId, TileRef
+from pathfed_client.io import tile_stream
 from pathfed_client.io.scan import scan
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_index import index_file
@@ -133,6 +134,18 @@ def test_tile_of_one_colour_is_left_out(tmp_path, write_slide, tissue):
         with TileStream(store, tmp_path / "slides", PLAN) as stream:
             (patient,) = store.cohort(scan_key(PLAN)).patients
             assert len(stream.read([patient.tile(index) for index in range(patient.tile_count)])) == patient.tile_count - 1
+
+
+def test_the_stream_knows_a_bounded_number_of_slides_and_never_reads_them_all(site, monkeypatch):
+    store, folder = site
+    refs = refs_by_path(store)
+    monkeypatch.setattr(tile_stream, "_KNOWN", 1)
+    monkeypatch.setattr(store, "slides", None)
+    with TileStream(store, folder, PLAN) as stream:
+        for _ in range(2):
+            for name in ("0.tif", "1.tif", "2.tif"):
+                assert len(stream.read(refs[name][:1])) == 1
+                assert len(stream._records) <= 2
 
 
 def test_changed_and_vanished_slides_are_left_out(site, write_slide):
