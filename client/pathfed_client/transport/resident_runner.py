@@ -11,12 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.common.constant import SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
@@ -33,6 +35,8 @@ from pathfed_common.errors import ErrorCode
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _POLL_S = 0.25
 _AWAY_S = 1.0
+#: Seconds within which a part of a message, 5 MB at most, must follow the one before: a line of 0.4 Mbit/s is fast enough.
+_OBJECT_WITHIN_S = 100.0
 _log = logging.getLogger(__name__)
 
 
@@ -62,13 +66,43 @@ def _serve(client: RuntimeHttpClient, app: ClientApp) -> None:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     try:
-        message, context, _, bundle = pull_task_input(client)
+        message, context, _, bundle = pull_task_input(cast(RuntimeHttpClient, _Impatient(client, _OBJECT_WITHIN_S)))
         reply = _answered(app, message, context, bundle)
         push_message(client, reply, context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     finally:
         heartbeat.stop()
         client.close()
+
+
+class _Impatient:
+    """A task's client that gives its message up when no part of it comes any more.
+
+    A SuperLink that dies between announcing a message and delivering it leaves parts that never come, and Flower waits for them for
+    ever: the site would be silent for good, while its SuperNode is connected and takes further messages.
+    """
+
+    def __init__(self, client: RuntimeHttpClient, within_s: float) -> None:
+        self._client = client
+        self._within_s = within_s
+        self._last = time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802 - Flower's name
+        """As the client's.
+
+        Raises:
+            ObjectPullError: no part came for the time allowed.
+        """
+        response = self._client.PullObject(request)
+        now = time.monotonic()
+        if response.object_available:
+            self._last = now
+        elif now - self._last > self._within_s:
+            raise ObjectPullError(request.object_id, f"no part of the message came within {self._within_s:g} s")
+        return response
 
 
 def _answered(app: ClientApp, message: Message, context: Context, bundle: Fab) -> Message:

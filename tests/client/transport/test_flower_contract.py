@@ -32,7 +32,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run
@@ -182,4 +182,28 @@ def test_a_task_with_another_bundle_is_answered_with_a_code_and_ends_like_any_ot
     assert runtime.pushed is not None
     assert message_from_proto(runtime.pushed.messages_list[0]).error.reason == "PF404"
     assert runtime.output is not None
+    assert runtime.closed
+
+
+class Withholding(Runtime):
+    """Announces a message and delivers some parts of it only, as a SuperLink does that was killed in between."""
+
+    def __init__(self, bundle: bytes, parts: int) -> None:
+        super().__init__(bundle)
+        self.left = parts
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        if self.left == 0:
+            return PullObjectResponse(object_found=True, object_available=False)
+        self.left -= 1
+        return super().PullObject(request)
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_a_message_whose_parts_stop_coming_is_given_up_and_the_runner_takes_the_next(monkeypatch, parts) -> None:
+    monkeypatch.setattr(resident_runner, "_OBJECT_WITHIN_S", 0.5)
+    runtime = Withholding(bundle_bytes(), parts)
+    with pytest.raises(ObjectPullError):
+        resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+    assert runtime.pushed is None
     assert runtime.closed
