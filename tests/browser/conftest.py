@@ -9,8 +9,9 @@ from browser_fixtures import chromium
 from playwright.sync_api import Browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Closed when its file is done: Playwright bears no second one in the same process, and end-to-end tests open theirs."""
     with chromium() as running:
         yield running
 
