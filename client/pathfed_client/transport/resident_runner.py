@@ -8,6 +8,7 @@ tests/client/transport/test_flower_contract.py fails when they move.
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.common.constant import SubStatus
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -76,9 +77,9 @@ def _serve(client: RuntimeHttpClient, app: ClientApp) -> None:
 
 
 class _Impatient:
-    """A task's client that gives its message up when no part of it comes any more.
+    """A task's client that gives its message up when it has expired, or when no part of it comes any more.
 
-    A SuperLink that dies between announcing a message and delivering it leaves parts that never come, and Flower waits for them for
+    A server that dies between announcing a message and delivering it leaves parts that never come, and Flower waits for them for
     ever: the site would be silent for good, while its SuperNode is connected and takes further messages.
     """
 
@@ -86,22 +87,30 @@ class _Impatient:
         self._client = client
         self._within_s = within_s
         self._last = time.monotonic()
+        self._expires = math.inf
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802 - Flower's name
+        """As the client's; notes how long the message is worth waiting for: its time to live, which ends with the round."""
+        response = self._client.PullMessages(request)
+        lives = [message.metadata.ttl for message in response.messages_list]
+        self._expires = time.monotonic() + max(lives, default=math.inf)
+        return response
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802 - Flower's name
         """As the client's.
 
         Raises:
-            ObjectPullError: no part came for the time allowed.
+            ObjectPullError: no part came for the time allowed, or the message has expired.
         """
         response = self._client.PullObject(request)
         now = time.monotonic()
         if response.object_available:
             self._last = now
-        elif now - self._last > self._within_s:
-            raise ObjectPullError(request.object_id, f"no part of the message came within {self._within_s:g} s")
+        elif now - self._last > self._within_s or now > self._expires:
+            raise ObjectPullError(request.object_id, "the rest of the message does not come")
         return response
 
 

@@ -199,6 +199,14 @@ class Withholding(Runtime):
         return super().PullObject(request)
 
 
+def test_a_message_that_expired_is_not_waited_for() -> None:
+    runtime = Withholding(bundle_bytes(), 1)
+    runtime.message.metadata.ttl = 0.5
+    with pytest.raises(ObjectPullError):
+        resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+    assert runtime.closed
+
+
 @pytest.mark.parametrize("parts", [0, 2])
 def test_a_message_whose_parts_stop_coming_is_given_up_and_the_runner_takes_the_next(monkeypatch, parts) -> None:
     monkeypatch.setattr(resident_runner, "_OBJECT_WITHIN_S", 0.5)
