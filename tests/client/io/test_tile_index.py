@@ -1,5 +1,6 @@
 import mmap
-import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,24 +87,24 @@ def test_an_index_that_is_gone_is_empty_and_a_file_that_is_none_is_begun_anew(pa
         assert len(index.read(entry)) == len(a_map(1))
 
 
-def _hold(path, ready, done):
-    with TileIndexWriter(path):
-        ready.set()
-        done.wait(30)
+HOLD = """
+import sys
+from pathlib import Path
+from pathfed_client.io.tile_index import TileIndexWriter
+with TileIndexWriter(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_second_scan_at_the_same_time_is_refused(path):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(path, ready, done))
-    other.start()
-    try:
-        assert ready.wait(30)
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(HostError, match="another scan"):
             TileIndexWriter(path)
-    finally:
-        done.set()
-        other.join(30)
+        other.communicate()
     with TileIndexWriter(path) as writer:
         writer.add(a_map(1))
 
