@@ -161,7 +161,9 @@ class TileStream:
         """Know these slides; at most `_KNOWN` and these are known at a time, however many the site has."""
         if len(self._records) > _KNOWN:
             self._records = {number: record for number, record in self._records.items() if number in slides}
-        self._records |= self._store.slides_of(slides - self._records.keys())
+        unknown = slides - self._records.keys()
+        if unknown:
+            self._records |= self._store.slides_of(unknown)
 
     def _job(self, ref: TileRef) -> TileJob:
         record = self._records.get(ref.slide)
