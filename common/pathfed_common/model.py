@@ -1,6 +1,7 @@
 """What a plan trains: the model, its first weights, and the encoder that comes out of it.
 
-A *base state* is the set of all trained tensors, float32, named ``encoder.<timm name>`` and ``head.<name>``.
+A *base state* is all that a round starts from, float32: the trained tensors, named ``encoder.<timm name>`` and ``head.<name>``, and where
+the objective has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone.
 """
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from pathfed_common.plan import Plan
 
 #: What an encoder tensor's name in a base state starts with.
 ENCODER_PREFIX = "encoder."
+#: What a teacher's tensor's name starts with; it is never trained, but follows the trained tensor that the rest of the name names.
+TEACHER_PREFIX = "teacher."
 
 
 def encoder_spec(plan: Plan) -> EncoderSpec:
@@ -37,15 +40,20 @@ def initial_state(plan: Plan) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in build_model(plan).state_dict().items()}
 
 
-def trained_shapes(plan: Plan) -> dict[str, Shape]:
-    """Shape of every tensor of the plan's base states and updates, by name."""
+def state_shapes(plan: Plan) -> dict[str, Shape]:
+    """Shape of every tensor of the plan's base states, by name."""
     objective = plan.objective
-    return mae.trained_shapes(
+    return mae.state_shapes(
         encoder_spec(plan),
         decoder_dim=objective.decoder_dim,
         decoder_depth=objective.decoder_depth,
         decoder_heads=objective.decoder_heads,
     )
+
+
+def update_shapes(plan: Plan) -> dict[str, Shape]:
+    """Shape of every tensor of the plan's updates, by name: the trained ones."""
+    return {name: shape for name, shape in state_shapes(plan).items() if not name.startswith(TEACHER_PREFIX)}
 
 
 def timm_config(plan: Plan) -> dict[str, object]:

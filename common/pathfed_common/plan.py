@@ -156,6 +156,19 @@ class PrivacyPlan(_Section):
     epsilon_limit: Positive
 
 
+class ComputePlan(_Section):
+    """How sites compute an update. No choice here changes what is private; each changes the last bits, and so belongs to the plan."""
+
+    #: "serial": one patient's tiles at a time. "book_keeping": several patients in one pass, for few tiles a patient. "auto": the cheaper.
+    engine: Literal["auto", "serial", "book_keeping"] = "auto"
+    #: Number type of the forward and backward pass; weights, norms, sums and noise are float32 or finer whatever it is.
+    precision: Literal["float32", "bfloat16"] = "float32"
+    #: Compute a block's activations again in the backward pass instead of keeping them.
+    activation_checkpointing: bool = False
+    #: Compile the forward and backward pass (torch.compile); wants a C++ compiler at the site on CPU.
+    compile: bool = False
+
+
 class RoundsPlan(_Section):
     """How many rounds, and when one counts."""
 
@@ -209,6 +222,7 @@ class Plan(_Section):
     cohort: CohortPlan = CohortPlan()
     augmentation: AugmentationPlan = AugmentationPlan()
     privacy: PrivacyPlan
+    compute: ComputePlan = ComputePlan()
     rounds: RoundsPlan
     server_optimiser: ServerOptimiserPlan = ServerOptimiserPlan()
     wire: WirePlan = WirePlan()

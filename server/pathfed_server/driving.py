@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from pathfed_common.errors import PathfedError
 from pathfed_common.ids import RunName
-from pathfed_common.model import initial_state, trained_shapes
+from pathfed_common.model import initial_state, state_shapes
 from pathfed_server.daemon import note_server_app
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -57,7 +57,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
             settings = RunSettings(
                 run=run,
                 plan=plan,
-                shapes=trained_shapes(plan),
+                shapes=state_shapes(plan),
                 initial_state=lambda: initial_state(plan),
                 key=home.evidence_key,
                 home=home.root,

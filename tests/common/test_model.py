@@ -26,7 +26,7 @@ def plan() -> Plan:
 
 def test_initial_state_has_the_plans_shapes_and_is_float32(plan: Plan) -> None:
     state = model.initial_state(plan)
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == model.trained_shapes(plan)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == model.state_shapes(plan)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
@@ -55,7 +55,7 @@ def test_objectives_settings_reach_the_model(plan: Plan) -> None:
     changed = plan.model_copy(update={"objective": objective})
     built = model.build_model(changed)
     assert (built.visible, built.normalise_target, len(built.head.blocks)) == (8, False, 3)
-    assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == model.trained_shapes(changed)
+    assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == model.state_shapes(changed)
 
 
 def test_timm_config_is_json_with_the_public_constants(plan: Plan) -> None:
@@ -68,7 +68,7 @@ def test_timm_config_is_json_with_the_public_constants(plan: Plan) -> None:
 
 def test_size_of_the_smallest_presets_base_state_is_known(plan: Plan) -> None:
     whole = plan.model_copy(update={"cohort": plan.cohort.model_copy(update={"tile_px": 224})})
-    sizes = {name: prod(shape) for name, shape in model.trained_shapes(whole).items()}
+    sizes = {name: prod(shape) for name, shape in model.state_shapes(whole).items()}
     # timm's vit_tiny_patch16_224 without its classifier has 5,524,416 parameters.
     assert sum(size for name, size in sizes.items() if name.startswith("encoder.")) == 5_524_416
     block = 12 * 128**2 + 13 * 128

@@ -100,6 +100,8 @@ CHANGES = st.fixed_dictionaries(
         "rounds__deadline_s": st.floats(100, 1000),
         "server_optimiser__name": st.sampled_from(["sgd", "adamw"]),
         "server_optimiser__weight_decay": st.floats(0, 1, exclude_max=True) | st.just(-0.0),
+        "compute__engine": st.sampled_from(["auto", "serial", "book_keeping"]),
+        "compute__compile": st.booleans(),
         "wire__dtype": st.sampled_from(["float32", "bfloat16"]),
         "site_weights__site-a": POSITIVE | st.integers(1, 9),
     },
@@ -182,6 +184,10 @@ OTHER = {
     "server_optimiser__beta2": 0.9,
     "server_optimiser__epsilon": 1e-7,
     "server_optimiser__weight_decay": 0.1,
+    "compute__engine": "serial",
+    "compute__precision": "bfloat16",
+    "compute__activation_checkpointing": True,
+    "compute__compile": True,
     "wire__dtype": "bfloat16",
     "site_weights__site-a": 2.0,
 }
@@ -196,7 +202,7 @@ def test_every_key_changed_changes_the_digest():
 
 
 @pytest.mark.parametrize(
-    "section", ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "rounds", "server_optimiser", "wire"]
+    "section", ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "compute", "rounds", "server_optimiser", "wire"]
 )
 def test_an_unknown_key_is_named(section):
     error = refusal(toml(**{f"{section}__sigma" if section else "sigma": 3}))
