@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -243,16 +244,21 @@ def test_tokens_given_one_to_a_tile_carry_each_tiles_own_gradient() -> None:
     spread = {name: single[name].expand(3, -1, -1).clone().requires_grad_() for name in names}
     torch.func.functional_call(encoder, single | spread, (images,)).pow(3).sum().backward()
     for row in range(3):
-        alone = _gradients(encoder, lambda row=row: encoder(images[row : row + 1]))
+        alone = _gradients(encoder, partial(encoder, images[row : row + 1]))
         for name in names:
-            assert spread[name].grad is not None
-            torch.testing.assert_close(spread[name].grad[row], alone[name][0], rtol=1e-4, atol=1e-5)
+            gradient = spread[name].grad
+            assert gradient is not None
+            torch.testing.assert_close(gradient[row], alone[name][0], rtol=1e-4, atol=1e-5)
 
 
 def _arguments(spec: EncoderSpec) -> dict[str, Tensor]:
     masked_NL = torch.arange(8).expand(3, -1) % 3 == 0
     token = torch.full((spec.embed_dim,), 0.3)
     return {"masked_NL": masked_NL, "mask_token_D": token, "drop_ND": drop_path_factors(_draws(6 * spec.depth), 3, spec.depth, 0.5)}
+
+
+def _as_float32(encoder: Callable[..., Tensor], images: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+    return encoder(images, **arguments).float()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -263,7 +269,7 @@ def test_recomputed_activations_change_no_bit(spec: EncoderSpec, autocast: bool)
     results = []
     for encoder in (plain, saving):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(_gradients(encoder, lambda encoder=encoder: encoder(images, **arguments).float()))
+            results.append(_gradients(encoder, partial(_as_float32, encoder, images, arguments)))
             results[-1]["tokens"] = encoder(images, **arguments).detach()
     assert list(results[0]) == list(results[1])
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
@@ -308,8 +314,8 @@ def _compiled_equals_eager(backend: str, spec: EncoderSpec, arguments: dict[str,
     compiled = torch.compile(encoder, fullgraph=True, dynamic=False, backend=backend)
     images = _images(3, 32, 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        eager = _gradients(encoder, lambda: encoder(images, **arguments).float())
-        graph = _gradients(encoder, lambda: compiled(images, **arguments).float())
+        eager = _gradients(encoder, partial(_as_float32, encoder, images, arguments))
+        graph = _gradients(encoder, partial(_as_float32, compiled, images, arguments))
     assert eager.keys() == graph.keys()
     for name, tensor in eager.items():
         scale = float(tensor.abs().max())
