@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from _flops import distillation_step_flops, mae_step_flops
 from _harness import arguments, finish, tell
-from torch import nn
-
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.choice import make_engine
+from torch import nn
+
 from pathfed_client.training.engines.engine import PatientTiles, trainable
 from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.encoder.spec import EncoderSpec, preset
@@ -159,7 +159,10 @@ def main() -> int:
     compute = Compute(engine="serial", precision="bfloat16" if gpu else "float32", compile=gpu)
     tiles, patients, blocks = (16, 4, 5) if gpu else ((4, 1, 3) if options.quick else (8, 1, 5))
     peak = matmul_flops(device, torch.bfloat16 if gpu else torch.float32, 8192 if gpu else 1024)
-    figures: dict[str, Any] = {"device": torch.cuda.get_device_name(device) if gpu else "cpu, 1 thread", "matmul_tflops": round(peak / 1e12, 3)}
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu, 1 thread",
+        "matmul_tflops": round(peak / 1e12, 3),
+    }
     presets = ON_GPU if gpu else (ON_CPU[-1:] if options.quick else ON_CPU)
     for name in presets:
         try:
