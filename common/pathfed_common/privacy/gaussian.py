@@ -79,7 +79,8 @@ class GaussianStream:
         radius, angle = _Words(self._radius_key, first, piece), _Words(self._angle_key, first, piece)
         transform = BoxMuller(piece, device)
         for pair in range(first, last, piece):
-            pairs = min(piece, last - pair)
+            if (pairs := min(piece, last - pair)) < piece:
+                transform = BoxMuller(pairs, device)
             radii, angles = radius.take(pairs), angle.take(pairs)
             normals = transform(radii, angles, self._tails(radii, pair))
             yield normals[max(start - 2 * pair, 0) : stop - 2 * pair]
@@ -120,12 +121,16 @@ class GaussianStream:
 
 
 class BoxMuller:
-    """Words to normals, in buffers made once."""
+    """Words to normals, so many pairs a call, in buffers and views made once: 64 bytes a pair, words included, should fit a cache."""
 
     def __init__(self, pairs: int, device: torch.device) -> None:
         self._table = _directions(device)
-        self._reals = [torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(4)]
+        self._radius, self._square = (torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(2))
         self._turns, self._normals = (torch.empty(pairs, dtype=torch.complex128, device=device) for _ in range(2))
+        # Cosines and sines of the small angles lie where the turns come to lie when they are no longer needed.
+        self._cosine, self._sine = self._turns.view(torch.float64).view(2, pairs)
+        pairs_P2 = torch.view_as_real(self._normals)
+        self._real, self._imaginary, self._flat = pairs_P2[:, 0], pairs_P2[:, 1], pairs_P2.view(-1)
 
     def __call__(self, radii_P: Tensor, angles_P: Tensor, tails: Mapping[int, float]) -> Tensor:
         """Normals of pairs of words: fp64, shape (2P,), good until the next call.
@@ -135,37 +140,35 @@ class BoxMuller:
             angles_P: angle words, int64; they may be overwritten.
             tails: uniforms that replace those of the radius words at these places.
         """
-        pairs = len(radii_P)
-        radius, scratch, cosine, sine = (real[:pairs] for real in self._reals)
-        self._radius(radii_P, tails, radius, scratch)
-        table_P = self._turn(angles_P, scratch, cosine, sine)
-        normals_P = self._normals[:pairs]
-        pairs_P2 = torch.view_as_real(normals_P)
+        radius, square, cosine, sine = self._radius, self._square, self._cosine, self._sine
+        _radii(radii_P, tails, radius, square)
+        places_P = _small_angles(angles_P.to(square.device), cosine, sine, square)
         # r cos = r + r (cos - 1): the cosine of a small angle is known more precisely by what it lacks.
-        torch.mul(radius, sine, out=pairs_P2[:, 1])
-        torch.addcmul(radius, radius, cosine, out=pairs_P2[:, 0])
-        normals_P.mul_(table_P)
-        return pairs_P2.view(-1)
+        torch.addcmul(radius, radius, cosine, out=self._real)
+        torch.mul(radius, sine, out=self._imaginary)
+        torch.index_select(self._table, 0, places_P, out=self._turns)
+        self._normals.mul_(self._turns)
+        return self._flat
 
-    @staticmethod
-    def _radius(radii_P: Tensor, tails: Mapping[int, float], radius: Tensor, square: Tensor) -> None:
-        square.copy_(radii_P).mul_(_RADIUS_SCALE)
-        for place, uniform in tails.items():
-            square[place] = uniform
-        square.log_().mul_(-2.0)
-        # As x * (1 / sqrt x): torch.sqrt is MKL's on a CPU, and takes twice as long.
-        torch.rsqrt(square, out=radius)
-        radius.mul_(square)
 
-    def _turn(self, angles_P: Tensor, square: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """The directions of the table, and cosine - 1 and sine of the small angle beside them."""
-        angles_P = angles_P.to(square.device)
-        sine.copy_(angles_P).mul_(_ANGLE_SCALE)
-        torch.mul(sine, sine, out=square)
-        torch.mul(square, -1 / 2, out=cosine).addcmul_(square, square, value=1 / 24)
-        sine.addcmul_(square, sine, value=-1 / 6)
-        places_P = angles_P.bitwise_and_(_DIRECTIONS - 1)
-        return torch.index_select(self._table, 0, places_P, out=self._turns[: len(places_P)])
+def _radii(radii_P: Tensor, tails: Mapping[int, float], radius: Tensor, square: Tensor) -> None:
+    """Radii from words, into `radius`."""
+    square.copy_(radii_P).mul_(_RADIUS_SCALE)
+    for place, uniform in tails.items():
+        square[place] = uniform
+    square.log_().mul_(-2.0)
+    # As x * (1 / sqrt x): torch.sqrt is MKL's on a CPU, and takes twice as long.
+    torch.rsqrt(square, out=radius)
+    radius.mul_(square)
+
+
+def _small_angles(angles_P: Tensor, cosine: Tensor, sine: Tensor, square: Tensor) -> Tensor:
+    """Cosine - 1 and sine of the small angles from words, and the places in the table that are left of the words."""
+    sine.copy_(angles_P).mul_(_ANGLE_SCALE)
+    torch.mul(sine, sine, out=square)
+    torch.mul(square, -1 / 2, out=cosine).addcmul_(square, square, value=1 / 24)
+    sine.addcmul_(square, sine, value=-1 / 6)
+    return angles_P.bitwise_and_(_DIRECTIONS - 1)
 
 
 class _Words:
@@ -173,10 +176,12 @@ class _Words:
 
     def __init__(self, key: bytes, first: int, piece: int) -> None:
         self._stream, self._buffer = Keystream(key, first_word=first), KeystreamBuffer(piece)
+        self._words = torch.frombuffer(self._buffer.words, dtype=torch.int64)
 
     def take(self, pairs: int) -> Tensor:
         """The next words, good until the next call."""
-        return torch.frombuffer(self._buffer.fill(self._stream, pairs), dtype=torch.int64)
+        self._buffer.fill(self._stream, pairs)
+        return self._words if pairs == len(self._words) else self._words[:pairs]
 
 
 def grid(std: float) -> float:

@@ -8,6 +8,8 @@ _BLOCK_BYTES = 16
 WORD_BYTES = 8
 #: Words in one block of the cipher; a stream is entered between blocks.
 BLOCK_WORDS = _BLOCK_BYTES // WORD_BYTES
+#: What is enciphered, a part at a time that stays in a core's first cache.
+_ZEROS = memoryview(bytes(1 << 15))
 
 
 class Keystream:
@@ -43,11 +45,13 @@ class KeystreamBuffer:
     """A place to read up to `words` words of a stream into, again and again: nothing is allocated a second time."""
 
     def __init__(self, words: int) -> None:
-        self._zeros = memoryview(bytes(words * WORD_BYTES))
         # The cipher asks for room for one more block, short of a byte, than it writes.
-        self._room = bytearray(words * WORD_BYTES + _BLOCK_BYTES - 1)
+        self._room = memoryview(bytearray(words * WORD_BYTES + _BLOCK_BYTES - 1))
+        #: The place itself: words, little endian.
+        self.words = self._room[: words * WORD_BYTES]
 
-    def fill(self, stream: Keystream, words: int) -> memoryview:
-        """The next words of a stream, little endian; good until the next call."""
-        stream._update_into(self._zeros[: words * WORD_BYTES], self._room)
-        return memoryview(self._room)[: words * WORD_BYTES]
+    def fill(self, stream: Keystream, words: int) -> None:
+        """Put the next words of a stream there, from the start on."""
+        size = words * WORD_BYTES
+        for start in range(0, size, len(_ZEROS)):
+            stream._update_into(_ZEROS[: size - start], self._room[start:])

@@ -184,7 +184,7 @@ class KeyedRandom:
         Each sum is computed in fp64, rounded to the nearest multiple of `gaussian.grid(std)`, a public power of two below std / 128, and
         then once to the tensor's dtype. Sensitivity does not grow, because rounding comes after the noise, and what is left of the noise's
         own floating-point grid is bounded in docs/decisions/0009-noise.md. Whole numbers are summed modulo 2^32, with std in their unit.
-        Memory beside the tensor: some 6 MB on a CPU, 96 MB elsewhere.
+        Memory beside the tensor: some 4 MB on a CPU, 64 MB elsewhere.
 
         Args:
             values: flat, contiguous; fp32, fp64 or int32.

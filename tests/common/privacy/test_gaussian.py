@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]  # torch needs it; it ships no types
 import numpy as np
 import pytest
 import torch

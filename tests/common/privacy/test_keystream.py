@@ -36,9 +36,16 @@ def test_entering_the_stream_later_gives_the_same_bytes(block: int, blocks: int)
 
 def test_a_buffer_takes_the_words_that_reading_gives_and_is_used_again() -> None:
     buffer, stream = KeystreamBuffer(8), Keystream(KEY)
-    first = bytes(buffer.fill(stream, 8))
-    second = bytes(buffer.fill(stream, 3))
-    assert first + second == Keystream(KEY).read(88)
+    buffer.fill(stream, 8)
+    first = bytes(buffer.words)
+    buffer.fill(stream, 4)
+    assert first + bytes(buffer.words)[:32] == Keystream(KEY).read(96)
+
+
+def test_a_long_buffer_is_filled_part_by_part() -> None:
+    buffer = KeystreamBuffer(10_000)
+    buffer.fill(Keystream(KEY), 10_000)
+    assert bytes(buffer.words) == Keystream(KEY).read(80_000)
 
 
 @pytest.mark.parametrize("word", [-2, 1, 3])
