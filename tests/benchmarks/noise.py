@@ -7,9 +7,9 @@ Sides, measured in turn, a millisecond or so each, so that other work on the mac
     ours, added     `KeyedRandom.add_normals` to 2^20 fp32 numbers: generation, sum in fp64, rounding to the grid and to fp32
     randn, added    `values.add_(torch.randn(...))`: fp32 throughout
 
-Rates are of the fastest tenth of the samples, on both sides alike: those that other work did not interrupt (with two threads on a busy
-machine, one thread waits for the other's turn in most samples). `ratio_1` and `ratio_2` are ours to randn with one and with two threads;
-the ratios of medians stand beside them.
+With one thread on a CPU, seconds are its CPU time. Elsewhere they are wall time: on a busy machine each of two threads waits for the
+other's turn, so that figures for two mean something on a quiet machine only. Rates are of the fastest tenth of the samples, on both sides
+alike; the ratios of medians stand beside them. `ratio_1` and `ratio_2` are ours to randn with one and with two threads.
 """
 
 import argparse
@@ -55,6 +55,7 @@ def main() -> int:
 def _seconds(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each sample of each side."""
     device = torch.device(options.device)
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator(device).manual_seed(0)
     random = KeyedRandom(bytes(32), {"purpose": "benchmark"})
     stream = random.normal_range(0, 1 << 50, chunk=PIECE, device=device)
@@ -66,21 +67,23 @@ def _seconds(options: argparse.Namespace) -> dict[str, list[float]]:
         "ours_added": lambda: random.add_normals(values, 1.0),
         "randn_added": lambda: values.add_(torch.randn(TENSOR, device=device, generator=generator)),
     }
-    samples = {name: _sampler(call, device, 3 if _SIDES[name] == TENSOR else 12) for name, call in calls.items()}
+    samples = {name: _sampler(call, device, clock, 3 if _SIDES[name] == TENSOR else 12) for name, call in calls.items()}
     found = interleaved(samples, 12 if options.quick else 60, lambda _: None)
     # The first block warms up.
     return {name: [second for block in blocks[1:] for second in block] for name, blocks in found.items()}
 
 
-def _sampler(call: Callable[[], object], device: torch.device, repeats: int) -> Callable[[int], Sequence[float]]:
+def _sampler(
+    call: Callable[[], object], device: torch.device, clock: Callable[[], float], repeats: int
+) -> Callable[[int], Sequence[float]]:
     def sample(_: int) -> list[float]:
         seconds = []
         for _ in range(repeats):
-            began = time.perf_counter()
+            began = clock()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
         return seconds
 
     return sample
