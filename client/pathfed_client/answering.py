@@ -59,8 +59,7 @@ from pathfed_common.code_digest import code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
-from pathfed_common.model import build_model, trained_shapes
-from pathfed_common.objectives.mae import MaskedAutoencoder
+from pathfed_common.model import build_model, state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -118,7 +117,7 @@ class SiteAnswerer:
         self._store = store
         self._now = now
         self._sleep = sleep
-        self._warm: tuple[Digest, MaskedAutoencoder] | None = None
+        self._warm: tuple[Digest, torch.nn.Module] | None = None
         self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
 
@@ -229,7 +228,7 @@ class SiteAnswerer:
         )
 
     def _draw(
-        self, task: _Task, objective: MaskedAutoencoder, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
+        self, task: _Task, objective: torch.nn.Module, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
     ) -> RoundOutcome:
         plan = task.plan
         if readers is not None and not readers.is_open:
@@ -268,7 +267,7 @@ class SiteAnswerer:
             self._readers.close()
             self._readers = None
 
-    def _objective(self, plan: Plan) -> MaskedAutoencoder:
+    def _objective(self, plan: Plan) -> torch.nn.Module:
         if self._warm is None or self._warm[0] != plan.digest:
             self._warm = (plan.digest, build_model(plan))
         return self._warm[1]
@@ -355,7 +354,7 @@ def _open_state(base_state: bytes, plan: Plan) -> dict[str, torch.Tensor]:
         state = weights.load(base_state)
     except ValueError as error:
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, f"the base state cannot be read: {error}") from None
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != trained_shapes(plan):
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != state_shapes(plan):
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors are not those of the plan's model")
     if any(tensor.dtype is not torch.float32 for tensor in state.values()):
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors must be float32")

@@ -11,9 +11,10 @@ from flwr.serverapp import Grid
 
 from pathfed_common.errors import PathfedError
 from pathfed_common.ids import RunName
-from pathfed_common.model import initial_state, trained_shapes
+from pathfed_common.model import initial_state, state_shapes
 from pathfed_server.daemon import note_server_app
 from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.encoders import stored_encoder
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import RunSettings, run_rounds
@@ -57,8 +58,8 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
             settings = RunSettings(
                 run=run,
                 plan=plan,
-                shapes=trained_shapes(plan),
-                initial_state=lambda: initial_state(plan),
+                shapes=state_shapes(plan),
+                initial_state=lambda: initial_state(plan, stored_encoder(home, plan)),
                 key=home.evidence_key,
                 home=home.root,
             )

@@ -105,9 +105,9 @@ def _database(home: ServerHome) -> str:
 
 
 def _encoder_parameters(plan: Plan) -> int:
-    from pathfed_common.model import trained_shapes
+    from pathfed_common.model import state_shapes
 
-    shapes = trained_shapes(plan)
+    shapes = state_shapes(plan)
     return int(sum(np.prod(shape) for name, shape in shapes.items() if name.startswith("encoder.")))
 
 
@@ -206,9 +206,9 @@ def _contact_sheet(plan: Plan, state: Path) -> tuple[ContactRow, ...]:
     tiles = synthetic.synthetic_tiles(_TILES, plan.cohort.tile_px, seed=_TILE_SEED)
     with torch.no_grad():
         inputs = normalise(tiles)
-        masks = model.draw(_TILES, KeyedRandom(bytes(32), _MASK_CONTEXT))
-        painted = to_pixels(model.reconstruct(inputs, masks))
-    hidden = _masked(tiles, masks.numpy(), model.spec.patch_size)
+        drawn = model.draw(_TILES, KeyedRandom(bytes(32), _MASK_CONTEXT))
+        painted = to_pixels(model.reconstruct(inputs, drawn))
+    hidden = _masked(tiles, drawn["keep"].numpy(), model.spec.patch_size)
     return tuple(ContactRow(original=_png(tiles[i]), masked=_png(hidden[i]), reconstruction=_png(painted[i])) for i in range(_TILES))
 
 

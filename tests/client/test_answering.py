@@ -32,7 +32,7 @@ from pathfed_common.code_digest import code_digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import PrivacyError
 from pathfed_common.ids import run_name
-from pathfed_common.model import trained_shapes
+from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance.keys import SigningKey
@@ -149,7 +149,7 @@ def test_a_signed_offer_gets_a_sealed_update_and_a_statement_that_verifies(world
     assert (said.plan, said.base_state) == (world.plan.digest, digest.of_bytes(world.base_state))
     assert (said.update, said.update_bytes) == (digest.of_bytes(data), len(data))
     update = weights.load(data)
-    assert {name: tuple(tensor.shape) for name, tensor in update.items()} == trained_shapes(world.plan)
+    assert {name: tuple(tensor.shape) for name, tensor in update.items()} == state_shapes(world.plan)
     assert all(tensor.dtype is torch.bfloat16 and bool(torch.isfinite(tensor).all()) for tensor in update.values())
     entry = app.open_ledger(site.home, site.store).verify()[0]
     assert said.ledger_head == app.open_ledger(site.home, site.store).head

@@ -26,7 +26,7 @@ def plan() -> Plan:
 
 def test_initial_state_has_the_plans_shapes_and_is_float32(plan: Plan) -> None:
     state = model.initial_state(plan)
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == model.trained_shapes(plan)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == model.state_shapes(plan)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
@@ -50,12 +50,38 @@ def test_state_loads_strictly_into_the_plans_model_and_its_encoder_into_a_bare_o
     assert encoder.spec.img_size == 64
 
 
+def test_weights_to_start_from_are_taken_where_the_plan_names_some_and_nowhere_else(plan: Plan) -> None:
+    named = plan.model_copy(update={"encoder": EncoderPlan(init_seed=11, init_from="sha256:" + "0" * 64)})
+    given = dict(VisionTransformer(model.encoder_spec(plan), generator=torch.Generator().manual_seed(99)).state_dict())
+    state, random = model.initial_state(named, given), model.initial_state(plan)
+    assert list(state) == list(random)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, given.get(name.removeprefix(model.ENCODER_PREFIX), random[name]))
+    with pytest.raises(ValueError, match="weights were not given"):
+        model.initial_state(named)
+    with pytest.raises(ValueError, match="weights were given"):
+        model.initial_state(plan, given)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+def test_weights_that_are_not_the_plans_encoders_are_refused(plan: Plan, change: str) -> None:
+    named = plan.model_copy(update={"encoder": EncoderPlan(init_from="sha256:" + "0" * 64)})
+    given = dict(VisionTransformer(model.encoder_spec(plan)).state_dict())
+    if change == "missing":
+        del given["norm.bias"]
+    else:
+        other = {"extra": torch.zeros(1), "shape": torch.zeros(3), "dtype": torch.zeros(192, dtype=torch.float64)}
+        given["head.bias" if change == "extra" else "norm.bias"] = other[change]
+    with pytest.raises(ValueError, match=r"head\.bias|norm\.bias"):
+        model.initial_state(named, given)
+
+
 def test_objectives_settings_reach_the_model(plan: Plan) -> None:
     objective = plan.objective.model_copy(update={"mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 3, "normalise_target": False})
     changed = plan.model_copy(update={"objective": objective})
     built = model.build_model(changed)
     assert (built.visible, built.normalise_target, len(built.head.blocks)) == (8, False, 3)
-    assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == model.trained_shapes(changed)
+    assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == model.state_shapes(changed)
 
 
 def test_timm_config_is_json_with_the_public_constants(plan: Plan) -> None:
@@ -68,7 +94,7 @@ def test_timm_config_is_json_with_the_public_constants(plan: Plan) -> None:
 
 def test_size_of_the_smallest_presets_base_state_is_known(plan: Plan) -> None:
     whole = plan.model_copy(update={"cohort": plan.cohort.model_copy(update={"tile_px": 224})})
-    sizes = {name: prod(shape) for name, shape in model.trained_shapes(whole).items()}
+    sizes = {name: prod(shape) for name, shape in model.state_shapes(whole).items()}
     # timm's vit_tiny_patch16_224 without its classifier has 5,524,416 parameters.
     assert sum(size for name, size in sizes.items() if name.startswith("encoder.")) == 5_524_416
     block = 12 * 128**2 + 13 * 128

@@ -2,7 +2,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from pathfed_common import digest
 from pathfed_common.cohort_rules import ATTRIBUTES
+from pathfed_common.encoder.spec import preset, preset_names
 from pathfed_common.errors import ErrorCode, PlanError
-from pathfed_common.plan import Plan, load_plan, plan_from_bytes
+from pathfed_common.plan import EncoderPlan, Plan, load_plan, plan_from_bytes
 from pathfed_local import plans
 
 SHIPPED = sorted(Path(plans.__file__).parent.glob("*.toml"))
@@ -100,6 +101,8 @@ CHANGES = st.fixed_dictionaries(
         "rounds__deadline_s": st.floats(100, 1000),
         "server_optimiser__name": st.sampled_from(["sgd", "adamw"]),
         "server_optimiser__weight_decay": st.floats(0, 1, exclude_max=True) | st.just(-0.0),
+        "compute__engine": st.sampled_from(["auto", "serial", "book_keeping"]),
+        "compute__compile": st.booleans(),
         "wire__dtype": st.sampled_from(["float32", "bfloat16"]),
         "site_weights__site-a": POSITIVE | st.integers(1, 9),
     },
@@ -138,6 +141,7 @@ OTHER = {
     "name": "other",
     "encoder__preset": "vit_base_patch16_224",
     "encoder__init_seed": 1,
+    "encoder__init_from": "sha256:" + "0" * 64,
     "objective__mask_ratio": 0.5,
     "objective__decoder_dim": 64,
     "objective__decoder_depth": 1,
@@ -182,6 +186,10 @@ OTHER = {
     "server_optimiser__beta2": 0.9,
     "server_optimiser__epsilon": 1e-7,
     "server_optimiser__weight_decay": 0.1,
+    "compute__engine": "serial",
+    "compute__precision": "bfloat16",
+    "compute__activation_checkpointing": True,
+    "compute__compile": True,
     "wire__dtype": "bfloat16",
     "site_weights__site-a": 2.0,
 }
@@ -196,7 +204,7 @@ def test_every_key_changed_changes_the_digest():
 
 
 @pytest.mark.parametrize(
-    "section", ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "rounds", "server_optimiser", "wire"]
+    "section", ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "compute", "rounds", "server_optimiser", "wire"]
 )
 def test_an_unknown_key_is_named(section):
     error = refusal(toml(**{f"{section}__sigma" if section else "sigma": 3}))
@@ -255,6 +263,8 @@ def test_a_missing_key_is_named(key):
         ("objective__decoder_dim", 33, "multiple of 32"),
         ("encoder__preset", "vit_huge", "vit_tiny"),
         ("encoder__init_seed", -1, "0"),
+        ("encoder__init_from", "uni2.safetensors", "sha256"),
+        ("encoder__init_from", "sha256:" + "A" * 64, "sha256"),
         ("cohort__tile_px", 16, "32"),
         ("cohort__mpp", 0.0, "0.1"),
         ("rounds__count", 0, "1"),
@@ -280,6 +290,11 @@ def test_a_value_out_of_bounds_is_named_with_value_and_bound(key, value, bound):
     [
         ({"objective__decoder_dim": 64, "objective__decoder_heads": 5}, ("objective.decoder_dim", "64", "objective.decoder_heads", "5")),
         ({"cohort__tile_px": 100}, ("cohort.tile_px", "100", "16")),
+        ({"cohort__tile_px": 64, "encoder__preset": "vit_huge_patch14_reg4_224"}, ("cohort.tile_px", "64", "patch size 14")),
+        (
+            {"cohort__tile_px": 42, "encoder__preset": "vit_huge_patch14_reg4_224", "objective__mask_ratio": 0.1},
+            ("objective.mask_ratio", "0.1", "9 patches"),
+        ),
         ({"cohort__tile_px": 32, "objective__mask_ratio": 0.1}, ("objective.mask_ratio", "0.1", "4 patches")),
         ({"rounds__reply_slot_s": 700.0}, ("rounds.reply_slot_s", "700.0", "rounds.deadline_s", "600")),
         ({"site_weights__Site_A": 2.0}, ("site", "'Site_A'")),
@@ -289,6 +304,14 @@ def test_an_impossible_combination_is_named_with_its_values(changes, named):
     error = refusal(toml(**changes))
     assert error.code is ErrorCode.PLAN_IMPOSSIBLE
     assert all(word in error.what for word in named)
+
+
+def test_a_plan_takes_every_preset_with_tiles_that_its_patches_divide():
+    for name in preset_names():
+        spec = preset(name)
+        plan = load_plan(toml(encoder__preset=name, cohort__tile_px=7 * spec.patch_size), where="plan.toml")
+        assert plan.encoder.preset == name
+    assert set(get_args(EncoderPlan.model_fields["preset"].annotation)) == set(preset_names())
 
 
 def test_several_faults_are_counted():

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pathfed_client.training.engines.serial import JointSum, PatientTiles, add_patient, gradient_norm, patient_gradient, trainable
+from pathfed_client.training.engines.engine import JointSum, PatientTiles, trainable
+from pathfed_client.training.engines.serial import add_patient, gradient_norm, patient_gradient
 from pathfed_client.training.local_round import run_round
 from pathfed_client.training.private_step import private_step
+from pathfed_common.objectives.objective import Draws
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -37,16 +39,16 @@ def test_serial_gradients_equal_those_of_torch_func(objective) -> None:
             super().__init__()
             self.inner = objective
 
-        def forward(self, tiles: Tensor, masks: Tensor) -> Tensor:
-            return self.inner.loss(tiles, masks)
+        def forward(self, tiles: Tensor, draws: Draws) -> Tensor:
+            return self.inner.loss(tiles, draws)
 
-    def loss(state: dict[str, Tensor], tiles: Tensor, masks: Tensor) -> Tensor:
-        return functional_call(Loss(), {f"inner.{name}": value for name, value in state.items()}, (tiles, masks))
+    def loss(state: dict[str, Tensor], tiles: Tensor, draws: Draws) -> Tensor:
+        return functional_call(Loss(), {f"inner.{name}": value for name, value in state.items()}, (tiles, draws))
 
     # Only the plain attention kernel has a batching rule under vmap.
     with sdpa_kernel(SDPBackend.MATH):
         stacked = vmap(grad(loss), in_dims=(None, 0, 0))(
-            plain, torch.stack([p.tiles for p in drawn]), torch.stack([p.masks for p in drawn])
+            plain, torch.stack([p.tiles for p in drawn]), {"keep": torch.stack([p.draws["keep"] for p in drawn])}
         )
     for index, patient in enumerate(drawn):
         _, norm, gradients = patient_gradient(objective, parameters, patient)
@@ -70,7 +72,7 @@ class Mlp(nn.Module):
     def forward(self, tiles: Tensor) -> Tensor:
         return self.second(torch.nn.functional.gelu(self.first(self.norm(self.conv(tiles).flatten(1)))))
 
-    def loss(self, tiles: Tensor, masks: Tensor) -> Tensor:
+    def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
         return self(tiles).square().sum(1).mean()
 
 
@@ -92,7 +94,7 @@ def test_the_clipped_sum_equals_that_of_opacus_per_sample_gradients() -> None:
     factors = (mechanism.gradient_bound / norms).clamp(max=1)
     total = JointSum(trainable(model))
     for tile in tiles:
-        add_patient(model, trainable(model), PatientTiles(tile[None], torch.zeros(1)), mechanism, total)
+        add_patient(model, trainable(model), PatientTiles(tile[None], {}), mechanism, total)
     for name, sample in samples.items():
         assert torch.allclose(total.gradients[name], torch.einsum("n,n...->...", factors, sample), atol=2e-4), name
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pathfed_client.training import private_step as step_module
 from pathfed_client.training.engines import serial
-from pathfed_client.training.engines.serial import PatientTiles, trainable
+from pathfed_client.training.engines.engine import PatientTiles, trainable
+from pathfed_common.objectives.objective import Draws
 from pathfed_common.privacy.accounting import epsilon
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -35,7 +36,7 @@ class Canaries(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(CANARIES))
 
-    def loss(self, tiles: Tensor, masks: Tensor) -> Tensor:
+    def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
         return 20 * self.w[tiles].mean()
 
 
@@ -44,7 +45,7 @@ def audit() -> float:
     public = KeyedRandom(bytes(32), {"purpose": "audit"})
     included = public.child("coin").bernoulli(CANARIES, 0.5)
     model, scores = Canaries(), np.zeros(CANARIES)
-    loaders = [lambda i=i: PatientTiles(torch.full((TILES,), i), torch.zeros(TILES)) for i in range(CANARIES)]
+    loaders = [lambda i=i: PatientTiles(torch.full((TILES,), i), {}) for i in range(CANARIES)]
     for number in range(ROUNDS):
         random = KeyedRandom(bytes(range(32)), {"round": number})
         drawn = random.child("sampling").bernoulli(CANARIES, MECHANISM.sampling_rate) & included
@@ -93,12 +94,14 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 
 
 def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
+    whole = serial.add_patient
+
     def add(objective, parameters, patient, mechanism, total) -> None:
         for tile in range(TILES):
-            one = PatientTiles(patient.tiles[tile : tile + 1], patient.masks[:1])
-            serial.add_patient(objective, parameters, one, mechanism, total)
+            one = patient.part(tile, tile + 1)
+            whole(objective, parameters, one, mechanism, total)
 
-    patch.setattr(step_module, "add_patient", add)
+    patch.setattr(serial, "add_patient", add)
 
 
 def test_the_attackers_bound_stays_below_the_claim(claim: float) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pathfed_client.training.engines.serial import PatientTiles, trainable
+from pathfed_client.training.engines.engine import PatientTiles, trainable
 from pathfed_client.training.private_step import private_step
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.objectives.mae import MaskedAutoencoder
@@ -35,11 +35,12 @@ def smooth_tile(seed: int) -> torch.Tensor:
 
 def attack(model: MaskedAutoencoder, seed: int, sigma: float) -> tuple[float, float]:
     """PSNR in dB of the visible patches that the attacker gets back from a release, and of grey patches."""
-    tile, keep = smooth_tile(seed), model.draw(1, KeyedRandom(bytes(32), {"mask": seed}))
+    tile, drawn = smooth_tile(seed), model.draw(1, KeyedRandom(bytes(32), {"mask": seed}))
+    keep = drawn["keep"]
     clip = PatientMechanism(
         sampling_rate=1.0, noise_multiplier=sigma, clip_norm=0.5, expected_patients=1.0, figure_share=0.3, loss_bound=4.0
     )
-    release = private_step(model, trainable(model), [lambda: PatientTiles(tile, keep)], clip, KeyedRandom(bytes(range(32)), {"s": seed}))
+    release = private_step(model, trainable(model), [lambda: PatientTiles(tile, drawn)], clip, KeyedRandom(bytes(range(32)), {"s": seed}))
     tokens = release.gradients["encoder.pos_embed"][0, 1:][keep[0]].double()
     weights = release.gradients["encoder.patch_embed.proj.weight"].flatten(1).double()
     found = torch.linalg.lstsq(tokens.T, weights).solution.clamp(-2, 2)

@@ -16,7 +16,7 @@ from scipy import stats
 
 from pathfed_client.training import local_round, private_step
 from pathfed_client.training.engines import serial
-from pathfed_client.training.engines.serial import PatientTiles, trainable
+from pathfed_client.training.engines.engine import PatientTiles, trainable
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -176,9 +176,9 @@ def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
 
     def add(objective, parameters, patient, mechanism, total) -> None:
         for tile in range(len(patient.tiles)):
-            whole(objective, parameters, PatientTiles(patient.tiles[tile : tile + 1], patient.masks[tile : tile + 1]), mechanism, total)
+            whole(objective, parameters, patient.part(tile, tile + 1), mechanism, total)
 
-    patch.setattr(private_step, "add_patient", add)
+    patch.setattr(serial, "add_patient", add)
 
 
 def figures_outside_the_ball(patch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def no_noise_on_an_empty_step(patch: pytest.MonkeyPatch) -> None:
 def non_finite_patients_let_in(patch: pytest.MonkeyPatch) -> None:
     def gradient(objective, parameters, patient):
         serial.clear_gradients(parameters)
-        objective.loss(patient.tiles, patient.masks).backward()
+        objective.loss(patient.tiles, patient.draws).backward()
         return 1.0, 1.0, {name: parameter.grad for name, parameter in parameters.items()}
 
     patch.setattr(serial, "patient_gradient", gradient)
@@ -257,12 +257,12 @@ def non_finite_patients_counted(patch: pytest.MonkeyPatch) -> None:
         original(objective, parameters, patient, mechanism, total)
         total.patients -= 1
 
-    patch.setattr(private_step, "add_patient", add)
+    patch.setattr(serial, "add_patient", add)
 
 
 def failures_abort(patch: pytest.MonkeyPatch) -> None:
-    def contribute(objective, parameters, load, mechanism, total) -> None:
-        serial.add_patient(objective, parameters, load(), mechanism, total)
+    def contribute(engine, batch, total):
+        return [failure for load in batch for failure in engine.add([load()], total) if failure is not None]
 
     patch.setattr(private_step, "_contribute", contribute)
 

@@ -26,17 +26,11 @@ from torch import Tensor, nn
 from pathfed_client.cohort.cohort import Cohort, TileRef
 from pathfed_client.cohort.sampling import draw_patients, draw_tiles
 from pathfed_client.training.augmentation import NO_AUGMENTATION, Augmentation, training_tensors
-from pathfed_client.training.engines.serial import (
-    NotContributed,
-    Objective,
-    PatientTiles,
-    check_objective,
-    clear_gradients,
-    patient_gradient,
-    trainable,
-)
-from pathfed_client.training.private_step import PatientLoader, ReleasedFigures, SiteNotes, private_step
+from pathfed_client.training.engines.engine import NotContributed, PatientLoader, PatientTiles, check_objective, trainable
+from pathfed_client.training.engines.serial import clear_gradients, patient_gradient
+from pathfed_client.training.private_step import ReleasedFigures, SiteNotes, private_step
 from pathfed_common.errors import ErrorCode, PrivacyError
+from pathfed_common.objectives.objective import Objective
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -227,10 +221,11 @@ def _loader(
 
 
 def patient_tiles(objective: nn.Module, tiles_NHWC: NDArray[np.uint8], augmentation: Augmentation, random: KeyedRandom) -> PatientTiles:
-    """Tiles (N, H, W, 3) uint8 as the objective takes them, on its device, augmented and with masks by draws from `random`."""
+    """Tiles (N, H, W, 3) uint8 as the objective takes them, on its device, augmented, with the objective's draws; all by `random`."""
     device = next(objective.parameters()).device
-    masks = cast(Objective, objective).draw(len(tiles_NHWC), random.child("masks"))
-    return PatientTiles(training_tensors(tiles_NHWC, augmentation, random.child("augmentation"), device), masks.to(device))
+    drawn = cast(Objective, objective).draw(len(tiles_NHWC), random.child("masks"))
+    tiles_NCHW = training_tensors(tiles_NHWC, augmentation, random.child("augmentation"), device)
+    return PatientTiles(tiles_NCHW, {name: tensor.to(device) for name, tensor in drawn.items()})
 
 
 def _descend(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], learning_rate: float) -> None:

@@ -15,20 +15,19 @@ Guarantees:
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from pathfed_client.training.engines.serial import JointSum, NotContributed, PatientTiles, add_patient, check_objective, clear_gradients
+from pathfed_client.training.engines.engine import Engine, JointSum, NotContributed, PatientLoader, PatientTiles, check_objective
+from pathfed_client.training.engines.serial import SerialEngine, clear_gradients
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 _log = logging.getLogger(__name__)
-
-#: Reads one drawn patient's tiles when it is called; raises `NotContributed` where there is no readable one.
-PatientLoader = Callable[[], PatientTiles]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,49 +88,50 @@ def private_step(
     mechanism: PatientMechanism,
     random: KeyedRandom,
     *,
+    engine: Engine | None = None,
     notes: SiteNotes | None = None,
 ) -> Release:
     """Sum the drawn patients' clipped vectors, add noise, divide by B.
 
     Args:
-        objective: the model with its loss; see `engines.serial.Objective`.
+        objective: the model with its loss; see `objectives.objective.Objective`.
         parameters: its trainable parameters by name. They are read, never changed.
         drawn: one loader for each drawn patient.
         mechanism: the public constants.
         random: the step's own source; never used for another step.
+        engine: made for this objective, these parameters and this mechanism; the serial one if not given.
         notes: filled in with what stays at the site.
 
     Raises:
-        ValueError: the objective would couple patients (`engines.serial.check_objective`).
+        ValueError: the objective would couple patients (`engines.engine.check_objective`).
     """
     check_objective(objective, parameters)
     notes = SiteNotes() if notes is None else notes
+    engine = SerialEngine(objective, parameters, mechanism) if engine is None else engine
     total = JointSum(parameters)
-    for load in drawn:
-        notes.patients_drawn += 1
-        failure = _contribute(objective, parameters, load, mechanism, total)
-        if failure is not None:
+    loaders = iter(drawn)
+    while batch := list(islice(loaders, engine.patients)):
+        notes.patients_drawn += len(batch)
+        for failure in _contribute(engine, batch, total):
             notes.failures.append(failure)
             _log.info("a drawn patient contributes zero: %s", failure)
     clear_gradients(parameters)
     return _release(total, mechanism, random)
 
 
-def _contribute(
-    objective: nn.Module, parameters: Mapping[str, nn.Parameter], load: PatientLoader, mechanism: PatientMechanism, total: JointSum
-) -> str | None:
-    """Add one patient; the reason where that patient contributes zero."""
-    try:
-        add_patient(objective, parameters, load(), mechanism, total)
-    except NotContributed as reason:
-        return str(reason)
-    except Exception as error:
-        # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
-        # The type alone is kept: the text could name a slide, and the traceback would keep the patient's gradient in memory.
-        return type(error).__name__
-    finally:
-        clear_gradients(parameters)
-    return None
+def _contribute(engine: Engine, batch: list[PatientLoader], total: JointSum) -> Iterator[str]:
+    """Add some patients; the reason for each who contributes zero."""
+    loaded: list[PatientTiles] = []
+    for load in batch:
+        try:
+            loaded.append(load())
+        except NotContributed as reason:
+            yield str(reason)
+        except Exception as error:
+            # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
+            # The type alone is kept: the text could name a slide.
+            yield type(error).__name__
+    yield from (failure for failure in engine.add(loaded, total) if failure is not None)
 
 
 def _release(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> Release:

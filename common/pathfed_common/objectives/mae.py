@@ -8,8 +8,9 @@ Masks come from the random source that the caller passes; torch's global generat
 Legend of shape suffixes: N tiles, C channels, H and W pixels, L patches, K visible patches, T tokens, D width, V pixel values of a patch.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,17 +19,10 @@ from torch import Tensor, nn
 
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape
 from pathfed_common.encoder.vit import LAYER_NORM_EPS, Block, VisionTransformer, initialise_layers, linear, sine_positions, take_tokens
+from pathfed_common.objectives.objective import Draws, Uniforms
 
 #: Added to a patch's variance before dividing, as in the paper's code.
 _TARGET_EPS = 1e-6
-
-
-class Uniforms(Protocol):
-    """A random source."""
-
-    def uniforms(self, n: int, /) -> NDArray[np.float64]:
-        """The next n numbers, uniform in [0, 1)."""
-        ...
 
 
 def normalise(tiles_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -88,7 +82,10 @@ class MaeHead(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and head, trained together. State dict: ``encoder.<timm name>`` and ``head.<name>``, see `trained_shapes`."""
+    """Encoder and head, trained together. State dict: ``encoder.<timm name>`` and ``head.<name>``, see `state_shapes`."""
+
+    #: A tile's loss is its own, and a patient's the mean over its tiles.
+    separable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,16 +122,16 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = VisionTransformer(spec, generator=generator)
         self.head = MaeHead(spec, dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, generator=generator)
 
-    def draw(self, tiles: int, random: Uniforms) -> Tensor:
-        """Random masks for that many tiles: indices of the visible patches, int64 (N, K), each row ascending, on the CPU.
+    def draw(self, tiles: int, random: Uniforms) -> Draws:
+        """Random masks for that many tiles: "keep", the indices of the visible patches, int64 (N, K), each row ascending, on the CPU.
 
         Takes exactly ``tiles * patches`` numbers from `random`; the K smallest of a row's numbers are the visible patches.
         """
         numbers_NL = np.asarray(random.uniforms(tiles * self.spec.patches), dtype=np.float64).reshape(tiles, self.spec.patches)
         order_NL = np.argsort(numbers_NL, axis=1, kind="stable")
-        return torch.from_numpy(np.sort(order_NL[:, : self.visible], axis=1).astype(np.int64))
+        return {"keep": torch.from_numpy(np.sort(order_NL[:, : self.visible], axis=1).astype(np.int64))}
 
-    def loss(self, tiles_NCHW: Tensor, masks: Tensor) -> Tensor:
+    def loss(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
         """Mean over the tiles of each tile's own loss: a scalar, float32.
 
         Raises:
@@ -142,11 +139,15 @@ class MaskedAutoencoder(nn.Module):
         """
         if len(tiles_NCHW) == 0:
             raise ValueError("a loss needs at least one tile")
-        return self.tile_losses(tiles_NCHW, masks).mean()
+        return self.tile_losses(tiles_NCHW, draws).mean()
 
-    def tile_losses(self, tiles_NCHW: Tensor, masks: Tensor) -> Tensor:
+    def patient_losses(self, tiles_NCHW: Tensor, draws: Draws, counts: Sequence[int]) -> Tensor:
+        """The mean of each patient's own tile losses, float32 (P,); `counts` tiles of each, one patient after the other."""
+        return torch.stack([losses.mean() for losses in self.tile_losses(tiles_NCHW, draws).split(list(counts))])
+
+    def tile_losses(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
         """Each tile's loss, float32 (N,): mean squared error over the hidden patches' pixels (normalised as `normalise_target` says)."""
-        keep_NK = masks.to(tiles_NCHW.device)
+        keep_NK = draws["keep"].to(tiles_NCHW.device)
         predicted_NLV = self._predict(tiles_NCHW, keep_NK).float()
         target_NLV, _, _ = self._target(tiles_NCHW)
         hidden_NL = torch.ones(target_NLV.shape[:2], device=tiles_NCHW.device).scatter(1, keep_NK, 0.0)
@@ -154,12 +155,12 @@ class MaskedAutoencoder(nn.Module):
         return (errors_NL * hidden_NL).sum(1) / hidden_NL.sum(1)
 
     @torch.no_grad()
-    def reconstruct(self, tiles_NCHW: Tensor, masks: Tensor) -> Tensor:
+    def reconstruct(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
         """The tiles with their hidden patches replaced by predictions, float32 (N, 3, H, W), in `normalise`'s units.
 
         With `normalise_target` the prediction is scaled back by each patch's true mean and standard deviation, as in the paper's figures.
         """
-        keep_NK = masks.to(tiles_NCHW.device)
+        keep_NK = draws["keep"].to(tiles_NCHW.device)
         predicted_NLV = self._predict(tiles_NCHW, keep_NK).float()
         target_NLV, mean_NLV, std_NLV = self._target(tiles_NCHW)
         index_NKV = keep_NK.unsqueeze(-1).expand(-1, -1, target_NLV.shape[-1])
@@ -189,8 +190,8 @@ class MaskedAutoencoder(nn.Module):
         return pixels.reshape(n, 3, grid * side, grid * side)
 
 
-def trained_shapes(spec: EncoderSpec, *, decoder_dim: int, decoder_depth: int, decoder_heads: int) -> dict[str, Shape]:
-    """Shape of every trained tensor of a `MaskedAutoencoder`, by its name in the state dict, without building it."""
+def state_shapes(spec: EncoderSpec, *, decoder_dim: int, decoder_depth: int, decoder_heads: int) -> dict[str, Shape]:
+    """Shape of every tensor of a `MaskedAutoencoder`, all of them trained, by its name in the state dict, without building it."""
     block = _decoder_spec(spec, dim=decoder_dim, depth=decoder_depth, heads=decoder_heads)
     values = 3 * spec.patch_size**2
     head: dict[str, Shape] = {

@@ -184,7 +184,7 @@ def _content_faults(contents: Contents) -> Iterator[ProvenanceError]:
 
 
 def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
-    shapes = model.trained_shapes(contents.plan)
+    shapes = model.state_shapes(contents.plan)
     expected = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
     listed = {entry.path for entry in contents.manifest.files}
     for index in range(contents.manifest.rounds + 1):
@@ -203,9 +203,7 @@ def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError
 def _encoder_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
     state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
     names = {
-        name.removeprefix(model.ENCODER_PREFIX): name
-        for name in model.trained_shapes(contents.plan)
-        if name.startswith(model.ENCODER_PREFIX)
+        name.removeprefix(model.ENCODER_PREFIX): name for name in model.state_shapes(contents.plan) if name.startswith(model.ENCODER_PREFIX)
     }
     header, base = _header(encoder), _header(state)
     if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:

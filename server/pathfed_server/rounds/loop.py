@@ -49,7 +49,7 @@ class RunSettings:
     Attributes:
         run: the run.
         plan: its plan.
-        shapes: shape of each trained tensor, by name (`model.trained_shapes`).
+        shapes: shape of each trained tensor, by name (`model.state_shapes`).
         initial_state: makes the first state; called once, before round 1.
         key: the server's evidence key, which signs offers.
         home: the server's home.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from pathfed_client.training import private_step as module
-from pathfed_client.training.engines.serial import JointSum, NotContributed, PatientTiles, trainable
+from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, trainable
 from pathfed_client.training.private_step import ReleasedFigures, SiteNotes, private_step
+from pathfed_common.objectives.objective import Draws
 from pathfed_common.privacy.mechanism import PatientMechanism
 
 
@@ -21,12 +22,12 @@ class Linear(nn.Module):
         self.w = nn.Parameter(torch.full((3,), 0.5))
         self.b = nn.Parameter(torch.zeros(2))
 
-    def loss(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    def loss(self, tiles: torch.Tensor, draws: Draws) -> torch.Tensor:
         return (tiles @ self.w).mean()
 
 
 def patient(*values: float):
-    return lambda: PatientTiles(torch.tensor([values]), torch.zeros(1))
+    return lambda: PatientTiles(torch.tensor([values]), {})
 
 
 def failing(error: BaseException):
@@ -129,7 +130,7 @@ def test_an_objective_that_couples_patients_is_refused_before_any_is_read(mechan
 
     def load() -> PatientTiles:
         read.append(1)
-        return PatientTiles(torch.ones(1, 3), torch.zeros(1))
+        return PatientTiles(torch.ones(1, 3), {})
 
     with pytest.raises(ValueError, match="couples patients"):
         private_step(model, trainable(model), [load], mechanism(), random())

@@ -40,8 +40,8 @@ def _tiles(n: int = 3, seed: int = 1) -> Tensor:
 def test_masks_come_from_the_passed_source_alone() -> None:
     model, torch_before, numpy_before = _model(), torch.get_rng_state(), repr(np.random.get_state())
     first, again, other = (model.draw(5, _Source(seed)) for seed in (7, 7, 8))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(first["keep"], again["keep"])
+    assert not torch.equal(first["keep"], other["keep"])
     model.loss(_tiles(5), first)
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert repr(np.random.get_state()) == numpy_before
@@ -49,7 +49,7 @@ def test_masks_come_from_the_passed_source_alone() -> None:
 
 def test_masks_are_distinct_sorted_places_and_take_one_number_a_patch() -> None:
     source = _Source(1)
-    keep_NK = _model().draw(50, source)
+    keep_NK = _model().draw(50, source)["keep"]
     assert keep_NK.shape == (50, 4)
     assert keep_NK.dtype == torch.int64
     assert source.taken == 50 * 16
@@ -59,17 +59,17 @@ def test_masks_are_distinct_sorted_places_and_take_one_number_a_patch() -> None:
 
 def test_every_patch_is_visible_equally_often() -> None:
     draws = 4000
-    counts = torch.bincount(_model().draw(draws, _Source(2)).flatten(), minlength=16).double()
+    counts = torch.bincount(_model().draw(draws, _Source(2))["keep"].flatten(), minlength=16).double()
     rate = 4 / 16
     assert (counts - draws * rate).abs().max() < 5 * (draws * rate * (1 - rate)) ** 0.5
 
 
 def test_drawing_nothing_gives_no_mask_and_a_loss_without_tiles_is_refused() -> None:
     model = _model()
-    keep_NK = model.draw(0, _Source(1))
+    keep_NK = model.draw(0, _Source(1))["keep"]
     assert keep_NK.shape == (0, 4)
     with pytest.raises(ValueError, match="at least one tile"):
-        model.loss(_tiles(1)[:0], keep_NK)
+        model.loss(_tiles(1)[:0], {"keep": keep_NK})
 
 
 def test_a_tiles_loss_does_not_depend_on_other_tiles() -> None:
@@ -80,8 +80,17 @@ def test_a_tiles_loss_does_not_depend_on_other_tiles() -> None:
     assert torch.count_nonzero(gradient[[0, 2]]) == 0
     assert torch.count_nonzero(gradient[1]) > 0
     for row in range(3):
-        torch.testing.assert_close(model.loss(tiles[row : row + 1], masks[row : row + 1]), losses[row])
+        torch.testing.assert_close(model.loss(tiles[row : row + 1], {"keep": masks["keep"][row : row + 1]}), losses[row])
     torch.testing.assert_close(model.loss(tiles, masks), losses.mean())
+
+
+def test_several_patients_losses_are_each_patients_own() -> None:
+    model, tiles = _model(), _tiles(3)
+    drawn = model.draw(3, _Source(3))
+    both = model.patient_losses(tiles, drawn, (1, 2))
+    for part, start, stop in ((0, 0, 1), (1, 1, 3)):
+        alone = model.loss(tiles[start:stop], {"keep": drawn["keep"][start:stop]})
+        torch.testing.assert_close(both[part], alone)
 
 
 def test_a_batchs_gradient_is_the_mean_of_its_tiles_gradients() -> None:
@@ -89,7 +98,7 @@ def test_a_batchs_gradient_is_the_mean_of_its_tiles_gradients() -> None:
     masks = model.draw(3, _Source(4))
     parameters = list(model.parameters())
     together = torch.autograd.grad(model.loss(tiles, masks), parameters)
-    alone = [torch.autograd.grad(model.loss(tiles[row : row + 1], masks[row : row + 1]), parameters) for row in range(3)]
+    alone = [torch.autograd.grad(model.loss(tiles[row : row + 1], {"keep": masks["keep"][row : row + 1]}), parameters) for row in range(3)]
     for whole, *parts in zip(together, *alone, strict=True):
         torch.testing.assert_close(whole, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-7)
 
@@ -110,13 +119,13 @@ def test_loss_counts_hidden_patches_only(normalise_target: bool) -> None:
     tokens = model.encoder(tiles, masks)
     predicted = model.head(tokens[:, :1], tokens[:, 3:], masks)
     expected = (predicted - targets)[:, 4:].square().mean()
-    torch.testing.assert_close(model.loss(tiles, masks), expected)
+    torch.testing.assert_close(model.loss(tiles, {"keep": masks}), expected)
 
 
 @pytest.mark.parametrize("normalise_target", [True, False])
 def test_reconstruction_shows_visible_patches_as_they_are(normalise_target: bool) -> None:
     model, tiles = _model(normalise_target=normalise_target), _tiles(2)
-    picture = model.reconstruct(tiles, torch.tensor([[0, 1, 2, 3], [0, 4, 8, 12]]))
+    picture = model.reconstruct(tiles, {"keep": torch.tensor([[0, 1, 2, 3], [0, 4, 8, 12]])})
     torch.testing.assert_close(picture[0, :, :16], tiles[0, :, :16], rtol=0, atol=1e-5)
     torch.testing.assert_close(picture[1, :, :, :16], tiles[1, :, :, :16], rtol=0, atol=1e-5)
     assert not torch.allclose(picture[0, :, 16:], tiles[0, :, 16:], atol=0.1)
@@ -145,7 +154,7 @@ def test_training_on_one_tile_predicts_its_hidden_patches() -> None:
 )
 def test_shapes_are_known_without_building(spec: EncoderSpec) -> None:
     state = _model(spec).state_dict()
-    shapes = mae.trained_shapes(spec, decoder_dim=32, decoder_depth=1, decoder_heads=4)
+    shapes = mae.state_shapes(spec, decoder_dim=32, decoder_depth=1, decoder_heads=4)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
     assert list(state) == list(shapes)
     assert sum(prod(shape) for shape in shapes.values()) == sum(parameter.numel() for parameter in _model(spec).parameters())

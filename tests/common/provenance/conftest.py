@@ -147,7 +147,7 @@ class Scene:
 
     def _state(self, index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(index)
-        return {name: torch.randn(shape, generator=generator) for name, shape in model.trained_shapes(self.plan).items()}
+        return {name: torch.randn(shape, generator=generator) for name, shape in model.state_shapes(self.plan).items()}
 
     def _update(self, index: int, site: str) -> bytes:
         return f"update of {site} in round {index}".encode()

@@ -2,115 +2,54 @@
 
 No hooks and no per-sample machinery: any layer works, and memory is that of one gradient and one accumulator.
 
-Guarantees:
-    - A patient adds a vector of norm at most C to the sum, whatever the objective computes; if adding stops half-way, what was added is
-      that vector with some coordinates left out, whose norm is no larger.
+Guarantees, beside those of every engine (`engines.engine`):
     - A trainable parameter that got no gradient counts as zero.
-    - What would couple patients is refused before the first one (`check_objective`): layers with statistics over a batch (BatchNorm,
-      InstanceNorm with running statistics), layers that draw from torch's global generator (dropout), parameters that are tied or not
-      the objective's own. A buffer that changes during a patient's forward pass is put back and the patient contributes zero; so does one
+    - A buffer that changes during a patient's forward pass is put back and the patient contributes zero; so does one
       during whose pass a parameter changes. `local_round.try_base_state` finds both on synthetic tiles, before anything is charged.
     - Norms are taken in fp32, over pieces of 65,536 numbers, the pieces joined in fp64: torch's own norm of a large fp32 tensor on the CPU
       comes out up to 4e-3 too small at 5e7 numbers, which would let a patient contribute more than C.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles
+from pathfed_common.objectives.objective import Objective
 from pathfed_common.privacy.mechanism import PatientMechanism
-from pathfed_common.privacy.randomness import KeyedRandom
 
 _NORM_PIECE = 1 << 16
 
 
-class Objective(Protocol):
-    """A self-supervised objective. It MUST NOT mix tiles of different patients; it only ever sees those of one."""
+class SerialEngine:
+    """One patient after the other."""
 
-    def draw(self, tiles: int, random: KeyedRandom, /) -> Tensor:
-        """The random masks for that many tiles."""
-        ...
+    patients = 1
 
-    def loss(self, tiles_NCHW: Tensor, masks: Tensor, /) -> Tensor:
-        """Scalar: the mean over the tiles of each tile's own loss."""
-        ...
+    def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism) -> None:
+        """Train `objective`, whose trainable parameters are `parameters`, under the public constants of `mechanism`."""
+        self._objective, self._parameters, self._mechanism = objective, parameters, mechanism
 
+    def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
+        """See `engines.engine.Engine`."""
+        return [self._add(patient, total) for patient in patients]
 
-@dataclass(frozen=True, eq=False)
-class PatientTiles:
-    """One patient's tiles as the objective takes them.
-
-    Attributes:
-        tiles: float32 (N, 3, H, W), N >= 1.
-        masks: what the objective drew for these N tiles.
-    """
-
-    tiles: Tensor
-    masks: Tensor
-
-
-class NotContributed(Exception):  # noqa: N818  an outcome, not a fault
-    """This patient contributes zero; the text says why and never leaves the site."""
-
-
-class JointSum:
-    """The sum over patients of their whole vectors, before noise. Sensitive: it never leaves the private step.
-
-    Attributes:
-        gradients: name to the fp32 sum of clipped gradients.
-        loss_shares: sum of the clamped losses, each as a share of loss_bound.
-        patients: patients who contributed.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Start at zero."""
-        self.gradients = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in sorted(parameters.items())}
-        self.loss_shares = 0.0
-        self.patients = 0
-
-    def __repr__(self) -> str:
-        return "JointSum(<sensitive>)"
-
-
-def trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
-    """The objective's trainable parameters by name, in order of their names."""
-    return {name: parameter for name, parameter in sorted(objective.named_parameters()) if parameter.requires_grad}
-
-
-def check_objective(objective: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an objective whose patient gradients would not be the patients' own.
-
-    Depends on the code and the plan alone, never on a patient.
-
-    Raises:
-        ValueError: a layer that couples patients or draws from a global generator, a tied parameter, or `parameters` that are not
-            exactly the objective's trainable ones.
-    """
-    for name, module in objective.named_modules():
-        norm = isinstance(module, nn.modules.batchnorm._NormBase)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (norm and module.track_running_stats):
-            raise ValueError(f"layer {name!r} ({type(module).__name__}) keeps statistics over a batch, which couples patients")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"layer {name!r} ({type(module).__name__}) draws from torch's global generator")
-    own = {name: parameter for name, parameter in objective.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    if not own or set(own) != set(parameters):
-        raise ValueError(f"parameters must be the objective's trainable ones; they differ in {sorted(set(own) ^ set(parameters))[:5]}")
-    seen: dict[tuple[int, int], str] = {}
-    for name, parameter in parameters.items():
-        if parameter is not own[name]:
-            raise ValueError(f"parameter {name!r} is not the objective's own")
-        if not parameter.is_floating_point():
-            raise ValueError(f"parameter {name!r} must be floating point, got {parameter.dtype}")
-        # Where its numbers lie names a parameter: a tied one lies in the same place under two names.
-        place = (id(parameter), 0) if parameter.numel() == 0 else (parameter.data_ptr(), 1)
-        if place in seen:
-            raise ValueError(f"parameters {seen[place]!r} and {name!r} are tied")
-        seen[place] = name
+    def _add(self, patient: PatientTiles, total: JointSum) -> str | None:
+        try:
+            add_patient(self._objective, self._parameters, patient, self._mechanism, total)
+        except NotContributed as reason:
+            return str(reason)
+        except Exception as error:
+            # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
+            # The type alone is kept: the text could name a slide, and the traceback would keep the patient's gradient in memory.
+            return type(error).__name__
+        finally:
+            clear_gradients(self._parameters)
+        return None
 
 
 def patient_gradient(
@@ -126,7 +65,7 @@ def patient_gradient(
     clear_gradients(parameters)
     versions = [parameter._version for parameter in parameters.values()]
     with unchanged_buffers(objective):
-        loss = cast(Objective, objective).loss(patient.tiles, patient.masks)
+        loss = cast(Objective, objective).loss(patient.tiles, patient.draws)
         torch.autograd.backward(loss)
     if versions != [parameter._version for parameter in parameters.values()]:
         raise NotContributed("a parameter changed during the forward pass, which would couple patients")

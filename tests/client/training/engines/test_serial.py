@@ -6,18 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pathfed_client.training.engines.serial import (
-    JointSum,
-    NotContributed,
-    PatientTiles,
-    add_patient,
-    check_objective,
-    gradient_norm,
-    patient_gradient,
-    trainable,
-)
+from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, check_objective, trainable
+from pathfed_client.training.engines.serial import add_patient, gradient_norm, patient_gradient
+from pathfed_common.objectives.objective import Draws
 
-PATIENT = PatientTiles(torch.ones(2, 3), torch.zeros(2))
+PATIENT = PatientTiles(torch.ones(2, 3), {})
 
 
 class Toy(nn.Module):
@@ -29,7 +22,7 @@ class Toy(nn.Module):
         self.unused = nn.Parameter(torch.ones(2))
         self.extra = nn.Sequential(*extra)
 
-    def loss(self, tiles: Tensor, masks: Tensor) -> Tensor:
+    def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
         return (self.extra(tiles) @ self.w).mean()
 
 
@@ -54,7 +47,7 @@ class Counting(nn.Module):
 def test_the_gradient_is_that_of_the_mean_loss_over_the_patients_tiles() -> None:
     toy = Toy()
     tiles = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
-    loss, norm, gradients = patient_gradient(toy, trainable(toy), PatientTiles(tiles, torch.zeros(2)))
+    loss, norm, gradients = patient_gradient(toy, trainable(toy), PatientTiles(tiles, {}))
     assert loss == pytest.approx(2.5)
     assert gradients["w"].tolist() == [0.5, 1.0, 0.0]
     assert norm == pytest.approx(math.sqrt(1.25))
@@ -115,10 +108,10 @@ def test_a_buffer_that_changes_is_put_back_and_the_patient_contributes_zero(repl
 
 def test_a_patient_during_whose_pass_a_parameter_changes_contributes_zero(mechanism) -> None:
     class Clamping(Toy):
-        def loss(self, tiles: Tensor, masks: Tensor) -> Tensor:
+        def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
             with torch.no_grad():
                 self.w.clamp_(max=2.0)
-            return super().loss(tiles, masks)
+            return super().loss(tiles, draws)
 
     toy = Clamping()
     total = JointSum(trainable(toy))
@@ -154,7 +147,7 @@ def test_a_patient_whose_numbers_are_not_finite_adds_nothing(value: float, mecha
     toy = Toy()
     total = JointSum(trainable(toy))
     with pytest.raises(NotContributed, match="not finite"):
-        add_patient(toy, trainable(toy), PatientTiles(torch.full((1, 3), value), torch.zeros(1)), mechanism(), total)
+        add_patient(toy, trainable(toy), PatientTiles(torch.full((1, 3), value), {}), mechanism(), total)
     assert (total.patients, total.loss_shares, total.gradients["w"].abs().sum().item()) == (0, 0, 0)
 
 
