@@ -551,7 +551,7 @@ def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
             ErrorCode.HOME_UNUSABLE,
             f"the site database is damaged: {text}",
             where=path,
-            remedy="stop the client, keep the file as evidence, and find out what happened to the disk; an older copy forgets what was spent",
+            remedy="stop the client, keep the file as evidence, and look at the disk; an older copy forgets what was spent",
         )
     # SQLite calls it an I/O error where its shared-memory file cannot grow.
     if "disk is full" in text or ("disk I/O error" in text and shutil.disk_usage(path.parent).free < _LEAST_FREE):
