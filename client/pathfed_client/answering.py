@@ -47,6 +47,7 @@ from pathfed_client.gate.offer import check_base_state, check_bounds, check_dead
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
 from pathfed_client.io import site_cohort
+from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
 from pathfed_client.io.site_store import SiteStore
@@ -184,8 +185,7 @@ class SiteAnswerer:
 
     @cached_property
     def _ledger(self) -> Ledger:
-        policy = self._home.policy
-        return Ledger(self._store, self._home.evidence_key, delta=policy.delta, max_epsilon=policy.max_epsilon)
+        return site_ledger(self._store, self._home.evidence_key, self._home.policy, self._home.run_secrets)
 
     @cached_property
     def _secrets(self) -> RunSecrets:

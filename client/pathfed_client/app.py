@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from pathfed_common.units import UtcSeconds
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
+    from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
@@ -225,15 +226,15 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
 
 
 def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
-    """The site's ledger, verified from its first entry to its last.
+    """The site's ledger, checked as before a charge.
 
     Raises:
-        PrivacyError: PF304, it was damaged or tampered with.
+        PrivacyError: PF304, it was damaged or tampered with; PF308, its times go backwards; PF309, PF310, it is older than was seen.
     """
-    from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.io.ledger_head import site_ledger
 
-    ledger = Ledger(store, home.evidence_key, delta=home.policy.delta, max_epsilon=home.policy.max_epsilon)
-    ledger.verify()
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+    ledger.entries()
     return ledger
 
 
@@ -309,26 +310,15 @@ def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
 
 
 def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
-    """The verified ledger, with epsilon recomputed from its events by three accountants.
+    """The ledger, checked as before a charge, with epsilon recomputed from its events by three accountants.
 
     Raises:
-        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other.
+        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other; PF308 to PF310, see `open_ledger`.
     """
-    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
-
     ledger = open_ledger(home, store)
-    entries = ledger.verify()
-    events = [entry.event for entry in entries]
-    delta = home.policy.delta
-    bracket = prv_estimate(events, delta)
+    entries = ledger.entries()
     return {
-        "site": home.name,
-        "head": ledger.head,
-        "delta": delta,
-        "epsilon": check_accountants(events, delta),
-        "epsilon_rdp_bound": rdp_epsilon(events, delta),
-        "epsilon_prv": None if bracket is None else list(bracket),
-        "max_epsilon": home.policy.max_epsilon,
+        **_ledger_figures(home, ledger, entries),
         "entries": [
             {
                 "sequence": entry.sequence,
@@ -347,13 +337,56 @@ def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
     }
 
 
+def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -> dict[str, Any]:
+    """Check all that can be checked of the ledger: every signature, chain, times, witnesses, heads from outside, three accountants.
+
+    Args:
+        home: the site.
+        store: its database.
+        heads: a file of heads, or a run's record whose statements of this site name some; see `io.outside_heads`.
+
+    Raises:
+        PrivacyError: PF304, PF305, PF308 to PF310, as `ledger_report`.
+        HostError: PF905, `heads` names no head of this site, or is not such a file; PF904, it cannot be read.
+    """
+    from pathfed_client.io.ledger_head import site_ledger
+    from pathfed_client.io.outside_heads import OutsideHeads
+
+    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
+    entries = ledger.verify()
+    return {
+        **_ledger_figures(home, ledger, entries),
+        "releases": len(entries),
+        "statements_compared": len(store.stated_heads()),
+        "heads_compared": sum(len(witness.heads()) for witness in outside),
+    }
+
+
+def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerEntry]") -> dict[str, Any]:
+    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
+
+    events = [entry.event for entry in entries]
+    delta = home.policy.delta
+    bracket = prv_estimate(events, delta)
+    return {
+        "site": home.name,
+        "head": ledger.head,
+        "delta": delta,
+        "epsilon": check_accountants(events, delta),
+        "epsilon_rdp_bound": rdp_epsilon(events, delta),
+        "epsilon_prv": None if bracket is None else list(bracket),
+        "max_epsilon": home.policy.max_epsilon,
+    }
+
+
 def start(home: SiteHome, tell: Callable[[str], None]) -> None:
     """Run the site's processes until interrupted. One such command a home.
 
     Raises:
         HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing.
         TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
-        PrivacyError: PF304, the ledger is damaged.
+        PrivacyError: PF304, the ledger is damaged; PF308 to PF310, see `open_ledger`.
     """
     home.settings  # noqa: B018 - nothing is written where there is no site
     with hold(home, "site"):
@@ -367,7 +400,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
     for key in (home.flower_key, home.superexec_secret):
         files.read_secret(key)
     with closing(open_store(home)) as store:
-        open_ledger(home, store)
+        open_ledger(home, store).verify()
     _greet(home, tell)
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)

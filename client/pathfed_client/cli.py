@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pathfed_common.plan import CohortPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
+ledger_app = typer.Typer(no_args_is_help=True, help="Show and check what this site's releases have cost.")
+app.add_typer(ledger_app, name="ledger")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
 PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
@@ -356,9 +358,9 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
 
 
-@app.command()
-def ledger(home: Home = _HOME, as_json: Json = False) -> None:
-    """Verify the privacy ledger and recompute what every plan has cost, by three accountants."""
+@ledger_app.command("show")
+def ledger_show(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show every charge, and recompute what all plans have cost, by three accountants."""
     from pathfed_client import app as site
 
     here = SiteHome(home)
@@ -368,8 +370,37 @@ def ledger(home: Home = _HOME, as_json: Json = False) -> None:
         show(found, as_json=True)
         return
     entries = found.pop("entries")
-    show(found, as_json=False, title="The ledger is whole: every entry signed, chained and in order.")
+    show(found, as_json=False, title="The ledger is whole: signed, chained and in order.")
     show(entries, as_json=False, title="charges")
+
+
+@ledger_app.command("verify")
+def ledger_verify(
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            "--heads",
+            help="Heads seen outside this machine: a run's record, whose statements name them, or a file with JSON or lines "
+            "`site sequence sha256:...`.",
+        ),
+    ] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Check the privacy ledger: every signature, chain, times, the heads that were seen of it, and epsilon by three accountants.
+
+    Exit status 0: all of it holds. 13: it does not, and the code says what.
+    """
+    from pathfed_client import app as site
+
+    here = SiteHome(home)
+    with closing(site.open_store(here)) as store:
+        found = site.verify_ledger(here, store, heads)
+    show(
+        found,
+        as_json=as_json,
+        title="The ledger is whole: every entry signed, chained and in order, and every head that was seen is in it.",
+    )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db
 keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
-secrets/   one chain of secrets per run (pathfed_client.io.run_secrets); leave it out of backups
+secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are
 logs/      one file per process
 *.lock     held while the site runs (`hold`)
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, field_validator
 
 from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.io.ledger_head import HeadFile
 from pathfed_client.io.run_secrets import RunSecrets
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError
@@ -234,6 +235,7 @@ def _fill(part: Path, settings: SiteSettings, policy: SitePolicy, card: ServerCa
     for folder in ("keys", "updates", "logs"):
         (part / folder).mkdir(mode=0o700)
     RunSecrets.create(part / "secrets")
+    HeadFile.create(part / "secrets")
     evidence = SigningKey.generate()
     flower = ec.generate_private_key(ec.SECP384R1())
     private = flower.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())

@@ -302,7 +302,7 @@ _PRIVACY: dict[Code, CatalogEntry] = {
         "The next round would bring the epsilon of everything this site has ever released above the largest one its policy "
         "allows. The site has refused the round **before** anything was computed or sent, and it will refuse every later one.",
         "This is the guard working. The budget is a decision of the hospital, not of the operator: whoever answers for it may "
-        "raise the policy's largest epsilon, knowing that what was spent stays spent. `pathfed-site ledger` shows what was spent,"
+        "raise the policy's largest epsilon, knowing that what was spent stays spent. `pathfed-site ledger show` shows what was spent,"
         " on which plans.",
         "site",
     ),
@@ -324,9 +324,8 @@ _PRIVACY: dict[Code, CatalogEntry] = {
     ),
     Code.LEDGER_DAMAGED: CatalogEntry(
         "The privacy ledger does not verify",
-        "An entry of the ledger is missing, changed, out of order or wrongly signed, or its end was cut off: a statement that this "
-        "site has sealed names an entry that is no longer there. The site refuses to release anything, because what was spent is no "
-        "longer certain.",
+        "An entry of the ledger is half-written, missing, changed, out of order or wrongly signed, or the database that holds it is "
+        "damaged. The site refuses to release anything, because what was spent is no longer certain.",
         "Do not edit the database. Find out what happened to the disk. Restoring an older copy would forget what was spent since;"
         " that is not a remedy. Keep the damaged database as evidence and ask the operator which statements of this site the "
         "record holds.",
@@ -353,6 +352,41 @@ _PRIVACY: dict[Code, CatalogEntry] = {
         "The hospital's own policy rules out this plan or this encoder. The site obeys its policy first.",
         "Compare the plan with the site's policy file. Whoever answers for the policy decides whether to change it.",
         "site",
+    ),
+    Code.CLOCK_SET_BACK: CatalogEntry(
+        "The clock was set back",
+        "A charge would carry a time that lies more than five minutes before the time of an earlier charge, or the ledger holds charges "
+        "whose times go backwards like that. The ledger's order is that of its numbers, so no epsilon is wrong; but a clock that goes "
+        "backwards is what a machine put back to an earlier state looks like. Nothing was charged or released.",
+        "Put the clock right (NTP) and let the client try again. If the clock is right now and was ahead when the last charge was made, "
+        "charges are refused until that time has come. If neither is so, ask who restored this machine, and compare the ledger with the "
+        "statements that the operator's records hold: `pathfed-site ledger verify --heads RECORD`.",
+        "site",
+    ),
+    Code.LEDGER_BEHIND: CatalogEntry(
+        "The ledger is older than what was seen of it",
+        "Somebody has seen an entry that the ledger does not hold: the file beside the run secrets that remembers the ledger's head, a "
+        "statement that this site has sealed, or the heads given with `--heads`. The database was restored from a backup, emptied, cut "
+        "short or replaced, so that charges are forgotten. The site refuses to release anything.",
+        "Put the newest database back if it is still there. If it is lost, do not train with this home: what it forgot was spent all the "
+        "same. Make a new home with new keys, and lower its policy's largest epsilon by what the last statement of the old site in the "
+        "operator's records says was spent (`epsilon_total`): epsilons of two ledgers add up, and so do their deltas. Do not delete or "
+        "edit the file that remembers the head.",
+        "site",
+    ),
+    Code.LEDGER_UNWITNESSED: CatalogEntry(
+        "Nothing shows that the ledger is the newest",
+        "The file beside the run secrets that remembers the ledger's head is missing or was changed. It is made with the home and left out "
+        "of backups, so a home restored from a backup has none. The site refuses to release anything.",
+        "Put `secrets/` back as it was, if it was moved. If it is lost, the runs' secrets are lost with it: make a new home, as for PF309.",
+        "site",
+    ),
+    Code.TARGET_OUT_OF_REACH: CatalogEntry(
+        "No plan within bounds meets the target",
+        "Asked what a plan would need for a target epsilon, `pathfed plan privacy` found no value that a plan may have: the largest "
+        "noise multiplier is still too little, or one expected patient a step, or a single round, is still too much.",
+        "Raise the target, or change what is held fixed: fewer rounds, more noise, fewer expected patients, more declared patients.",
+        "operator",
     ),
 }
 

@@ -20,6 +20,7 @@ from pathfed_client.answering import SiteAnswerer
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
+from pathfed_client.io.ledger_head import HeadFile
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, SealedUpdate, SlideRecord, SlideStatus
 from pathfed_client.io.site_store import SiteStore
@@ -30,11 +31,12 @@ from pathfed_client.training.local_round import run_round
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.encoder import weights
-from pathfed_common.errors import PrivacyError
+from pathfed_common.errors import HostError, PrivacyError, ProvenanceError
 from pathfed_common.ids import run_name
 from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
+from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.statement import UpdateStatement
 
@@ -299,10 +301,65 @@ def test_a_ledger_whose_end_was_cut_off_is_not_charged(world, site):
     with closing(sqlite3.connect(site.home.database)) as database, database:
         database.execute("DROP TRIGGER ledger_entry_no_delete")
         database.execute("DELETE FROM ledger_entry")
-    assert site.answer(world.offer(round_index=2), world.base_state) == Answer(code="PF304")
+    assert site.answer(world.offer(round_index=2), world.base_state) == Answer(code="PF309")
     assert site.charges() == 0
-    with pytest.raises(PrivacyError, match=r"PF304.*cut off"):
+    with pytest.raises(PrivacyError, match=r"PF309.*the head file .*has seen entry 1, the ledger ends at 0"):
         app.open_ledger(site.home, site.store)
+    HeadFile.create(site.home.run_secrets)  # the statement alone finds it too
+    with pytest.raises(PrivacyError, match=r"PF309.*a statement this site has sealed names the head"):
+        app.open_ledger(site.home, site.store)
+
+
+def test_a_home_whose_database_was_restored_from_a_backup_answers_nothing_new(world, site, tmp_path):
+    """Entries, statements and all are those of then, and whole: the head file, kept out of backups, knows better."""
+    assert site.answer(world.offer(), world.base_state).code is None
+    with closing(sqlite3.connect(site.home.database)) as source, closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+        source.backup(backup)
+    assert site.answer(world.offer(round_index=2), world.base_state).code is None
+    with closing(sqlite3.connect(tmp_path / "backup.db")) as backup, closing(sqlite3.connect(site.home.database)) as target:
+        backup.backup(target)
+    assert site.charges() == 1
+    assert site.answer(world.offer(round_index=3), world.base_state) == Answer(code="PF309")
+    assert site.charges() == 1
+
+
+def test_a_site_whose_clock_was_set_back_is_not_charged(world, site):
+    assert site.answer(world.offer(), world.base_state).code is None
+    (entry,) = app.open_ledger(site.home, site.store).entries()
+    site.clock.time = entry.at - 3600
+    earlier = world.offer(round_index=2, offered_at=entry.at - 3601, deadline=entry.at - 3541)
+    assert site.answer(earlier, world.base_state) == Answer(code="PF308")
+    assert site.charges() == 1
+
+
+def test_the_statements_of_a_runs_record_show_a_home_that_was_restored_whole(world, copy_home, tmp_path):
+    """Database, secrets and head file together: nothing on the machine knows better, the consortium's record does."""
+    home = copy_home()
+    with opened(home) as site:
+        assert site.answer(world.offer(), world.base_state).code is None
+    shutil.copytree(home.root, tmp_path / "backup")
+    record = tmp_path / "record"
+    with opened(SiteHome(home.root)) as site:
+        for index in (1, 2):
+            statement = site.answer(world.offer(round_index=index), world.base_state).statement
+            folder = record / "statements" / f"round-{index:04d}"
+            folder.mkdir(parents=True)
+            (folder / f"{home.name}.dsse").write_bytes(statement)
+            (folder / "another-site.dsse").write_bytes(b"not read")
+        told = app.verify_ledger(site.home, site.store, record)
+        assert (told["releases"], told["statements_compared"], told["heads_compared"]) == (2, 2, 2)
+    with opened(SiteHome(tmp_path / "backup")) as back:
+        assert app.verify_ledger(back.home, back.store)["releases"] == 1
+        with pytest.raises(PrivacyError, match=r"PF309.*round-0002"):
+            app.verify_ledger(back.home, back.store, record)
+        with pytest.raises(HostError, match=r"PF905.*no statement of site"):
+            app.verify_ledger(back.home, back.store, tmp_path / "backup")
+        forged = record / "statements" / "round-0001" / f"{home.name}.dsse"
+        forged.write_bytes(
+            replace(UpdateStatement.from_payload(dsse.parse(forged.read_bytes()).payload)).to_envelope(SigningKey.generate())
+        )
+        with pytest.raises(ProvenanceError, match="PF602"):
+            app.verify_ledger(back.home, back.store, record)
 
 
 def test_a_policy_with_another_delta_than_the_ledgers_is_refused(world, copy_home):

@@ -15,8 +15,12 @@ import typer
 
 from pathfed_client import cli
 from pathfed_client.home import SiteHome
+from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.site_store import SiteStore
+from pathfed_common import digest
 from pathfed_common.errors import PathfedError
+from pathfed_common.ids import run_name
+from pathfed_common.privacy.accounting import PrivacyEvent
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
@@ -59,9 +63,9 @@ def test_the_commands_are_those_the_documentation_names():
     assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "ledger"), "ledger show", "ledger verify"])
 def test_every_command_has_help_and_json(site_cli, command):
-    done = site_cli(command, "--help")
+    done = site_cli(*command.split(), "--help")
     assert done.status == 0
     assert "--json" in done.out
     assert "--home" in done.out
@@ -86,12 +90,43 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
     assert Path(approved.json["approval"]).is_file()
     status = site_cli("status", "--home", home, "--json")
     assert (status.status, status.json["plans"][0]["digest"]) == (0, world.plan.digest)
-    ledger = site_cli("ledger", "--home", home, "--json")
+    ledger = site_cli("ledger", "show", "--home", home, "--json")
     assert (ledger.status, ledger.json["epsilon"], ledger.json["entries"]) == (0, 0.0, [])
-    for command in (["status"], ["ledger"], ["scan", world.signed_plan]):
+    for command in (["status"], ["ledger", "show"], ["ledger", "verify"], ["scan", world.signed_plan]):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_a_ledger_is_verified_against_heads_from_outside(site_cli, copy_home, tmp_path):
+    home = copy_home()
+    with closing(SiteStore(home.database)) as store:
+        ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+        for number in (1, 2):
+            ledger.charge(
+                release_id=digest.of_value(number),
+                plan=digest.of_value("plan"),
+                run=run_name("run"),
+                round_index=number,
+                event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1),
+                plan_delta=1e-5,
+                plan_limit=10.0,
+                now=1.0,
+            )
+        first = digest.of_bytes(store.entries()[0])
+    asked = ["ledger", "verify", "--home", home.root, "--heads", tmp_path / "heads", "--json"]
+    (tmp_path / "heads").write_text(f"{home.name} 1 {first}\n", encoding="utf-8")
+    done = site_cli(*asked)
+    assert (done.status, done.json["releases"], done.json["heads_compared"]) == (0, 2, 1)
+    (tmp_path / "heads").write_text(f"{home.name} 3 {first}\n", encoding="utf-8")
+    fails(site_cli(*asked), "PF309")
+    (tmp_path / "heads").write_text(f"{home.name} 2 {first}\n", encoding="utf-8")
+    fails(site_cli(*asked), "PF309")
+    (tmp_path / "heads").write_text("", encoding="utf-8")
+    fails(site_cli(*asked), "PF905")
+    (home.run_secrets / "ledger-head").unlink()
+    for command in (["ledger", "verify"], ["ledger", "show"], ["status"], ["start"]):
+        fails(site_cli(*command, "--home", home.root, "--json"), "PF310")
 
 
 def test_a_slide_is_inspected_under_a_signed_plan(world, site_cli, copy_home, tmp_path):
@@ -137,7 +172,8 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
     "command",
     [
         ["status"],
-        ["ledger"],
+        ["ledger", "show"],
+        ["ledger", "verify"],
         ["start"],
         ["patients"],
         ["withdraw", "--slides-from", "PLAN"],

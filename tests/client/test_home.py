@@ -49,7 +49,7 @@ def test_every_key_is_its_owners_alone(world, tmp_path):
     for folder in (home.root, home.root / "keys", home.run_secrets, home.updates, home.logs):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     keys = [*(home.root / "keys").iterdir(), *home.run_secrets.iterdir()]
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
 
 

@@ -118,7 +118,7 @@ def test_rounds_and_participants_are_in_the_database(demo) -> None:
 def test_every_ledger_verifies_and_its_epsilon_is_what_three_accountants_allow(demo) -> None:
     out, _ = demo
     for site in sorted((out / "sites").iterdir()):
-        found = json.loads(_run("pathfed-site", "ledger", "--home", site, "--json").stdout)
+        found = json.loads(_run("pathfed-site", "ledger", "show", "--home", site, "--json").stdout)
         low, middle, high = found["epsilon_prv"]
         assert len(found["entries"]) == ROUNDS
         assert abs(found["epsilon"] - middle) <= 1e-3 or low <= found["epsilon"] <= high

@@ -139,7 +139,7 @@ def test_a_killed_process_is_named_and_rounds_go_on(consortium: Consortium, vict
 
 def test_every_ledger_is_whole_after_all_that(consortium: Consortium) -> None:
     for hospital in consortium.hospitals:
-        found = consortium.site_command(hospital.name, "ledger")
+        found = consortium.site_command(hospital.name, "ledger", "show")
         assert len({entry["round"] for entry in found["entries"]}) == len(found["entries"]), "no round is charged twice"
 
 

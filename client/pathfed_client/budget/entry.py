@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -68,7 +68,7 @@ class LedgerEntry:
     def to_payload(self) -> bytes:
         """Canonical JSON; `at` is also spelled out as ISO 8601 for people."""
         when = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="seconds")
-        return digest.canonical({"version": _VERSION, "at_text": when, **asdict(self)})
+        return digest.canonical({"version": _VERSION, "at_text": when, **vars(self), "event": vars(self.event)})
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:

@@ -35,9 +35,8 @@ from pathfed_client.io.site_records import (
 from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, TransportError
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, ProvenanceError, TransportError
 from pathfed_common.provenance import dsse
-from pathfed_common.provenance.statement import UpdateStatement
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60
@@ -146,7 +145,7 @@ _TRIGGERS = (
 class SiteStore:
     """One site's database. Usable as a context manager; `close` gives its connections back.
 
-    Implements the ledger's storage port (`entries`, `append`, `stated_heads`).
+    Implements the ledger's storage port (`entries`, `append`) and gives the heads its sealed statements name (`stated_heads`).
 
     Raises (every method):
         HostError: the disk is full (PF901), or the file cannot be opened, locked, read or written (PF904).
@@ -165,6 +164,7 @@ class SiteStore:
             raise HostError(ErrorCode.HOME_UNUSABLE, f"the site database cannot be opened: {error.strerror}", where=path) from error
         self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
         self._joint: sa.Connection | None = None
+        self._stated: dict[Digest, Digest] = {}
         sa.event.listen(self._engine, "connect", _on_connect)
         sa.event.listen(self._engine, "begin", _on_begin)
         try:
@@ -397,9 +397,21 @@ class SiteStore:
     # The ledger's storage port
 
     def entries(self) -> list[bytes]:
-        """All ledger entries in order of their sequence numbers."""
-        with self._transaction(write=False) as connection:
-            return list(connection.execute(sa.select(_LEDGER.c.entry).order_by(_LEDGER.c.sequence)).scalars())
+        """All ledger entries in order of their sequence numbers.
+
+        Raises:
+            PrivacyError: PF304, the database file is torn or damaged.
+        """
+        try:
+            with self._transaction(write=False) as connection:
+                return list(connection.execute(sa.select(_LEDGER.c.entry).order_by(_LEDGER.c.sequence)).scalars())
+        except HostError as error:
+            if not _file_is_damaged(error.__cause__):
+                raise
+            remedy = "do not train at this site, restore no older copy, keep the file as evidence, and find out what happened to the disk"
+            raise PrivacyError(
+                ErrorCode.LEDGER_DAMAGED, "the ledger cannot be read: the site database is damaged", where=self.path, remedy=remedy
+            ) from error
 
     def append(self, sequence: int, entry: bytes) -> None:
         """Add one ledger entry; on the disk when this returns.
@@ -418,18 +430,30 @@ class SiteStore:
                 "the ledger takes entries at its end only",
                 where=self.path,
                 value=f"sequence {sequence}",
-                remedy="run one client per site home, then `pathfed-site ledger` to check the ledger",
+                remedy="run one client per site home, then `pathfed-site ledger verify`",
             ) from error
 
     def stated_heads(self) -> list[Digest]:
         """The ledger's head that each sealed update's statement names, of all runs, in no order.
 
         Raises:
-            ProvenanceError: PF601, a stored statement cannot be read.
+            ProvenanceError: PF601, PF602, a stored statement cannot be read.
         """
         with self._transaction(write=False) as connection:
             stored = connection.execute(sa.select(_SEALED.c.statement)).scalars().all()
-        return [UpdateStatement.from_payload(dsse.parse(envelope).payload).ledger_head for envelope in stored]
+        return [self._stated_head(envelope) for envelope in stored]
+
+    def _stated_head(self, envelope: bytes) -> Digest:
+        """Read once a process: there is a statement for every round ever, and they are asked for at every charge."""
+        name = digest.of_bytes(envelope)
+        if name not in self._stated:
+            try:
+                # Its one field: reading the whole statement takes three times as long.
+                self._stated[name] = digest.parse(json.loads(dsse.parse(envelope).payload)["predicate"]["ledger_head"])
+            except (ValueError, TypeError, KeyError) as error:
+                what = f"a stored statement cannot be read: {error}"
+                raise ProvenanceError(ErrorCode.RECORD_CHANGED, what, where=self.path) from None
+        return self._stated[name]
 
     # Sealed updates
 
@@ -520,8 +544,19 @@ def _on_begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("pathfed_write", True) else "BEGIN")
 
 
+def _file_is_damaged(error: BaseException | None) -> bool:
+    return isinstance(error, sa.exc.DatabaseError) and any(word in str(error.orig) for word in ("malformed", "is not a database"))
+
+
 def _host_error(error: sa.exc.DatabaseError, path: Path) -> PathfedError:
     text = str(error.orig)
+    if _file_is_damaged(error):
+        return HostError(
+            ErrorCode.HOME_UNUSABLE,
+            f"the site database is damaged: {text}",
+            where=path,
+            remedy="stop the client, keep the file as evidence, and look at the disk; an older copy forgets what was spent",
+        )
     # SQLite calls it an I/O error where its shared-memory file cannot grow.
     if "disk is full" in text or ("disk I/O error" in text and shutil.disk_usage(path.parent).free < _LEAST_FREE):
         return HostError(

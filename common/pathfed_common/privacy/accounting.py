@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
 from pathfed_common.errors import ErrorCode, PrivacyError
@@ -198,15 +198,21 @@ def _pld(merged: _Merged, delta: float) -> float:
     import numpy as np
 
     with np.errstate(over="ignore"):
-        return float(_composed(merged).get_epsilon_for_delta(delta)) if merged else 0.0
+        return float(_composed(merged, _interval(merged)).get_epsilon_for_delta(delta)) if merged else 0.0
 
 
-@lru_cache(maxsize=8)
-def _composed(merged: _Merged) -> Any:
-    """The privacy loss distribution of all events, for every delta. One step's is kept, so that the next charge only composes."""
-    interval = _interval(merged)
-    parts = (_gaussian(noise, rate, interval).self_compose(count) for rate, noise, count in merged)
-    return reduce(lambda left, right: left.compose(right), parts)
+@lru_cache(maxsize=48)
+def _composed(merged: _Merged, interval: float) -> Any:
+    """The privacy loss distribution of all events, for every delta.
+
+    Composed as a balanced tree whose parts are kept: a charge changes the steps of one mechanism, so that of 20 only that one's and the
+    five above it are composed again. One step's distributions are kept too. A part is some megabytes.
+    """
+    if len(merged) > 1:
+        half = len(merged) // 2
+        return _composed(merged[:half], interval).compose(_composed(merged[half:], interval))
+    ((rate, noise, count),) = merged
+    return _gaussian(noise, rate, interval).self_compose(count)
 
 
 def _interval(merged: _Merged) -> float:

@@ -1,6 +1,7 @@
-"""`pathfed`: what belongs to neither side: the demo, and checking a run's record."""
+"""`pathfed`: what belongs to neither side: the demo, planning what a run costs, and checking a run's record."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,12 @@ from pathfed_common.console import Json, show
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Try pathfed, and check what others made with it.", pretty_exceptions_enable=False
 )
+
+plan_app = typer.Typer(no_args_is_help=True, help="Think about a plan before it is published or approved.")
+app.add_typer(plan_app, name="plan")
+
+#: Rounds whose epsilon is computed, at most: as points of a plot, as JSON.
+_POINTS, _VALUES = 25, 100
 
 #: Exit status of `verify` when everything is consistent but nobody's identity was checked.
 UNPROVEN = 3
@@ -84,6 +91,40 @@ def verify(
     show(summary(verdict), as_json=as_json, title=title)
     if not verdict.identities_proven:
         sys.exit(UNPROVEN)
+
+
+@plan_app.command("privacy")
+def plan_privacy(
+    plan: Annotated[Path, typer.Argument(help="A plan: TOML, or the signed file that sites get.")],
+    patients: Annotated[int | None, typer.Option(help="N, the patients that a site declares; needed.")] = None,
+    target_epsilon: Annotated[float | None, typer.Option(help="Epsilon to plan for; the plan's own limit if not given.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Where epsilon is stated; the plan's own if not given.")] = None,
+    at_sites: Annotated[int, typer.Option(min=1, max=100, help="Sites a patient may be at who shall be within the target.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Where to write epsilon by round as an SVG picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a plan costs a patient, round by round, and what sigma, B, rounds or N would meet a target epsilon.
+
+    For a patient at one, two and three sites. With --json, every round up to 100 rounds, else 100 of them.
+    """
+    from pathfed_common import files
+    from pathfed_local.plan_privacy import ROWS, Asked, privacy_report, read_any_plan
+    from pathfed_local.privacy_chart import privacy_chart
+
+    found = read_any_plan(plan)
+    most = _VALUES if as_json else _POINTS if plot else ROWS
+    asked = Asked(patients=patients, target=target_epsilon, delta=delta, at_sites=at_sites, most_rounds=most)
+    with nullcontext() if as_json else console.err.status("asking the accountant"):
+        report = privacy_report(found, asked)
+    if plot is not None:
+        files.write_atomic(plot, privacy_chart(report).encode())
+    if as_json:
+        show(report.to_dict(), as_json=True)
+        return
+    show(report.figures(), as_json=False, title=f"{plan} for a site of {report.cost.patients:,} patients")
+    show(report.table(), as_json=False, title="what a patient has spent after each round")
+    title = f"what would meet epsilon {report.target:g} for a patient at {at_sites} site{'s' * (at_sites > 1)}"
+    show(report.needs(), as_json=False, title=title)
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
 """The ledger: charged first, once, never over budget, and any change is found."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
 from pathfed_client.budget import ledger as budget
+from pathfed_client.budget.chain import CLOCK_SKEW_S
 from pathfed_client.budget.entry import LEDGER_TYPE, LedgerEntry
 from pathfed_client.budget.ledger import Ledger
+from pathfed_client.budget.witness import SeenHead
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError
@@ -25,11 +29,11 @@ KEY = SigningKey.generate()
 
 
 class Memory:
-    """The port's contract, in a list."""
+    """The ports' contracts, in lists: entries, and the head that the keeper has seen."""
 
-    def __init__(self, *entries: bytes, stated: tuple[Digest, ...] = ()) -> None:
+    def __init__(self, *entries: bytes, seen: Sequence[SeenHead] = ()) -> None:
         self.stored = list(entries)
-        self.stated = stated
+        self.seen = list(seen)
 
     def entries(self) -> list[bytes]:
         return list(self.stored)
@@ -39,12 +43,15 @@ class Memory:
             raise ValueError(f"entry {sequence} exists")
         self.stored.append(entry)
 
-    def stated_heads(self) -> list[Digest]:
-        return list(self.stated)
+    def heads(self) -> list[SeenHead]:
+        return list(self.seen)
+
+    def keep(self, head: Digest, sequence: int) -> None:
+        self.seen = [SeenHead(head=head, sequence=sequence, where="the keeper")]
 
 
-def make(port: Memory, *, max_epsilon: float = 50.0, key: SigningKey = KEY) -> Ledger:
-    return Ledger(port, key, delta=DELTA, max_epsilon=max_epsilon)
+def make(port: Memory, *, max_epsilon: float = 50.0, key: SigningKey = KEY, delta: float = DELTA) -> Ledger:
+    return Ledger(port, key, keeper=port, delta=delta, max_epsilon=max_epsilon)
 
 
 def charge(ledger: Ledger, number: int, **changes) -> LedgerEntry:
@@ -198,9 +205,10 @@ def test_a_charge_is_what_it_costs_whatever_the_entries_figures_say(port: Memory
 def test_two_writers_cannot_both_take_a_sequence_number(port: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = make(port)
     charge(ledger, 1)
-    stale = port.entries()
+    stale, seen = port.entries(), port.heads()
     charge(ledger, 2)
     monkeypatch.setattr(port, "entries", lambda: stale)
+    monkeypatch.setattr(port, "heads", lambda: seen)
     with pytest.raises(ValueError, match="entry 2 exists"):
         charge(make(port), 3)
 
@@ -242,23 +250,10 @@ def test_entries_of_another_key_or_type_are_found(four: list[bytes]) -> None:
         make(Memory(dsse.seal(payload, "text/plain", KEY))).verify()
 
 
-def test_an_end_cut_off_is_found_against_the_heads_that_statements_name(four: list[bytes]) -> None:
-    heads = tuple(digest.of_bytes(entry) for entry in four)
-    assert len(make(Memory(*four, stated=heads[1::2])).verify()) == 4
-    for length in range(3):
-        cut = Memory(*four[:length], stated=heads[:3])
-        for call in (lambda cut=cut: make(cut).verify(), lambda cut=cut: make(cut).spent(), lambda cut=cut: charge(make(cut), 9)):
-            with pytest.raises(PrivacyError, match=r"PF304.*cut off"):
-                call()
-        assert len(cut.stored) == length
-    # An entry charged but not yet stated, as after a crash, may be the last.
-    assert charge(make(Memory(*four, stated=heads[:3])), 9).sequence == 5
-
-
 def test_a_ledger_has_one_delta_for_its_whole_life(four: list[bytes]) -> None:
     """A larger delta would make what was spent look small."""
     port = Memory(*four)
-    other = Ledger(port, KEY, delta=1e-3, max_epsilon=50.0)
+    other = make(port, delta=1e-3)
     for call in (other.verify, other.spent, lambda: charge(other, 9)):
         with pytest.raises(HostError, match=r"PF905.*delta.*0\.001, the ledger's is 1e-06"):
             call()
@@ -342,19 +337,108 @@ def test_entries_out_of_bounds_are_never_stored(changes, port: Memory) -> None:
 @pytest.mark.parametrize(("delta", "max_epsilon"), [(0.0, 1.0), (1.0, 1.0), (1e-6, 0.0), (1e-6, float("inf")), (1e-6, float("nan"))])
 def test_a_policy_out_of_bounds_is_refused(delta: float, max_epsilon: float, port: Memory) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Ledger(port, KEY, delta=delta, max_epsilon=max_epsilon)
+        make(port, delta=delta, max_epsilon=max_epsilon)
 
 
-def test_a_charge_checks_signatures_once_a_process(four: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which envelopes' signatures were checked."""
+    names: list[str] = []
     original = dsse.open_envelope
 
     def counting(*args, where: str, **options) -> bytes:
-        opened.append(where)
+        names.append(where)
         return original(*args, where=where, **options)
 
     monkeypatch.setattr(dsse, "open_envelope", counting)
+    return names
+
+
+def test_every_signature_is_checked_once_a_process(four: list[bytes], opened: list[str]) -> None:
     ledger = make(Memory(*four))
+    ledger.verify()
     ledger.verify()
     ledger.spent()
     assert len(opened) == 4
+
+
+def test_opening_a_ledger_checks_the_last_signature_which_vouches_for_all(four: list[bytes], opened: list[str]) -> None:
+    port = Memory(*four)
+    ledger = make(port)
+    ledger.spent()
+    assert opened == ["ledger entry 4"]
+    charge(ledger, 9)
+    charge(ledger, 10)
+    assert opened == ["ledger entry 4", "ledger entry 5"]
+
+
+@pytest.mark.parametrize("read", [Ledger.verify, Ledger.entries, Ledger.spent], ids=lambda read: read.__name__)
+def test_an_entry_exchanged_by_who_lacks_the_key_is_found_whichever_signature_is_checked(read, four: list[bytes]) -> None:
+    """With the chain closed again up to the end, so that only a signature can tell."""
+    stranger = SigningKey.generate()
+    for place in range(4):
+        entries, previous = list(four[:place]), None if place == 0 else digest.of_bytes(four[place - 1])
+        for data in four[place:]:
+            entry = LedgerEntry.from_payload(dsse.parse(data).payload)
+            changed = LedgerEntry(**{**vars(entry), "previous": previous, "event": replace(EVENT, noise_multiplier=9.0)})
+            real = dsse.parse(data)
+            forged = dsse._encode(replace(real, payload=changed.to_payload(), signature=stranger.sign(changed.to_payload())))
+            entries.append(forged)
+            previous = digest.of_bytes(forged)
+        with damage():
+            read(make(Memory(*entries)))
+
+
+def test_an_entry_that_the_site_itself_left_unverified_is_found_when_every_signature_is_checked(four: list[bytes]) -> None:
+    """A fault of our own: an honest entry appended to a foreign one. The chain and its last signature are whole."""
+    first = dsse.seal(dsse.parse(four[0]).payload, LEDGER_TYPE, KEY)
+    broken = dsse._encode(replace(dsse.parse(first), signature=bytes(64)))
+    second = LedgerEntry.from_payload(dsse.parse(four[1]).payload)
+    on_top = dsse.seal(LedgerEntry(**{**vars(second), "previous": digest.of_bytes(broken)}).to_payload(), LEDGER_TYPE, KEY)
+    assert len(make(Memory(broken, on_top)).entries()) == 2
+    with damage():
+        make(Memory(broken, on_top)).verify()
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, -1], ids=["zero bytes", "one byte", "forty bytes", "all but one"])
+def test_a_half_written_last_entry_is_found_and_nothing_is_charged(length: int, four: list[bytes]) -> None:
+    for torn in (four[3][:length], four[3][:length].ljust(len(four[3]), b"\0")):
+        port = Memory(*four[:3], torn)
+        for call in (make(port).verify, make(port).spent, lambda port=port: charge(make(port), 9)):
+            with pytest.raises(PrivacyError, match=r"PF304.*last entry is half-written.*do: do not train"):
+                call()
+        assert port.stored == [*four[:3], torn]
+
+
+def test_a_clock_set_back_charges_nothing(four: list[bytes]) -> None:
+    port = Memory(*four)
+    for back in (CLOCK_SKEW_S + 1, 10 * 365 * 86400.0):
+        with pytest.raises(PrivacyError, match=r"PF308.*the machine's clock.*do: put the machine's clock right"):
+            charge(make(port), 9, now=NOW + 4 - back)
+    assert len(port.stored) == 4
+    assert charge(make(port), 9, now=NOW + 4 - CLOCK_SKEW_S).sequence == 5
+
+
+def test_a_clock_is_held_against_the_latest_time_so_that_small_steps_back_do_not_add_up(port: Memory) -> None:
+    ledger = make(port)
+    charge(ledger, 1, now=NOW)
+    charge(ledger, 2, now=NOW - 200)
+    with pytest.raises(PrivacyError, match="PF308"):
+        charge(ledger, 3, now=NOW - 400)
+
+
+def test_a_charge_made_before_is_given_again_whatever_the_clock_says(four: list[bytes]) -> None:
+    assert charge(make(Memory(*four)), 2, now=0.0).sequence == 2
+
+
+def test_entries_whose_times_go_backwards_are_found(four: list[bytes]) -> None:
+    second = LedgerEntry.from_payload(dsse.parse(four[1]).payload)
+    for back, found in ((CLOCK_SKEW_S - 2, False), (CLOCK_SKEW_S + 2, True)):
+        entry = LedgerEntry(**{**vars(second), "at": NOW + 1 - back})
+        port = Memory(four[0], dsse.seal(entry.to_payload(), LEDGER_TYPE, KEY))
+        if not found:
+            assert len(make(port).verify()) == 2
+            continue
+        for read in (make(port).verify, make(port).spent):
+            with pytest.raises(PrivacyError, match=r"PF308.*ledger entry 2"):
+                read()

@@ -115,7 +115,7 @@ def build(*, rounds: int = 12, sites: int = 3, state: str = "finished", verdict:
         contact_sheet=tuple(ContactRow(original=picture(i), masked=picture(i + 50), reconstruction=picture(i + 90)) for i in range(6)),
         files=(("Encoder", "/home/kim/pathfed/demo-out/release/encoder.safetensors"), ("Record", "/home/kim/pathfed/demo-out/record")),
         verify_command="pathfed verify demo-out/record",
-        next_commands=(("See what a site spent", "pathfed-site ledger --home demo-out/sites/hospital-north"),),
+        next_commands=(("See what a site spent", "pathfed-site ledger show --home demo-out/sites/hospital-north"),),
         version="0.1.0",
     )
 
