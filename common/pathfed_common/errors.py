@@ -112,6 +112,9 @@ class ErrorCode(StrEnum):
     TOOL_MISSING = "PF907"
     SCHEDULER_LOST = "PF908"
     SITE_UNFIT = "PF909"
+    DEVICE_MISSING = "PF910"
+    RANK_ENDED = "PF911"
+    MEMORY_TOO_SMALL = "PF912"
 
 
 class PathfedError(Exception):

@@ -14,7 +14,7 @@ update is (start - end) / (local_learning_rate * steps), the mean of the release
     | base state with other names, shapes, or non-finite numbers | refused by `try_base_state`, before the charge |
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pathfed_client.cohort.cohort import Cohort, TileRef
+from pathfed_client.cohort.cohort import Cohort, Patient, TileRef
 from pathfed_client.cohort.sampling import draw_patients, draw_tiles
 from pathfed_client.training.augmentation import NO_AUGMENTATION, Augmentation, training_tensors
 from pathfed_client.training.engines.engine import NotContributed, PatientLoader, PatientTiles, check_objective, trainable
@@ -107,13 +107,11 @@ def run_round(
         check_objective(objective, parameters)
         figures: list[ReleasedFigures] = []
         for step in range(steps):
-            step_random = random.child("step", step)
-            drawn = draw_patients(cohort, mechanism.sampling_rate, step_random.child("sampling"))
-            draws = [draw_tiles(patient, tiles_per_patient, step_random.child("tiles", patient.pseudonym)) for patient in drawn]
-            tiles.expect(draws)
+            step_random = random_of_step(random, step)
+            drawn = draw_step(cohort, mechanism.sampling_rate, tiles_per_patient, step_random)
+            tiles.expect([refs for _, refs in drawn])
             loaders = [
-                _loader(objective, refs, tiles, augmentation, step_random.child("patient", patient.pseudonym))
-                for patient, refs in zip(drawn, draws, strict=True)
+                _loader(objective, refs, tiles, augmentation, random_of_patient(step_random, patient.pseudonym)) for patient, refs in drawn
             ]
             release = private_step(objective, parameters, loaders, mechanism, step_random, notes=notes)
             figures.append(release.figures)
@@ -124,6 +122,24 @@ def run_round(
         load_state(objective, base_state)
         objective.train(training)
     return RoundOutcome(update=update, figures=sum(figures[1:], start=figures[0]), notes=notes)
+
+
+def random_of_step(random: KeyedRandom, step: int) -> KeyedRandom:
+    """The source of a round's step, from 0."""
+    return random.child("step", step)
+
+
+def random_of_patient(step_random: KeyedRandom, pseudonym: str) -> KeyedRandom:
+    """The source of a step's patient: masks and augmentation, whoever else was drawn."""
+    return step_random.child("patient", pseudonym)
+
+
+def draw_step(
+    cohort: Cohort, sampling_rate: float, tiles_per_patient: int, step_random: KeyedRandom
+) -> list[tuple[Patient, tuple[TileRef, ...]]]:
+    """A step's patients, each with the tiles drawn for it."""
+    drawn = draw_patients(cohort, sampling_rate, step_random.child("sampling"))
+    return [(patient, draw_tiles(patient, tiles_per_patient, step_random.child("tiles", patient.pseudonym))) for patient in drawn]
 
 
 def try_base_state(*, objective: nn.Module, base_state: Mapping[str, Tensor], tile_px: int, tiles_per_patient: int) -> None:
@@ -143,26 +159,36 @@ def try_base_state(*, objective: nn.Module, base_state: Mapping[str, Tensor], ti
     """
     parameters = trainable(objective)
     check_objective(objective, parameters)
-    broken = next((name for name, tensor in base_state.items() if not torch.isfinite(tensor).all()), None)
-    if broken is not None:
-        raise _untrainable("it holds numbers that are not finite", broken)
+    check_finite(base_state)
     training = objective.training
     try:
         load_state(objective, base_state)
         objective.train()
-        for number, tiles_NHWC in enumerate(_synthetic_tiles(tile_px, tiles_per_patient)):
-            patient_gradient(objective, parameters, patient_tiles(objective, tiles_NHWC, NO_AUGMENTATION, _public("tiles", number)))
+        for patient in synthetic_patients(objective, tile_px, tiles_per_patient):
+            patient_gradient(objective, parameters, patient)
     except NotContributed as reason:
-        raise _untrainable(str(reason), None) from None
+        raise untrainable(str(reason), None) from None
     except (ValueError, RuntimeError, MemoryError) as error:
         # Torch reports shapes that do not fit and memory that runs out as RuntimeError.
-        raise _untrainable(str(error)[:200], type(error).__name__) from error
+        raise untrainable(str(error)[:200], type(error).__name__) from error
     finally:
         clear_gradients(parameters)
         objective.train(training)
 
 
-def _untrainable(what: str, value: str | None) -> PrivacyError:
+def check_finite(base_state: Mapping[str, Tensor]) -> None:
+    """Refuse a base state that is not finite.
+
+    Raises:
+        PrivacyError: PF306.
+    """
+    broken = next((name for name, tensor in base_state.items() if not torch.isfinite(tensor).all()), None)
+    if broken is not None:
+        raise untrainable("it holds numbers that are not finite", broken)
+
+
+def untrainable(what: str, value: str | None) -> PrivacyError:
+    """PF306: the base state cannot be trained on synthetic tiles."""
     remedy = "nothing was charged or released; tell the consortium's operator"
     message = f"the base state cannot be trained on synthetic tiles: {what}"
     return PrivacyError(ErrorCode.BASE_STATE_UNTRAINABLE, message, value=value, remedy=remedy)
@@ -170,6 +196,12 @@ def _untrainable(what: str, value: str | None) -> PrivacyError:
 
 def _public(*parts: str | int) -> KeyedRandom:
     return KeyedRandom(bytes(32), {"purpose": "public synthetic tiles"}).child("draw", *parts)
+
+
+def synthetic_patients(objective: nn.Module, tile_px: int, tiles_per_patient: int) -> Iterator[PatientTiles]:
+    """Public tiles, by k, as the objective takes them: the same each time."""
+    for number, tiles_NHWC in enumerate(_synthetic_tiles(tile_px, tiles_per_patient)):
+        yield patient_tiles(objective, tiles_NHWC, NO_AUGMENTATION, _public("tiles", number))
 
 
 def _synthetic_tiles(side: int, k: int) -> list[NDArray[np.uint8]]:
@@ -210,14 +242,23 @@ def _loader(
     """Reads a patient's tiles when called. All draws are keyed by the pseudonym, so they do not depend on who else was drawn."""
 
     def load() -> PatientTiles:
-        if not refs:
-            raise NotContributed("the patient has no tile")
-        read = tiles.read(refs)
-        if not 0 < len(read) <= len(refs):
-            raise NotContributed(f"{len(read)} of {len(refs)} tiles were read")
-        return patient_tiles(objective, read, augmentation, random)
+        return patient_tiles(objective, read_tiles(refs, tiles), augmentation, random)
 
     return load
+
+
+def read_tiles(refs: Sequence[TileRef], tiles: TileSource) -> NDArray[np.uint8]:
+    """A patient's tiles (n, H, W, 3), n >= 1.
+
+    Raises:
+        NotContributed: there is none, or none can be read.
+    """
+    if not refs:
+        raise NotContributed("the patient has no tile")
+    read = tiles.read(refs)
+    if not 0 < len(read) <= len(refs):
+        raise NotContributed(f"{len(read)} of {len(refs)} tiles were read")
+    return read
 
 
 def patient_tiles(objective: nn.Module, tiles_NHWC: NDArray[np.uint8], augmentation: Augmentation, random: KeyedRandom) -> PatientTiles:

@@ -139,16 +139,20 @@ def _release(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) 
     for name in sorted(total.gradients):
         _add_noise(total.gradients[name], mechanism.noise_std, random.child("noise", name))
         total.gradients[name].div_(mechanism.expected_patients)
+    return Release(gradients=total.gradients, figures=release_figures(total, mechanism, random))
+
+
+def release_figures(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> ReleasedFigures:
+    """Noise on the two figures of the joint sum."""
     noise = next(random.child("figure noise").normal_chunks(2)) * mechanism.noise_std
     loss_joint = total.loss_shares * mechanism.figure_scale + float(noise[0])
     patients_joint = total.patients * mechanism.figure_scale + float(noise[1])
-    figures = ReleasedFigures(
+    return ReleasedFigures(
         loss_sum=loss_joint / mechanism.figure_scale * mechanism.loss_bound,
         loss_sum_std=mechanism.loss_sum_std,
         patients=patients_joint / mechanism.figure_scale,
         patients_std=mechanism.patients_std,
     )
-    return Release(gradients=total.gradients, figures=figures)
 
 
 def _add_noise(values: Tensor, std: float, random: KeyedRandom) -> None:

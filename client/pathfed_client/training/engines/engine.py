@@ -54,8 +54,8 @@ class JointSum:
         patients: patients who contributed.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Start at zero."""
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Start at zero, in the shapes of these."""
         self.gradients = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in sorted(parameters.items())}
         self.loss_shares = 0.0
         self.patients = 0
