@@ -645,26 +645,26 @@ _HOST: dict[Code, CatalogEntry] = {
     ),
     Code.DEVICE_MISSING: CatalogEntry(
         "A GPU is not there",
-        "The site's policy names a device, or a number of devices, that this machine does not have, or that its driver or this installation "
-        "of torch does not show. Nothing was charged.",
-        "`nvidia-smi` shows the GPUs, `CUDA_VISIBLE_DEVICES` may hide some. Correct `device` or `devices` in `policy.toml`; with `cpu` a "
+        "The site's policy names a device, or a number of devices, that this machine does not have, or that its driver or its torch does "
+        "not show. Nothing was charged.",
+        "`nvidia-smi` shows the GPUs; `CUDA_VISIBLE_DEVICES` may hide some. Correct `device` or `devices` in `policy.toml`; with `cpu` a "
         "site trains without a GPU.",
         "site",
     ),
     Code.RANK_ENDED: CatalogEntry(
-        "A training process on one of several GPUs ended",
-        "With several GPUs each has a process of its own. One of them ended, failed or took too long, and all were ended. Nothing was "
-        "released. If the round was charged, the charge stays, and the same offer asked for again is the same release and costs nothing more.",
+        "One of several training processes ended",
+        "With several devices each has a process of its own. One of them ended, failed or took too long, and all were ended. Nothing was "
+        "released. If the round was charged, the charge stays; the same offer again is the same release and costs nothing more.",
         "The site's log names the kind of error. Look for what ended the process: the kernel's log, another program on the GPU. The next "
         "offer starts the processes anew.",
         "site",
     ),
     Code.MEMORY_TOO_SMALL: CatalogEntry(
         "The memory is too small for this plan",
-        "Training was tried on synthetic tiles, before any charge, and does not fit into the memory it may use, even one tile at a time. "
+        "Training was tried on synthetic tiles, before any charge, and does not fit into the memory it may use, one tile at a time. "
         "Nothing was charged.",
-        "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, `sharding`). "
-        "Otherwise this site cannot take part in a plan with this encoder.",
+        "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, "
+        "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
         "site",
     ),
 }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pathfed_client import answering, app
+from pathfed_client import answering, app, computing
 from pathfed_client.answering import SiteAnswerer
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
@@ -360,7 +360,8 @@ def test_a_crash_after_the_charge_ends_with_the_bytes_of_an_undisturbed_run_char
         if place == "write_atomic":
             patch.setattr(files, place, crash_half_way)
         else:
-            patch.setattr({"put_sealed": SiteStore, "advance": RunSecrets}.get(place, answering), place, crash)
+            owners = {"put_sealed": SiteStore, "advance": RunSecrets, "run_round": computing}
+            patch.setattr(owners.get(place, answering), place, crash)
         with pytest.raises(Crash):
             site.answer(world.offer(), world.base_state)
         assert site.charges() == 1
@@ -382,13 +383,13 @@ def test_a_failure_after_the_charge_is_a_code_at_a_time_slot_and_the_round_can_s
         raise RuntimeError(f"cannot read {SURNAMES[0]}_biopsy.tif")
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", fail)
+        patch.setattr(computing, "run_round", fail)
         answer = site.answer(world.offer(), world.base_state)
     assert answer == Answer(code="PF410")
     assert SURNAMES[0] not in repr(answer)
     shown = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert [line for line in shown if SURNAMES[0] in line] == []
-    assert any(line.startswith("the round failed: RuntimeError at pathfed_client.answering:") for line in shown)
+    assert any(line.startswith("the round failed: RuntimeError at pathfed_client.computing:") for line in shown)
     assert not any(record.exc_info for record in caplog.records if record.levelno >= logging.INFO), "a traceback shows the text"
     assert SURNAMES[0] in caplog.text  # on demand, the hospital's own log says what it was
     assert site.clock.time == pytest.approx(OFFERED_AT + 10.0)
@@ -401,7 +402,7 @@ def test_a_round_charged_but_not_sealed_gets_other_noise_and_a_charge_of_its_own
     world, site, undisturbed, dump_state, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", lambda **_: 1 / 0)
+        patch.setattr(computing, "run_round", lambda **_: 1 / 0)
         assert site.answer(world.offer(), world.base_state).code == "PF410"
     name = sorted(weights.load(world.base_state))[0]
     other = dump_state(world.plan, **{name: weights.load(world.base_state)[name] + 1e-6})
@@ -425,8 +426,8 @@ def stopped(site: Site, world, patch, **changes) -> tuple[bytes, dict]:
         made.append((secret, context))
 
     with patch.context() as inner:
-        inner.setattr(answering, "KeyedRandom", record)
-        inner.setattr(answering, "run_round", lambda **_: 1 / 0)
+        inner.setattr(computing, "KeyedRandom", record)
+        inner.setattr(computing, "run_round", lambda **_: 1 / 0)
         state = changes.pop("state", world.base_state)
         assert site.answer(world.offer(base_state=state, **changes), state).code == "PF410"
     (secret, context), *others = made
@@ -449,6 +450,9 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
         "code": code_digest(("pathfed_client", "pathfed_common")),
         "engine": "serial",
         "device": "cpu",
+        "ranks": 1,
+        "mode": "single",
+        "tiles_at_once": 2,
         "secret": secret_id(current),
     }
     assert [entry.release_id for entry in app.open_ledger(site.home, site.store).verify()] == [digest.of_value(context)]
@@ -566,7 +570,7 @@ class Rounds:
 
 def watch(monkeypatch, then: Callable[[], None]) -> Rounds:
     rounds = Rounds(then)
-    monkeypatch.setattr(answering, "run_round", rounds.run)
+    monkeypatch.setattr(computing, "run_round", rounds.run)
     return rounds
 
 
@@ -665,7 +669,7 @@ def test_a_round_that_crashed_before_a_withdrawal_is_another_release_after_it(wo
 
     home = copy_home()
     with opened(home) as site, monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", crash)
+        patch.setattr(computing, "run_round", crash)
         with pytest.raises(Crash):
             site.answer(world.offer(), world.base_state)
     with opened(SiteHome(home.root)) as site:
@@ -730,7 +734,7 @@ def test_how_long_a_round_took_is_in_nothing_that_leaves(world, copy_home, monke
                 clock.time += seconds
                 return run_round(**options)
 
-            patch.setattr(answering, "run_round", slowly)
+            patch.setattr(computing, "run_round", slowly)
             said.append(site.statement(site.answer(world.offer(), world.base_state)))
             left_at.append(site.clock.time)
     assert left_at == pytest.approx([OFFERED_AT + 5.0] * 2)

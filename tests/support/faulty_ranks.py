@@ -1,4 +1,4 @@
-"""Ranks for tests: the real rank process, which can be told to have a fault. Run as a script it is a rank; imported, it names the faults."""
+"""Ranks for tests: the real rank process, which can be told to have a fault. As a script it is a rank; imported, it names the faults."""
 
 import os
 import signal
@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.io import rank_process
+from pathfed_client.training.engines.engine import JointSum
+from pathfed_client.training.engines.serial import gradient_norm
 from pathfed_client.training.ranks import program, replicated, sharded, shards
+from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.tasks import Done, Outcome
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.objectives.objective import Draws
+from pathfed_common.privacy.randomness import KeyedRandom
 
 SIDE = 16
+Engine = sharded.ShardedEngine
+Vector = tuple[float, float, dict[str, Tensor]]
 #: What starts a rank that takes faults.
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
@@ -76,14 +82,14 @@ class Plant:
     only: int | None = None
 
 
-def _own_noise(total, ranks):
+def _own_noise(total: JointSum, ranks: Ranks) -> dict[str, shards.Piece]:
     """Each rank adds noise of its own to its partial sum."""
     for gradient in total.gradients.values():
         gradient.add_(torch.randn(gradient.shape, generator=torch.Generator().manual_seed(ranks.rank)), alpha=4.0)
     return replicated.joined(total, ranks)
 
 
-def _same_noise(values, std, random, start):
+def _same_noise(values: Tensor, std: float, random: KeyedRandom, start: int) -> None:
     """Every piece gets the first elements of its parameter's stream."""
     shards.add_noise(values, std, random, 0)
 
@@ -91,13 +97,13 @@ def _same_noise(values, std, random, start):
 _joined = sharded.ShardedEngine._joined
 
 
-def _local_norm(engine, failure, value, gradients):
+def _local_norm(engine: Engine, failure: str | None, value: float, gradients: dict[str, Tensor]) -> Vector:
     """Each rank clips to the norm of its own pieces."""
     value, _, gradients = _joined(engine, failure, value, gradients)
-    return value, sharded.gradient_norm(gradients), gradients
+    return value, gradient_norm(gradients), gradients
 
 
-def _counted_often(engine, failure, value, gradients):
+def _counted_often(engine: Engine, failure: str | None, value: float, gradients: dict[str, Tensor]) -> Vector:
     """What every rank holds whole counts once for each of them."""
     pieces = {name: replace(held, whole=False) for name, held in engine.pieces.items()}
     with mock.patch.object(engine, "pieces", pieces):
@@ -107,26 +113,26 @@ def _counted_often(engine, failure, value, gradients):
 _passes = sharded.passes
 
 
-def _equal_weights(tiles, rank, ranks, at_once):
+def _equal_weights(tiles: int, rank: int, ranks: int, at_once: int) -> list[sharded.Pass]:
     """Each rank weighs the same, however many tiles it has."""
     return [replace(one, weight=1 / ranks if one.weight else 0.0) for one in _passes(tiles, rank, ranks, at_once)]
 
 
-_loss = MaskedAutoencoder.loss
+_losses = MaskedAutoencoder.tile_losses
 
 
 def _in_backward(then: Callable[[], Any], of: int = 2) -> Callable[..., Tensor]:
-    """A loss during whose backward pass something happens, the second time."""
-    calls = []
+    """Losses during whose backward pass something happens, the second time. (FSDP2 has taken `loss` itself by then.)"""
+    calls: list[int] = []
 
-    def loss(objective, tiles, draws):
-        value = _loss(objective, tiles, draws)
+    def losses(objective: MaskedAutoencoder, tiles: Tensor, draws: Draws) -> Tensor:
+        value = _losses(objective, tiles, draws)
         calls.append(1)
         if len(calls) == of:
-            value.register_hook(lambda _: then())
+            value.register_hook(lambda _: then())  # type: ignore[no-untyped-call]
         return value
 
-    return loss
+    return losses
 
 
 def _raise() -> None:
@@ -139,9 +145,9 @@ _FAULTS: dict[str, Callable[[], Any]] = {
     "local norm": lambda: mock.patch.object(sharded.ShardedEngine, "_joined", _local_norm),
     "counted often": lambda: mock.patch.object(sharded.ShardedEngine, "_joined", _counted_often),
     "equal weights": lambda: mock.patch.object(sharded, "passes", _equal_weights),
-    "killed": lambda: mock.patch.object(MaskedAutoencoder, "loss", _in_backward(lambda: os.kill(os.getpid(), signal.SIGKILL))),
-    "raises": lambda: mock.patch.object(MaskedAutoencoder, "loss", _in_backward(_raise)),
-    "hangs": lambda: mock.patch.object(MaskedAutoencoder, "loss", _in_backward(lambda: time.sleep(1e6))),
+    "killed": lambda: mock.patch.object(MaskedAutoencoder, "tile_losses", _in_backward(lambda: os.kill(os.getpid(), signal.SIGKILL))),
+    "raises": lambda: mock.patch.object(MaskedAutoencoder, "tile_losses", _in_backward(_raise)),
+    "hangs": lambda: mock.patch.object(MaskedAutoencoder, "tile_losses", _in_backward(lambda: time.sleep(1e6))),
     "no memory for tiles": lambda: mock.patch.object(program, "patient_tiles", mock.Mock(side_effect=MemoryError)),
 }
 

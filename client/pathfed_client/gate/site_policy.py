@@ -33,6 +33,11 @@ class SitePolicy(Settings):
     #: Processes that read slides ahead of training. 0: training reads for itself, and a slide that crashes its decoder ends the client.
     tile_workers: int = Field(default=1, ge=0, le=256)
 
+    @property
+    def names_gpus(self) -> bool:
+        """Whether the device it asks for may be missing on a machine."""
+        return self.device.startswith("cuda") or (self.device == "auto" and self.devices > 1)
+
 
 def check_plan(policy: SitePolicy, plan: Plan, declared_patients: int, epsilon_of_plan: float) -> None:
     """Refuse a plan this site's policy does not allow.

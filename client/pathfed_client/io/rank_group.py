@@ -73,7 +73,7 @@ class OutOfStepError(HostError):
     """PF911. `out_of_memory`: a rank ran out of memory."""
 
     def __init__(self, what: str, value: str, *, out_of_memory: bool = False) -> None:
-        remedy = "nothing was released. Look for what ended it (the kernel's log, another program on the GPU); the next offer starts the ranks anew"
+        remedy = "nothing was released; the kernel's log may say what ended it. The next offer starts the ranks anew"
         super().__init__(ErrorCode.RANK_ENDED, what, value=value, remedy=remedy)
         self.out_of_memory = out_of_memory
 
@@ -174,15 +174,17 @@ class RankGroup:
         try:
             while not reached():
                 self._take()
-        except (EndedError, HostError) as error:
+        except HostError:
             self.close()
-            if isinstance(error, OutOfStepError) or not isinstance(error, EndedError):
-                raise
+            raise
+        except EndedError as error:
+            self.close()
             _LOG.error("the ranks were ended: one of them %s", "took too long" if error.late else "ended by itself")
             raise OutOfStepError("a rank did not finish", "took too long" if error.late else "ended by itself") from error
 
     def _join(self, timeout_s: float) -> None:
-        spec, told = self.spec, []
+        spec = self.spec
+        told: list[Outcome] = []
         for rank, device in enumerate(spec.devices):
             job = Join(
                 rank=rank,

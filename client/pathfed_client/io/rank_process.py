@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from pathfed_client.io.shared_numbers import Layout, attach
 from pathfed_client.io.side_process import serve
@@ -69,7 +70,7 @@ def _joined(job: Join, memory: int, layout: Layout) -> RankProgram:
         limit_memory(device, job.memory_bytes)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(job.store, job.ranks),
+        store=FileStore(job.store, job.ranks),
         rank=job.rank,
         world_size=job.ranks,
         timeout=timedelta(seconds=job.timeout_s),

@@ -7,6 +7,7 @@ fp32 numbers are added: the same patients, tiles, masks and noise, bit for bit, 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +120,7 @@ class _HandOut:
         self.waiting[slot] = len(ranks)
         for rank in ranks:
             task = Patient(slot=slot, tiles=len(read), pseudonym=pseudonym)
-            self.group.ask(rank, task, lambda outcome, first=rank == ranks[0]: self._answered(slot, outcome, first=first))
+            self.group.ask(rank, task, partial(self._answered, slot, first=rank == ranks[0]))
 
     def finish(self) -> None:
         """Wait for all patients; their pixels are overwritten."""

@@ -1,4 +1,4 @@
-"""One piece of memory for a site's process and its ranks: base state, update, tiles. It has no name, and goes when the last of them ends."""
+"""Memory that a site's process and its ranks share: base state, update, tiles. It has no name, and goes when the last of them ends."""
 
 import mmap
 import os

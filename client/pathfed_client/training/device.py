@@ -12,7 +12,7 @@ from pathfed_common.errors import ErrorCode, HostError
 
 _GB = 10**9
 #: What training holds beside the activations, in copies of the model: weights, gradient, and the sum.
-_COPIES = 3
+COPIES = 3
 #: A copy of the model that takes more than this share of a device's memory leaves too little for activations.
 _SHARE = 0.5
 
@@ -39,7 +39,7 @@ def resolve_all(device: str, count: int) -> tuple[torch.device, ...]:
     kind, colon, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and number.isdecimal())):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = gpus()
     if kind == "cpu" or (kind == "auto" and not there):
         return (torch.device("cpu"),) * count
     if number and count > 1:
@@ -49,6 +49,11 @@ def resolve_all(device: str, count: int) -> tuple[torch.device, ...]:
         wanted = f"GPU {number}" if number else f"{count} GPU{'s' if count > 1 else ''}"
         raise _missing("the policy names a GPU that is not there", f"{wanted}; torch {torch.__version__} sees {there}")
     return tuple(torch.device("cuda", first + place) for place in range(count))
+
+
+def gpus() -> int:
+    """GPUs that torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def limit_memory(device: torch.device, most: int) -> None:
@@ -71,7 +76,7 @@ def fits_one(parameter_bytes: int, devices: Sequence[torch.device], most: int | 
     rooms = [torch.cuda.get_device_properties(device).total_memory for device in devices if device.type == "cuda"]
     if most is not None:
         rooms.append(most)
-    return not rooms or _COPIES * parameter_bytes <= _SHARE * min(rooms)
+    return not rooms or COPIES * parameter_bytes <= _SHARE * min(rooms)
 
 
 def parameter_bytes(objective: nn.Module) -> int:

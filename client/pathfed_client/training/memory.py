@@ -1,8 +1,17 @@
-"""Memory that runs out is found out before the charge: tiles a pass takes at once are halved until a try on synthetic tiles fits."""
+"""Memory that runs out is found out before the charge: tiles a pass takes at once are halved until a try on synthetic tiles fits.
+
+A GPU's allocator says when its limit is reached. A CPU's does not until the kernel ends the process, so there the need is estimated.
+"""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
+from torch import Tensor, nn
+
+from pathfed_client.training.device import COPIES, parameter_bytes
+from pathfed_client.training.local_round import synthetic_patients
+from pathfed_common.objectives.objective import Objective
 
 #: Words of allocators whose errors are plain RuntimeErrors.
 _WORDS = ("out of memory", "can't allocate memory")
@@ -42,3 +51,33 @@ def fit_microbatch(attempt: Callable[[int], None], tiles: int) -> int:
         else:
             return at_once
         at_once = -(-at_once // 2)
+
+
+def activation_bytes(objective: nn.Module, tile_px: int) -> int:
+    """Bytes that a forward pass over one public tile keeps for the backward pass, weights left out."""
+    patient = next(synthetic_patients(objective, tile_px, 1))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cast(Objective, objective).loss(patient.tiles, patient.draws)
+    return sum(kept.values())
+
+
+def tiles_within(objective: nn.Module, tile_px: int, most: int, *, copies_shared_by: int = 1) -> int:
+    """How many tiles at once fit into `most` bytes by estimate: weights, gradient and sum, and each tile's activations. 0: not even one.
+
+    Args:
+        objective: the model.
+        tile_px: side of a tile, pixels.
+        most: bytes.
+        copies_shared_by: processes among which weights, gradient and sum are cut; each has `most`.
+    """
+    room = most - COPIES * parameter_bytes(objective) // copies_shared_by
+    return max(0, room // max(1, activation_bytes(objective, tile_px)))

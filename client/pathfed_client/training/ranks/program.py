@@ -15,9 +15,9 @@ from pathfed_client.training.local_round import patient_tiles, random_of_patient
 from pathfed_client.training.private_step import ReleasedFigures, release_figures
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.replicated import joined
-from pathfed_client.training.ranks.shards import Piece, add_noise, even_run, load_pieces, piece, shard
 from pathfed_client.training.ranks.sharded import ShardedEngine
-from pathfed_client.training.ranks.tasks import Begin, Join, Mode, Patient
+from pathfed_client.training.ranks.shards import Piece, add_noise, even_run, load_pieces, piece, shard
+from pathfed_client.training.ranks.tasks import Begin, Join, Patient
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -64,14 +64,20 @@ class _Sharded:
     def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, job: Join, ranks: Ranks):
         self._engine = ShardedEngine(objective, parameters, mechanism, ranks, tiles_at_once=job.tiles_at_once)
         self._first = ranks.rank == 0
-        self.empty_sum, self.add, self.attempt = self._engine.empty_sum, self._engine.add, self._engine.gradient
+
+    def empty_sum(self) -> JointSum:
+        return self._engine.empty_sum()
+
+    def add(self, load: PatientLoader, total: JointSum) -> str | None:
+        return self._engine.add(load, total)
+
+    def attempt(self, load: PatientLoader) -> None:
+        self._engine.gradient(load)
 
     def summed(self, total: JointSum) -> dict[str, Piece]:
         """What every rank holds whole is rank 0's to release."""
         pieces = self._engine.pieces.items()
-        return {
-            name: Piece(total.gradients[name], held.start, held.whole) for name, held in pieces if self._first or not held.whole
-        }
+        return {name: Piece(total.gradients[name], held.start, held.whole) for name, held in pieces if self._first or not held.whole}
 
 
 class _Replicated:
@@ -97,9 +103,6 @@ class _Replicated:
 
     def summed(self, total: JointSum) -> dict[str, Piece]:
         return joined(total, self._ranks)
-
-
-_WAYS: dict[Mode, type[_Sharded] | type[_Replicated]] = {"sharded": _Sharded, "replicated": _Replicated}
 
 
 class RankProgram:
@@ -202,7 +205,8 @@ class RankProgram:
         load_pieces(self._objective, self._shared.state, self._ranks.rank, self._ranks.size)
 
     def _way(self, mechanism: PatientMechanism) -> _Way:
-        return _WAYS[self._job.mode](self._objective, self._parameters, mechanism, self._job, self._ranks)
+        made = _Sharded if self._job.mode == "sharded" else _Replicated
+        return made(self._objective, self._parameters, mechanism, self._job, self._ranks)
 
     def _running(self) -> "_Round":
         if self._round is None:

@@ -5,8 +5,6 @@ an even run of every parameter, adds that run's noise, and writes it where all c
 order of fp32 additions; for the same R it is the same, bit for bit, every time. The noise is the same bits whatever R is.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from pathfed_client.training.engines.engine import JointSum
@@ -37,5 +35,3 @@ def _own_run(flat: Tensor, ranks: Ranks) -> Piece:
         summed = ranks.total_of(flat[first:last], owner) if first < last else None
         own = own if summed is None else summed
     return Piece(own, start, whole=False)
-
-

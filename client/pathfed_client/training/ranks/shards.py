@@ -50,7 +50,8 @@ def piece(parameter: Tensor, rank: int, ranks: int) -> Piece:
         raise ValueError(f"a parameter must be sharded along its first axis alone, got {parameter.placements}")
     rows = parameter.shape[0]
     start = min(rows, rank * -(-rows // ranks)) * (parameter.numel() // rows if rows else 0)
-    return Piece(parameter.detach().to_local(), start, whole=False)
+    local: Tensor = parameter.to_local()
+    return Piece(local.detach(), start, whole=False)
 
 
 def even_run(numbers: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -63,7 +64,7 @@ def shard(objective: nn.Module, *, bfloat16: bool) -> None:
     """Shard an objective over the default process group's ranks, in place: each transformer block by itself, the rest together.
 
     Gradients are summed over the ranks in fp32 whatever the compute dtype, and not divided by their number: the ranks' losses are weighted
-    so that the sum is the patient's gradient. Frozen parameters (a teacher's) are sharded as well; parameters without an axis are kept whole.
+    so that the sum is the patient's gradient. Frozen parameters (a teacher's) are sharded too; those without an axis are kept whole.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(_device_type(objective), (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=True)
