@@ -53,7 +53,10 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
 from pathfed_client.training.augmentation import Augmentation
-from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
+from pathfed_client.training.compute import Compute
+from pathfed_client.training.engines.choice import decide, make_engine
+from pathfed_client.training.engines.engine import Engine, EngineUnfitError, trainable
+from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state, unfit_engine
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.digest import Digest
@@ -86,6 +89,7 @@ class _Task:
     approval: StoredApproval
     withdrawn: frozenset[Withdrawn]
     cohort: Cohort
+    compute: Compute
 
     @property
     def mechanism(self) -> PatientMechanism:
@@ -102,7 +106,7 @@ class _Task:
             "withdrawn": len(self.withdrawn),
             "declared_patients": self.approval.declared_patients,
             "code": code_digest(PACKAGES),
-            "engine": "serial",
+            **self.compute.context(),
             "device": "cpu",
         }
 
@@ -117,7 +121,7 @@ class SiteAnswerer:
         self._store = store
         self._now = now
         self._sleep = sleep
-        self._warm: tuple[Digest, torch.nn.Module] | None = None
+        self._warm: tuple[Digest, torch.nn.Module, Compute] | None = None
         self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
 
@@ -180,7 +184,7 @@ class SiteAnswerer:
         cohort = site_cohort.cohort(self._store, plan.cohort, self._home.pseudonym_key, withdrawn)
         if not cohort.patients:
             _log.warning("no patient is left under this plan's rules; the answer will be noise alone")
-        return _Task(offer, plan, approval, withdrawn, cohort)
+        return _Task(offer, plan, approval, withdrawn, cohort, self._model(plan)[1])
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -194,16 +198,18 @@ class SiteAnswerer:
     def _train(self, task: _Task, base_state: bytes) -> SealedUpdate:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
-        objective = self._objective(plan)
+        objective, compute = self._model(plan)
         state = _open_state(base_state, plan)
-        try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
+        px, k = plan.cohort.tile_px, plan.cohort.tiles_per_patient
+        engine = make_engine(objective, trainable(objective), task.mechanism, compute, tiles_per_patient=k, tile_px=px)
+        try_base_state(objective=objective, base_state=state, tile_px=px, tiles_per_patient=k, engine=engine)
         readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         entry = self._charge(task, secret)
         try:
             while True:
                 try:
-                    return self._seal(task, self._draw(task, objective, state, secret, readers), entry)
+                    return self._seal(task, self._draw(task, objective, engine, state, secret, readers), entry)
                 except WithdrawnMeanwhileError:
                     self._note_discarded(offer)
                 check_deadline(offer, self._now())
@@ -228,7 +234,13 @@ class SiteAnswerer:
         )
 
     def _draw(
-        self, task: _Task, objective: torch.nn.Module, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
+        self,
+        task: _Task,
+        objective: torch.nn.Module,
+        engine: Engine,
+        state: dict[str, torch.Tensor],
+        secret: bytes,
+        readers: TileWorkers | None,
     ) -> RoundOutcome:
         plan = task.plan
         if readers is not None and not readers.is_open:
@@ -245,6 +257,7 @@ class SiteAnswerer:
                 local_learning_rate=plan.rounds.local_learning_rate,
                 random=KeyedRandom(secret, {**task.context(), "secret": secret_id(secret)}),
                 augmentation=Augmentation(**plan.augmentation.model_dump()),
+                engine=engine,
             )
 
     def _note_discarded(self, offer: RoundOffer) -> None:
@@ -267,10 +280,20 @@ class SiteAnswerer:
             self._readers.close()
             self._readers = None
 
-    def _objective(self, plan: Plan) -> torch.nn.Module:
+    def _model(self, plan: Plan) -> tuple[torch.nn.Module, Compute]:
+        """The plan's objective, and how its steps are computed here.
+
+        Raises:
+            PrivacyError: PF312, the plan's engine cannot compute the objective's gradients.
+        """
         if self._warm is None or self._warm[0] != plan.digest:
-            self._warm = (plan.digest, build_model(plan))
-        return self._warm[1]
+            model, asked = build_model(plan), Compute(**plan.compute.model_dump())
+            try:
+                k, px = plan.cohort.tiles_per_patient, plan.cohort.tile_px
+                self._warm = (plan.digest, model, decide(model, asked, tiles_per_patient=k, tile_px=px))
+            except EngineUnfitError as error:
+                raise unfit_engine(error) from None
+        return self._warm[1], self._warm[2]
 
     def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry) -> SealedUpdate:
         offer = task.offer
