@@ -330,6 +330,13 @@ _PRIVACY: dict[Code, CatalogEntry] = {
         "Compare the plan with the site's policy file. Whoever answers for the policy decides whether to change it.",
         "site",
     ),
+    Code.ENGINE_UNFIT: CatalogEntry(
+        "The plan's engine does not fit its objective",
+        "The plan asks for the book-keeping engine, but a layer of the model has no rule for the gradient of each patient, or the gradients "
+        "on synthetic tiles are not those of the serial engine. The site has refused before any budget was spent.",
+        'The operator sets `engine = "serial"` in the plan\'s `[compute]`; it takes any layer.',
+        "operator",
+    ),
 }
 
 _TRANSPORT: dict[Code, CatalogEntry] = {

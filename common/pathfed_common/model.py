@@ -4,6 +4,9 @@ A *base state* is all that a round starts from, float32: the trained tensors, na
 the objective has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone.
 """
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape, preset
@@ -35,9 +38,32 @@ def build_model(plan: Plan) -> mae.MaskedAutoencoder:
     )
 
 
-def initial_state(plan: Plan) -> dict[str, Tensor]:
-    """The first base state: drawn from `encoder.init_seed`, the same each time with the same torch release."""
-    return {name: tensor.detach().clone() for name, tensor in build_model(plan).state_dict().items()}
+def initial_state(plan: Plan, encoder: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The first base state: drawn from `encoder.init_seed`, the same each time with the same torch release.
+
+    Args:
+        plan: the plan.
+        encoder: the weights that the plan's `encoder.init_from` names, by timm's names, float32; given just when the plan names some. They
+            stand in the place of the encoder's random ones; everything else is drawn as without them. That they have the plan's digest is
+            for the caller to check. Each tensor is asked for once, so that a mapping may read them from a file one by one.
+
+    Raises:
+        ValueError: weights for a plan that names none, none for one that does, or other names, shapes or types than the plan's encoder's.
+    """
+    if (encoder is not None) != bool(plan.encoder.init_from):
+        raise ValueError(f"encoder.init_from is {plan.encoder.init_from!r}, and weights were {'not ' if encoder is None else ''}given")
+    state = {name: tensor.detach() for name, tensor in build_model(plan).state_dict().items()}
+    if encoder is None:
+        return state
+    shapes = encoder_spec(plan).shapes()
+    if set(encoder) != set(shapes):
+        raise ValueError(f"weights for the encoder have other names than it: {sorted(set(encoder) ^ set(shapes))[:8]}")
+    for name, shape in shapes.items():
+        tensor = encoder[name]
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            raise ValueError(f"weights {name!r} must be float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        state[ENCODER_PREFIX + name].copy_(tensor)
+    return state
 
 
 def state_shapes(plan: Plan) -> dict[str, Shape]:
@@ -57,21 +83,25 @@ def update_shapes(plan: Plan) -> dict[str, Shape]:
 
 
 def timm_config(plan: Plan) -> dict[str, object]:
-    """The exported encoder's config.json, as timm reads it.
+    """The exported encoder's config.json, as timm reads it: see `timm_config_of`."""
+    return timm_config_of(encoder_spec(plan), mpp=plan.cohort.mpp)
+
+
+def timm_config_of(spec: EncoderSpec, *, mpp: float) -> dict[str, object]:
+    """config.json of an encoder trained at `mpp` um/px.
 
     With `model.safetensors` beside it in a folder, ``timm.create_model("local-dir:<folder>", pretrained=True)`` gives the encoder; so does
     ``timm.create_model(config["architecture"], **config["model_args"])`` followed by a strict `load_state_dict`.
     """
-    spec = encoder_spec(plan)
     return {
-        "architecture": spec.name,
+        "architecture": spec.architecture,
         "num_classes": 0,
         "num_features": spec.embed_dim,
         "global_pool": "token",
-        "model_args": {"img_size": spec.img_size, "num_classes": 0},
+        "model_args": spec.timm_args(),
         "mean": list(PIXEL_MEAN),
         "std": list(PIXEL_STD),
-        "mpp": plan.cohort.mpp,
+        "mpp": mpp,
         "pretrained_cfg": {
             "input_size": [3, spec.img_size, spec.img_size],
             "fixed_input_size": True,

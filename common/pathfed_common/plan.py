@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pathfed_common import digest
 from pathfed_common.cohort_rules import MAX_WEIGHTS, CohortExclude, CohortInclude, TileWeight, contradiction, normal_value
+from pathfed_common.encoder.spec import preset
 from pathfed_common.errors import ErrorCode, PlanError
 from pathfed_common.ids import site_name
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -37,10 +38,22 @@ class _Section(BaseModel):
 class EncoderPlan(_Section):
     """Which encoder is trained, and from what."""
 
-    #: Shape of the encoder, by timm's name for it.
-    preset: Literal["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"] = "vit_tiny_patch16_224"
-    #: Public seed of the first encoder's random weights.
+    #: Shape of the encoder; which published encoders have which is in the operators' guide.
+    preset: Literal[
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_224",
+        "vit_base_patch16_224",
+        "vit_large_patch16_224",
+        "vit_huge_patch14_reg4_224",
+        "vit_giant_patch14_reg8_depth24_224",
+        "vit_giant_patch14_reg4_224",
+        "vit_giant_patch16_224",
+        "vit_gigantic_patch14_224",
+    ] = "vit_tiny_patch16_224"
+    #: Public seed of what starts with random weights: the objective's head, and the encoder unless `init_from` is given.
     init_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    #: Digest of the imported checkpoint (`pathfed-server encoder import`) that the encoder starts from; empty: from random weights.
+    init_from: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
 
 
 class ObjectivePlan(_Section):
@@ -236,9 +249,10 @@ class Plan(_Section):
                 "objective.decoder_dim must be a multiple of objective.decoder_heads, "
                 f"got {self.objective.decoder_dim} and {self.objective.decoder_heads}"
             )
-        if self.cohort.tile_px % 16:
-            raise ValueError(f"cohort.tile_px must be a multiple of the encoder's patch size 16, got {self.cohort.tile_px}")
-        patches = (self.cohort.tile_px // 16) ** 2
+        patch_px = preset(self.encoder.preset).patch_size
+        if self.cohort.tile_px % patch_px:
+            raise ValueError(f"cohort.tile_px must be a multiple of the encoder's patch size {patch_px}, got {self.cohort.tile_px}")
+        patches = (self.cohort.tile_px // patch_px) ** 2
         if not 1 <= patches - int(patches * self.objective.mask_ratio) < patches:
             raise ValueError(
                 f"objective.mask_ratio {self.objective.mask_ratio} must hide some but not all of the {patches} patches of a tile"

@@ -439,6 +439,8 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
     secret, context = stopped(site, world, monkeypatch)
     current = RunSecrets(site.home.run_secrets).current(run_name("run-1"), 1)
     assert secret == current
+    engine = context["engine"]
+    assert engine in ("serial", "book_keeping")
     assert context == {
         "plan": world.plan.digest,
         "run": "run-1",
@@ -448,7 +450,11 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
         "withdrawn": 0,
         "declared_patients": 4,
         "code": code_digest(("pathfed_client", "pathfed_common")),
-        "engine": "serial",
+        "engine": engine,
+        "patients_at_once": 1 if engine == "serial" else context["patients_at_once"],
+        "precision": "float32",
+        "activation_checkpointing": 0,
+        "compile": 0,
         "device": "cpu",
         "ranks": 1,
         "mode": "single",

@@ -2,7 +2,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from pathfed_common import digest
 from pathfed_common.cohort_rules import ATTRIBUTES
+from pathfed_common.encoder.spec import preset, preset_names
 from pathfed_common.errors import ErrorCode, PlanError
-from pathfed_common.plan import Plan, load_plan, plan_from_bytes
+from pathfed_common.plan import EncoderPlan, Plan, load_plan, plan_from_bytes
 from pathfed_local import plans
 
 SHIPPED = sorted(Path(plans.__file__).parent.glob("*.toml"))
@@ -140,6 +141,7 @@ OTHER = {
     "name": "other",
     "encoder__preset": "vit_base_patch16_224",
     "encoder__init_seed": 1,
+    "encoder__init_from": "sha256:" + "0" * 64,
     "objective__mask_ratio": 0.5,
     "objective__decoder_dim": 64,
     "objective__decoder_depth": 1,
@@ -261,6 +263,8 @@ def test_a_missing_key_is_named(key):
         ("objective__decoder_dim", 33, "multiple of 32"),
         ("encoder__preset", "vit_huge", "vit_tiny"),
         ("encoder__init_seed", -1, "0"),
+        ("encoder__init_from", "uni2.safetensors", "sha256"),
+        ("encoder__init_from", "sha256:" + "A" * 64, "sha256"),
         ("cohort__tile_px", 16, "32"),
         ("cohort__mpp", 0.0, "0.1"),
         ("rounds__count", 0, "1"),
@@ -286,6 +290,11 @@ def test_a_value_out_of_bounds_is_named_with_value_and_bound(key, value, bound):
     [
         ({"objective__decoder_dim": 64, "objective__decoder_heads": 5}, ("objective.decoder_dim", "64", "objective.decoder_heads", "5")),
         ({"cohort__tile_px": 100}, ("cohort.tile_px", "100", "16")),
+        ({"cohort__tile_px": 64, "encoder__preset": "vit_huge_patch14_reg4_224"}, ("cohort.tile_px", "64", "patch size 14")),
+        (
+            {"cohort__tile_px": 42, "encoder__preset": "vit_huge_patch14_reg4_224", "objective__mask_ratio": 0.1},
+            ("objective.mask_ratio", "0.1", "9 patches"),
+        ),
         ({"cohort__tile_px": 32, "objective__mask_ratio": 0.1}, ("objective.mask_ratio", "0.1", "4 patches")),
         ({"rounds__reply_slot_s": 700.0}, ("rounds.reply_slot_s", "700.0", "rounds.deadline_s", "600")),
         ({"site_weights__Site_A": 2.0}, ("site", "'Site_A'")),
@@ -295,6 +304,14 @@ def test_an_impossible_combination_is_named_with_its_values(changes, named):
     error = refusal(toml(**changes))
     assert error.code is ErrorCode.PLAN_IMPOSSIBLE
     assert all(word in error.what for word in named)
+
+
+def test_a_plan_takes_every_preset_with_tiles_that_its_patches_divide():
+    for name in preset_names():
+        spec = preset(name)
+        plan = load_plan(toml(encoder__preset=name, cohort__tile_px=7 * spec.patch_size), where="plan.toml")
+        assert plan.encoder.preset == name
+    assert set(get_args(EncoderPlan.model_fields["preset"].annotation)) == set(preset_names())
 
 
 def test_several_faults_are_counted():

@@ -129,7 +129,7 @@ def _in_backward(then: Callable[[], Any], of: int = 2) -> Callable[..., Tensor]:
         value = _losses(objective, tiles, draws)
         calls.append(1)
         if len(calls) == of:
-            value.register_hook(lambda _: then())  # type: ignore[no-untyped-call]
+            value.register_hook(lambda _: then())
         return value
 
     return losses

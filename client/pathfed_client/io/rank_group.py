@@ -27,6 +27,7 @@ from torch import nn
 
 from pathfed_client.io.shared_numbers import Layout, attach, create
 from pathfed_client.io.side_process import EndedError, SideProcess, module_command
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.ranks.program import SharedNumbers
 from pathfed_client.training.ranks.tasks import Done, Failed, Join, Mode, Outcome, Task
 from pathfed_common.errors import ErrorCode, HostError
@@ -46,8 +47,8 @@ class GroupSpec:
         mode: how they share the work.
         build: makes the objective; see `ranks.tasks.Join.build`.
         layout: of the shared memory; the tiles' slots are how many patients are read ahead of the ranks.
-        bfloat16: compute in bfloat16.
-        tiles_at_once: tiles a rank takes in one pass at most.
+        compute: how passes are run; the engine is decided.
+        tiles_at_once: tiles a rank takes in one pass at most; None: all it has of a patient.
         threads: CPU threads of each rank.
         memory_bytes: the most a rank may take of its GPU's memory; None: all.
     """
@@ -56,8 +57,8 @@ class GroupSpec:
     mode: Mode
     build: Callable[[], nn.Module]
     layout: Layout
-    bfloat16: bool = False
-    tiles_at_once: int
+    compute: Compute
+    tiles_at_once: int | None
     threads: int = 1
     memory_bytes: int | None = None
 
@@ -195,7 +196,7 @@ class RankGroup:
                 threads=spec.threads,
                 store=str(self._folder / "store"),
                 timeout_s=timeout_s,
-                bfloat16=spec.bfloat16,
+                compute=spec.compute,
                 tiles_at_once=spec.tiles_at_once,
                 tile_px=spec.layout.tiles[2],
                 tiles_per_patient=spec.layout.tiles[1],

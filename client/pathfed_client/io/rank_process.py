@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import FileStore
 from pathfed_client.io.shared_numbers import Layout, attach
 from pathfed_client.io.side_process import serve
 from pathfed_client.training.device import limit_memory
-from pathfed_client.training.memory import is_out_of_memory
+from pathfed_client.training.engines.serial import out_of_memory
 from pathfed_client.training.ranks.group import ProcessRanks
 from pathfed_client.training.ranks.program import RankProgram
 from pathfed_client.training.ranks.tasks import Begin, Done, EndStep, Failed, Join, Outcome, Patient, StepDone, Task, Try
@@ -37,7 +37,7 @@ class Rank:
             return self._do(*task)
         except Exception as error:
             # The edge of this process. Nothing but the type leaves it: a text could name a slide, a traceback hold a gradient.
-            return Failed(type(error).__name__, is_out_of_memory(error))
+            return Failed(type(error).__name__, out_of_memory(error))
 
     def _do(self, task: Task, layout: Layout | None) -> Outcome:
         if isinstance(task, Join):

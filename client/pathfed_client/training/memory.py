@@ -4,24 +4,15 @@ A GPU's allocator says when its limit is reached. A CPU's does not until the ker
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.device import COPIES, parameter_bytes
+from pathfed_client.training.engines.passes import Passes
+from pathfed_client.training.engines.serial import clear_gradients, out_of_memory
 from pathfed_client.training.local_round import synthetic_patients
-from pathfed_common.objectives.objective import Objective
-
-#: Words of allocators whose errors are plain RuntimeErrors.
-_WORDS = ("out of memory", "can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or a GPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 class DoesNotFit(Exception):  # noqa: N818  an outcome, not a fault
@@ -44,7 +35,7 @@ def fit_microbatch(attempt: Callable[[int], None], tiles: int) -> int:
         try:
             attempt(at_once)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if at_once == 1:
                 raise DoesNotFit(f"one tile at a time is too much: {type(error).__name__}") from error
@@ -53,7 +44,16 @@ def fit_microbatch(attempt: Callable[[int], None], tiles: int) -> int:
         at_once = -(-at_once // 2)
 
 
-def activation_bytes(objective: nn.Module, tile_px: int) -> int:
+def one_pass(objective: nn.Module, compute: Compute, tile_px: int, tiles: int) -> None:
+    """Forward and backward over so many public tiles, whatever the weights are; raises where memory runs out."""
+    patient = next(synthetic_patients(objective, tile_px, tiles))
+    try:
+        torch.autograd.backward(Passes(objective, compute).loss(patient.tiles, patient.draws))
+    finally:
+        clear_gradients(dict(objective.named_parameters()))
+
+
+def activation_bytes(objective: nn.Module, compute: Compute, tile_px: int) -> int:
     """Bytes that a forward pass over one public tile keeps for the backward pass, weights left out."""
     patient = next(synthetic_patients(objective, tile_px, 1))
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
@@ -66,18 +66,19 @@ def activation_bytes(objective: nn.Module, tile_px: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        cast(Objective, objective).loss(patient.tiles, patient.draws)
+        Passes(objective, compute).loss(patient.tiles, patient.draws)
     return sum(kept.values())
 
 
-def tiles_within(objective: nn.Module, tile_px: int, most: int, *, copies_shared_by: int = 1) -> int:
+def tiles_within(objective: nn.Module, compute: Compute, tile_px: int, most: int, *, shared_by: int = 1) -> int:
     """How many tiles at once fit into `most` bytes by estimate: weights, gradient and sum, and each tile's activations. 0: not even one.
 
     Args:
         objective: the model.
+        compute: how passes are run.
         tile_px: side of a tile, pixels.
         most: bytes.
-        copies_shared_by: processes among which weights, gradient and sum are cut; each has `most`.
+        shared_by: processes among which weights, gradient and sum are cut; each has `most`.
     """
-    room = most - COPIES * parameter_bytes(objective) // copies_shared_by
-    return max(0, room // max(1, activation_bytes(objective, tile_px)))
+    room = most - COPIES * parameter_bytes(objective) // shared_by
+    return max(0, room // max(1, activation_bytes(objective, compute, tile_px)))

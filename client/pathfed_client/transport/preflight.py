@@ -7,7 +7,8 @@ import socket
 import ssl
 from pathlib import Path
 
-from pathfed_common.errors import ErrorCode, PathfedError, TransportError
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, TransportError
+from pathfed_common.files import read_given
 from pathfed_common.processes import ProcessEnd
 
 _WITHIN_S = 10.0
@@ -22,9 +23,10 @@ def check_server(address: str, ca_file: Path) -> None:
 
     Raises:
         TransportError: PF401, the certificate is not the consortium's, is for another host, or has expired; PF403, nobody answers.
+        HostError: PF904, the pinned CA's file cannot be read or holds no certificate.
     """
     host, _, port = address.rpartition(":")
-    context = ssl.create_default_context(cafile=str(ca_file))
+    context = _trusting(ca_file)
     try:
         with (
             socket.create_connection((host, int(port)), timeout=_WITHIN_S) as connection,
@@ -45,6 +47,19 @@ def check_server(address: str, ca_file: Path) -> None:
             where=address,
             remedy="check the address, the firewall (outbound TCP) and that the server runs",
         ) from error
+
+
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    read_given(ca_file)
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except ssl.SSLError:
+        raise HostError(
+            ErrorCode.HOME_UNUSABLE,
+            "holds no certificate",
+            where=ca_file,
+            remedy="it is the consortium's CA from the server card; make the site's home again with `pathfed-site init`",
+        ) from None
 
 
 def explain(end: ProcessEnd, address: str) -> PathfedError:

@@ -5,9 +5,14 @@ encoder can be described here. Legend of shapes: D embedding width, H hidden wid
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import prod
+from typing import Final, Literal
 
 Shape = tuple[int, ...]
+
+#: Number type of every parameter, as safetensors and numpy spell it. Trained parameters are float32 masters: bfloat16 is for computing with
+#: (autocast), never for what is kept, noised and sent to and fro.
+PARAMETER_DTYPE: Final = "float32"
 
 #: Mean and standard deviation of red, green and blue (ImageNet's, as published encoders use them), in units of the full scale 255.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +24,8 @@ class EncoderSpec:
     """A vision transformer.
 
     Attributes:
-        name: timm's architecture name that it starts from.
+        name: ours; where `timm_name` is empty, also timm's architecture, which then has these very arguments.
+        timm_name: timm's architecture to build it from where timm has none with these arguments; it has to agree in `mlp`.
         img_size: side of the square input, pixels; a multiple of `patch_size`.
         patch_size: side of a patch, pixels.
         embed_dim: width D of a token; a multiple of `num_heads` and of 4.
@@ -47,6 +53,7 @@ class EncoderSpec:
     class_token: bool = True
     no_embed_class: bool = False
     qkv_bias: bool = True
+    timm_name: str = ""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
@@ -85,6 +92,29 @@ class EncoderSpec:
         """Width of the MLP's first layer."""
         return int(self.embed_dim * self.mlp_ratio)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(prod(shape) for shape in self.shapes().values())
+
+    @property
+    def architecture(self) -> str:
+        """timm's architecture that `timm_args` belong to."""
+        return self.timm_name or self.name
+
+    def timm_args(self) -> dict[str, object]:
+        """Arguments, JSON values all, with which ``timm.create_model(spec.architecture, **spec.timm_args())`` has these shapes."""
+        arguments: dict[str, object] = {"img_size": self.img_size, "num_classes": 0}
+        if not self.timm_name:
+            return arguments
+        sizes = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens")
+        choices = ("class_token", "no_embed_class", "qkv_bias")
+        return arguments | {name: getattr(self, name) for name in (*sizes, *choices)}
+
+    def dtypes(self) -> dict[str, str]:
+        """Number type of every parameter, under the names and in the order of `shapes`."""
+        return dict.fromkeys(self.shapes(), PARAMETER_DTYPE)
+
     def shapes(self) -> dict[str, Shape]:
         """Shape of every parameter under timm's name, in timm's order."""
         width, embedded = self.embed_dim, self.patches + (0 if self.no_embed_class else self.prefix_tokens)
@@ -114,6 +144,22 @@ class EncoderSpec:
         return shapes | ({"ls2.gamma": (width,)} if scale else {})
 
 
+#: timm's ViT-g of DINOv2 is its only architecture with SwiGLU built in, so that an export of these needs no class named by hand.
+_SWIGLU_14 = EncoderSpec(
+    name="vit_giant_patch14_reg4_224",
+    timm_name="vit_giant_patch14_reg4_dinov2",
+    img_size=224,
+    patch_size=14,
+    embed_dim=1536,
+    depth=40,
+    num_heads=24,
+    mlp_ratio=5.33334,
+    mlp="swiglu",
+    reg_tokens=4,
+    init_values=1e-5,
+    no_embed_class=True,
+)
+
 _PRESETS = {
     spec.name: spec
     for spec in (
@@ -121,17 +167,43 @@ _PRESETS = {
         EncoderSpec(name="vit_small_patch16_224", img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
         EncoderSpec(name="vit_base_patch16_224", img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
         EncoderSpec(name="vit_large_patch16_224", img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+        # Virchow2's shape.
+        replace(
+            _SWIGLU_14, name="vit_huge_patch14_reg4_224", embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375, no_embed_class=False
+        ),
+        # UNI2-h's.
+        replace(_SWIGLU_14, name="vit_giant_patch14_reg8_depth24_224", depth=24, reg_tokens=8),
+        # H-optimus-0's.
+        _SWIGLU_14,
+        # Prov-GigaPath's tile encoder.
+        replace(
+            _SWIGLU_14,
+            name="vit_giant_patch16_224",
+            timm_name="vit_giant_patch14_dinov2",
+            patch_size=16,
+            reg_tokens=0,
+            no_embed_class=False,
+        ),
+        # ViT-G of Zhai et al. (2022), arXiv:2106.04560.
+        EncoderSpec(
+            name="vit_gigantic_patch14_224", img_size=224, patch_size=14, embed_dim=1664, depth=48, num_heads=16, mlp_ratio=64 / 13
+        ),
     )
 }
 
 
+def preset_names() -> tuple[str, ...]:
+    """The presets' names, the smaller encoder first."""
+    return tuple(_PRESETS)
+
+
 def preset(name: str, *, img_size: int | None = None) -> EncoderSpec:
-    """The encoder of that timm name, for tiles of `img_size` pixels a side (default: the size in its name).
+    """The encoder of that name, for tiles of `img_size` pixels a side (default: the size in its name).
 
     Raises:
         ValueError: no such preset, or `img_size` is not a multiple of its patch size.
     """
     if name not in _PRESETS:
-        raise ValueError(f"no encoder preset {name!r}; there are {sorted(_PRESETS)}")
+        raise ValueError(f"no encoder preset {name!r}; there are {list(_PRESETS)}")
     spec = _PRESETS[name]
     return spec if img_size is None else replace(spec, img_size=img_size)

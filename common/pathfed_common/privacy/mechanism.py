@@ -72,6 +72,11 @@ class PatientMechanism:
         return self.clip_norm * math.sqrt(1 - self.figure_share**2)
 
     @property
+    def clip_target(self) -> float:
+        """What a gradient's norm is brought within, so that no rounding in computing norm and scale takes it over `gradient_bound`."""
+        return self.gradient_bound * (1 - _ROUNDING_SLACK)
+
+    @property
     def figure_scale(self) -> float:
         """What one whole figure (a loss at its bound, or one patient) is in the joint vector: a * C / sqrt(2)."""
         return self.figure_share * self.clip_norm / math.sqrt(2)
@@ -104,7 +109,7 @@ class PatientMechanism:
         """
         if not 0 <= gradient_norm < math.inf:
             raise ValueError(f"gradient_norm must be finite and not negative, got {gradient_norm}")
-        target = self.gradient_bound * (1 - _ROUNDING_SLACK)
+        target = self.clip_target
         return 1.0 if gradient_norm <= target else target / gradient_norm
 
     def loss_share(self, loss: float) -> float:

@@ -16,6 +16,7 @@ from training_fixtures import SIDE, Colours, cohort, mechanism
 from pathfed_client.io.rank_group import GroupSpec, OutOfStepError, RankGroup
 from pathfed_client.io.rank_round import run_round_on_ranks, try_base_state_on_ranks
 from pathfed_client.io.shared_numbers import Layout, attach, create
+from pathfed_client.training.compute import Compute
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.objectives.mae import MaskedAutoencoder
 
@@ -29,6 +30,7 @@ def start(mode="sharded", *, kind=MaskedAutoencoder, timeout_s=60.0, command=COM
         mode=mode,
         build=build(kind),
         layout=Layout(shapes, shapes, (2, 8, SIDE, SIDE, 3)),
+        compute=Compute(),
         tiles_at_once=tiles_at_once,
     )
     return RankGroup(spec, timeout_s=timeout_s, command=command)

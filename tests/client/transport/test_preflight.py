@@ -7,7 +7,7 @@ import pytest
 from tls_listener import listening
 
 from pathfed_client.transport.preflight import check_server, explain
-from pathfed_common.errors import TransportError
+from pathfed_common.errors import HostError, TransportError
 from pathfed_common.processes import ProcessEnd
 from pathfed_server.transport.certificates import TlsFiles, make_tls
 
@@ -80,3 +80,13 @@ def test_a_supernodes_end_is_explained_by_its_last_words(tmp_path, log, code):
     assert error.code.value == code
     if code != "PF903":
         assert error.where == "server.example:443"
+
+
+def test_a_pinned_certificate_that_cannot_be_read_is_named(tmp_path):
+    missing = tmp_path / "ca.pem"
+    with pytest.raises(HostError, match=r"PF904.*cannot be read"):
+        check_server("127.0.0.1:9", missing)
+    for text in ("", "not a certificate"):
+        missing.write_text(text)
+        with pytest.raises(HostError, match=r"PF904.*holds no certificate"):
+            check_server("127.0.0.1:9", missing)

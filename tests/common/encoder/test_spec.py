@@ -1,5 +1,6 @@
 """Encoder shapes without torch: published encoders, bounds, and no heavy import."""
 
+import json
 import subprocess
 import sys
 from math import prod
@@ -7,52 +8,61 @@ from typing import Any
 
 import pytest
 
-from pathfed_common.encoder.spec import EncoderSpec, preset
+from pathfed_common.encoder.spec import EncoderSpec, preset, preset_names
 
-_GIANT: dict[str, Any] = {"embed_dim": 1536, "num_heads": 24, "mlp": "swiglu", "init_values": 1e-5}
+#: timm 1.0.31's own counts of these architectures with these arguments, without a classifier; test_timm.py asks timm again.
+COUNTS = {
+    "vit_tiny_patch16_224": 5_524_416,
+    "vit_small_patch16_224": 21_665_664,
+    "vit_base_patch16_224": 85_798_656,
+    "vit_large_patch16_224": 303_301_632,
+    "vit_huge_patch14_reg4_224": 631_239_424,
+    "vit_giant_patch14_reg8_depth24_224": 681_394_176,
+    "vit_giant_patch14_reg4_224": 1_134_774_272,
+    "vit_giant_patch16_224": 1_134_953_984,
+    "vit_gigantic_patch14_224": 1_842_775_680,
+}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parameter_count_equals_timms(name: str) -> None:
+    spec = preset(name)
+    assert spec.parameters == COUNTS[name]
+    assert sum(prod(shape) for shape in spec.shapes().values()) == COUNTS[name]
+    assert spec.dtypes() == dict.fromkeys(spec.shapes(), "float32")
 
 
 @pytest.mark.parametrize(
-    ("spec", "millions"),
+    ("name", "millions"),
     [
-        # Parameter counts that timm and the encoders' own pages state.
-        (preset("vit_tiny_patch16_224"), 5.5),
-        (preset("vit_small_patch16_224"), 21.7),
-        (preset("vit_base_patch16_224"), 85.8),
-        (preset("vit_large_patch16_224"), 303.3),
-        (
-            EncoderSpec(
-                name="virchow2",
-                img_size=224,
-                patch_size=14,
-                embed_dim=1280,
-                depth=32,
-                num_heads=16,
-                mlp_ratio=5.3375,
-                mlp="swiglu",
-                reg_tokens=4,
-                init_values=1e-5,
-            ),
-            631.2,
-        ),
-        (
-            EncoderSpec(
-                name="uni2-h", img_size=224, patch_size=14, depth=24, mlp_ratio=5.33334, reg_tokens=8, no_embed_class=True, **_GIANT
-            ),
-            681.4,
-        ),
-        (
-            EncoderSpec(
-                name="h-optimus-0", img_size=224, patch_size=14, depth=40, mlp_ratio=5.33334, reg_tokens=4, no_embed_class=True, **_GIANT
-            ),
-            1134.8,
-        ),
-        (EncoderSpec(name="gigapath", img_size=224, patch_size=16, depth=40, mlp_ratio=5.33334, **_GIANT), 1135.0),
+        # What the pages of Virchow2, UNI2-h, H-optimus-0 and Prov-GigaPath state.
+        ("vit_huge_patch14_reg4_224", 631.2),
+        ("vit_giant_patch14_reg8_depth24_224", 681.4),
+        ("vit_giant_patch14_reg4_224", 1134.8),
+        ("vit_giant_patch16_224", 1135.0),
     ],
-    ids=lambda value: getattr(value, "name", ""),
 )
-def test_parameter_count_equals_the_published_one(spec: EncoderSpec, millions: float) -> None:
-    assert round(sum(prod(shape) for shape in spec.shapes().values()) / 1e6, 1) == millions
+def test_published_encoders_have_the_published_counts(name: str, millions: float) -> None:
+    assert round(preset(name).parameters / 1e6, 1) == millions
+
+
+def test_virchow2s_position_embedding_covers_class_and_register_tokens_and_uni2s_does_not() -> None:
+    assert preset("vit_huge_patch14_reg4_224").shapes()["pos_embed"] == (1, 261, 1280)
+    assert preset("vit_giant_patch14_reg8_depth24_224").shapes()["pos_embed"] == (1, 256, 1536)
+    assert preset("vit_giant_patch14_reg4_224").shapes()["blocks.0.mlp.fc2.weight"] == (1536, 4096)
+
+
+def test_arguments_for_timm_are_json_and_complete_where_timm_has_no_such_architecture() -> None:
+    spec = preset("vit_huge_patch14_reg4_224", img_size=392)
+    arguments = json.loads(json.dumps(spec.timm_args()))
+    assert spec.architecture == "vit_giant_patch14_reg4_dinov2"
+    assert (arguments["img_size"], arguments["embed_dim"], arguments["mlp_ratio"], arguments["no_embed_class"]) == (
+        392,
+        1280,
+        5.3375,
+        False,
+    )
+    assert preset("vit_large_patch16_224").timm_args() == {"img_size": 224, "num_classes": 0}
 
 
 def test_preset_takes_another_tile_size() -> None:

@@ -10,6 +10,7 @@ An engine turns patients' tiles into clipped gradients in the sum. Guarantees of
       the objective's own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,15 @@ PatientLoader = Callable[[], PatientTiles]
 
 class NotContributed(Exception):  # noqa: N818  an outcome, not a fault
     """This patient contributes zero; the text says why and never leaves the site."""
+
+
+class EngineUnfitError(ValueError):
+    """An engine cannot compute this objective's patient gradients. Depends on the code and the plan alone."""
+
+
+def contributes(loss: float, norm: float) -> bool:
+    """Whether a patient with this loss and gradient norm contributes: both must be finite."""
+    return math.isfinite(loss) and math.isfinite(norm)
 
 
 class JointSum:
@@ -108,4 +118,14 @@ class Engine(Protocol):
 
     def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
         """Add each patient's vector; for each, why that patient contributes zero, or None. Never raises for what a patient causes."""
+        ...
+
+    def rehearse(self, patients: Sequence[PatientTiles], /) -> None:
+        """Do all that `add` does with public synthetic patients, up to adding, and raise what `add` would keep to itself.
+
+        Raises:
+            NotContributed: a loss or gradient is not finite, or a buffer or parameter changed.
+            EngineUnfitError: this engine's gradients are not this objective's.
+            RuntimeError: torch's, such as want of memory.
+        """
         ...

@@ -7,7 +7,7 @@ decides alike.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,51 @@ class ProcessRanks:
         parts = [torch.empty_like(values) for _ in range(self.size)] if self.rank == to else None
         dist.gather(values.contiguous(), parts, dst=to)
         return None if parts is None else _sum(parts)
+
+
+class AcrossRanks:
+    """The parts of a patient's tiles on the other ranks (`pathfed_common.objectives.across.Across`)."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """The parts are the ranks'."""
+        self._ranks = ranks
+
+    def place(self, rows: int, /) -> tuple[int, int]:
+        """See `Across`."""
+        counts = self._counts(rows)
+        return sum(counts[: self._ranks.rank]), sum(counts)
+
+    def sum(self, values: Tensor, /) -> Tensor:
+        """See `Across`."""
+        return self._ranks.total(values.detach())
+
+    def gather(self, rows: Tensor, /) -> Tensor:
+        """See `Across`."""
+        gathered: Tensor = _Gather.apply(rows, self._ranks, self._counts(len(rows)))  # type: ignore[no-untyped-call]
+        return gathered
+
+    def _counts(self, rows: int) -> list[int]:
+        return [int(count) for count in self._ranks.every([rows])[:, 0]]
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, and on the way back the gradient of one's own, summed over the ranks.
+
+    Each rank lays its rows into a field of zeros that has room for all; the sum of the fields, in the order of the ranks, is exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
+        start = sum(counts[: ranks.rank])
+        ctx.ranks, ctx.own = ranks, slice(start, start + len(rows))
+        field = rows.new_zeros((sum(counts), *rows.shape[1:]))
+        field[ctx.own] = rows
+        return ranks.total(field)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return ctx.ranks.total(gradient)[ctx.own], None, None
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

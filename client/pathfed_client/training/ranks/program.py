@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles, check_objective, trainable
-from pathfed_client.training.engines.serial import SerialEngine, clear_gradients, patient_gradient
+from pathfed_client.training.engines.serial import clear_gradients
 from pathfed_client.training.local_round import patient_tiles, random_of_patient, random_of_step, synthetic_patients
 from pathfed_client.training.private_step import ReleasedFigures, release_figures
 from pathfed_client.training.ranks.group import Ranks
@@ -62,7 +63,7 @@ class _Way(Protocol):
 
 class _Sharded:
     def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, job: Join, ranks: Ranks):
-        self._engine = ShardedEngine(objective, parameters, mechanism, ranks, tiles_at_once=job.tiles_at_once)
+        self._engine = ShardedEngine(objective, parameters, mechanism, ranks, job.compute, tiles_at_once=job.tiles_at_once)
         self._first = ranks.rank == 0
 
     def empty_sum(self) -> JointSum:
@@ -82,8 +83,9 @@ class _Sharded:
 
 class _Replicated:
     def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, job: Join, ranks: Ranks):
-        self._objective, self._parameters, self._ranks = objective, parameters, ranks
-        self._engine = SerialEngine(objective, parameters, mechanism)
+        self._parameters, self._ranks = parameters, ranks
+        k, px, at_once = job.tiles_per_patient, job.tile_px, job.tiles_at_once
+        self._engine = make_engine(objective, parameters, mechanism, job.compute, tiles_per_patient=k, tile_px=px, tiles_at_once=at_once)
 
     def empty_sum(self) -> JointSum:
         return JointSum(self._parameters)
@@ -99,7 +101,7 @@ class _Replicated:
         return self._engine.add([patient], total)[0]
 
     def attempt(self, load: PatientLoader) -> None:
-        patient_gradient(self._objective, self._parameters, load())
+        self._engine.rehearse([load()])
 
     def summed(self, total: JointSum) -> dict[str, Piece]:
         return joined(total, self._ranks)
@@ -124,7 +126,7 @@ class RankProgram:
         check_objective(objective, trainable(objective))
         self._objective = objective.to(torch.device(job.device)).train()
         if job.mode == "sharded":
-            shard(self._objective, bfloat16=job.bfloat16)
+            shard(self._objective)
         self._parameters = trainable(self._objective)
         self._round: _Round | None = None
 

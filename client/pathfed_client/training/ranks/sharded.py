@@ -6,8 +6,11 @@ over the ranks is the gradient of the patient's mean loss:
     sum over ranks of  n_r / n * gradient of (mean over rank r's tiles)  =  gradient of (mean over all n tiles)
 
 A rank that is left without a tile runs the patient's first one with weight 0, for the sake of the collective operations: what is not finite
-there is not finite in the patient's gradient either. The squared norms of the pieces are added over the ranks in fp64; a parameter that
-every rank holds whole is counted once. Every rank then holds the same loss, norm and clip factor, bit for bit.
+there is not finite in the patient's gradient either. An objective that compares a patient's tiles takes all of a rank's in one pass, gives
+the rank's share of the loss, and reaches the other ranks' tiles through `across`; there a rank may be left without tiles.
+
+The squared norms of the pieces are added over the ranks in fp64; a parameter that every rank holds whole is counted once. Every rank then
+holds the same loss, norm and clip factor, bit for bit.
 
     | what happens with a patient | outcome |
     | --- | --- |
@@ -19,17 +22,20 @@ The last line is no patient's doing in the objectives here, which raise on no pi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles
-from pathfed_client.training.engines.serial import clear_gradients, gradient_norm, unchanged_buffers
-from pathfed_client.training.ranks.group import Ranks
-from pathfed_client.training.ranks.shards import Piece, piece
+from pathfed_client.training.engines.guard import StateGuard
+from pathfed_client.training.engines.passes import Passes
+from pathfed_client.training.engines.serial import clear_gradients, gradient_norm
+from pathfed_client.training.ranks.group import AcrossRanks, Ranks
+from pathfed_client.training.ranks.shards import piece
 from pathfed_common.objectives.objective import Objective
 from pathfed_common.privacy.mechanism import PatientMechanism
 
@@ -68,24 +74,36 @@ class ShardedEngine:
     """Adds patients' clipped gradients to pieces of the sum. Every rank makes the same calls in the same order."""
 
     def __init__(
-        self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, ranks: Ranks, *, tiles_at_once: int
+        self,
+        objective: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        mechanism: PatientMechanism,
+        ranks: Ranks,
+        compute: Compute,
+        *,
+        tiles_at_once: int | None = None,
     ) -> None:
         """Train an objective that `shards.shard` was applied to.
 
         Args:
-            objective: the model; separable.
+            objective: the model; where it is not separable its `across` is set to the ranks.
             parameters: its trainable parameters by name.
             mechanism: the public constants.
             ranks: this process among the others.
-            tiles_at_once: tiles a rank takes in one pass at most.
+            compute: how passes are run; nothing is compiled.
+            tiles_at_once: tiles a rank takes in one pass at most; None: all it has. Only for a separable objective.
 
         Raises:
-            ValueError: the objective is not separable: its loss is not the mean of its tiles' own.
+            ValueError: the objective neither is separable nor has an `across`, or `tiles_at_once` is given for one that is not separable.
         """
-        if not cast(Objective, objective).separable:
-            raise ValueError("the tiles of a patient can be shared among ranks only where each has a loss of its own")
+        self._separable = cast(Objective, objective).separable
+        if not self._separable:
+            if not hasattr(objective, "across") or tiles_at_once is not None:
+                raise ValueError("tiles that have no losses of their own are shared among ranks in one pass, by an objective's `across`")
+            cast(Any, objective).across = AcrossRanks(ranks)
+        self._passes = Passes(objective, compute)
         self._objective, self._parameters, self._mechanism, self._ranks = objective, parameters, mechanism, ranks
-        self._tiles_at_once = tiles_at_once
+        self._tiles_at_once, self._guard = tiles_at_once, StateGuard(objective)
         self.pieces = {name: piece(parameter, ranks.rank, ranks.size) for name, parameter in parameters.items()}
 
     def empty_sum(self) -> JointSum:
@@ -124,7 +142,7 @@ class ShardedEngine:
         failure, value = None, 0.0
         versions = [held.values._version for held in self.pieces.values()]
         try:
-            with unchanged_buffers(self._objective):
+            with self._guard.unchanged():
                 value = self._backward(patient)
         except NotContributed as reason:
             failure = str(reason)
@@ -151,13 +169,20 @@ class ShardedEngine:
     def _backward(self, patient: PatientTiles) -> float:
         """This rank's share of the patient's loss; its gradient is summed over the ranks on the way."""
         value = 0.0
-        for own in passes(len(patient.tiles), self._ranks.rank, self._ranks.size, self._tiles_at_once):
-            places = torch.tensor(own.tiles, device=patient.tiles.device)
+        for own in self._own(len(patient.tiles)):
+            places = torch.tensor(own.tiles, dtype=torch.int64, device=patient.tiles.device)
             draws = {name: drawn[places.to(drawn.device)] for name, drawn in patient.draws.items()}
-            loss = cast(Objective, self._objective).loss(patient.tiles[places], draws)
+            loss = self._passes.loss(patient.tiles[places], draws)
             torch.autograd.backward(loss * own.weight)
             value += float(loss.detach()) * own.weight
         return value
+
+    def _own(self, tiles: int) -> list[Pass]:
+        """This rank's passes. Where tiles are compared, the loss of the one pass is the rank's share already."""
+        rank, ranks = self._ranks.rank, self._ranks.size
+        if not self._separable:
+            return [Pass(tuple(range(rank, tiles, ranks)), 1.0)]
+        return passes(tiles, rank, ranks, self._tiles_at_once or tiles)
 
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's pieces of the gradient. What a rank holds whole has only its own share in `.grad`, which is added up here."""
@@ -185,8 +210,3 @@ class ShardedEngine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotContributed("loss or gradient is not finite")
         return loss, norm, gradients
-
-
-def pieces_of(tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece], names: Sequence[str]) -> dict[str, Tensor]:
-    """From whole tensors the numbers that a rank's pieces hold, flattened, by name."""
-    return {name: tensors[name].reshape(-1)[pieces[name].start : pieces[name].stop] for name in names}

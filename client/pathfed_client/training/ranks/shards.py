@@ -60,14 +60,15 @@ def even_run(numbers: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(numbers, rank * length), min(numbers, (rank + 1) * length)
 
 
-def shard(objective: nn.Module, *, bfloat16: bool) -> None:
+def shard(objective: nn.Module) -> None:
     """Shard an objective over the default process group's ranks, in place: each transformer block by itself, the rest together.
 
-    Gradients are summed over the ranks in fp32 whatever the compute dtype, and not divided by their number: the ranks' losses are weighted
+    Parameters are gathered, and gradients summed over the ranks, in fp32; autocast computes in its type, as in a single process.
+    Gradients are not divided by the number of ranks: the ranks' losses are weighted
     so that the sum is the patient's gradient. Frozen parameters (a teacher's) are sharded too; those without an axis are kept whole.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(_device_type(objective), (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=True)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     scalars = {parameter for parameter in objective.parameters() if parameter.ndim == 0}
     for module in [module for module in objective.modules() if isinstance(module, Block)] + [objective]:
         sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars)

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from pathfed_client.training.augmentation import Augmentation
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.private_step import ReleasedFigures
 from pathfed_common.privacy.mechanism import PatientMechanism
 
@@ -30,8 +31,8 @@ class Join:
         threads: CPU threads.
         store: path of a file, in a folder of our own, by which they find each other.
         timeout_s: seconds a collective operation may take.
-        bfloat16: compute in bfloat16; weights, sums and noise are fp32 or finer whatever it is.
-        tiles_at_once: tiles a rank takes in one pass at most.
+        compute: how passes are run; the engine is decided.
+        tiles_at_once: tiles a rank takes in one pass at most; None: all it has of a patient.
         tile_px: side of a tile, pixels.
         tiles_per_patient: k.
         build: makes the objective, on the CPU; a function of an installed module, or a `functools.partial` of one.
@@ -45,8 +46,8 @@ class Join:
     threads: int
     store: str
     timeout_s: float
-    bfloat16: bool
-    tiles_at_once: int
+    compute: Compute
+    tiles_at_once: int | None
     tile_px: int
     tiles_per_patient: int
     build: Callable[[], nn.Module]

@@ -11,6 +11,7 @@ from training_fixtures import SIDE, Colours, base_state, cohort, mechanism, obje
 from pathfed_client.io.rank_group import GroupSpec, RankGroup
 from pathfed_client.io.rank_round import run_round_on_ranks
 from pathfed_client.io.shared_numbers import Layout
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.local_round import RoundOutcome, run_round
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -27,7 +28,7 @@ def start(
     shapes = {name: tuple(tensor.shape) for name, tensor in build(kind)().state_dict().items()}
     layout = Layout(shapes, shapes, (slots, 8, SIDE, SIDE, 3))
     devices = [torch.device("cpu")] * ranks
-    spec = GroupSpec(devices=devices, mode=mode, build=build(kind), layout=layout, tiles_at_once=tiles_at_once)
+    spec = GroupSpec(devices=devices, mode=mode, build=build(kind), layout=layout, compute=Compute(), tiles_at_once=tiles_at_once)
     return RankGroup(spec, timeout_s=timeout_s, command=COMMAND)
 
 

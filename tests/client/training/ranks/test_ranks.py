@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from training_fixtures import Colours
 
 from pathfed_client.training.augmentation import Augmentation
+from pathfed_client.training.compute import Compute
 from pathfed_client.training.local_round import RoundOutcome
 from pathfed_client.training.ranks.group import ProcessRanks
 from pathfed_client.training.ranks.sharded import ShardedEngine, passes
@@ -196,5 +197,5 @@ def test_an_objective_whose_tiles_have_no_losses_of_their_own_is_not_sharded(mec
         separable = False
 
     ranks = ProcessRanks(torch.device("cpu"))
-    with pytest.raises(ValueError, match="loss of its own"):
-        ShardedEngine(build(Mixed)(), {}, mechanism(), ranks, tiles_at_once=1)
+    with pytest.raises(ValueError, match="in one pass"):
+        ShardedEngine(build(Mixed)(), {}, mechanism(), ranks, Compute())

@@ -1,0 +1,148 @@
+"""The exact sum: what one patient adds is that patient's own lattice vector, whoever else is in it, and the release lies on the lattice."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pathfed_client.training.joint_sum import UNIT_SHARE, JointSum
+
+COUNT = 3000
+
+
+@pytest.fixture
+def parameters() -> dict[str, nn.Parameter]:
+    return {"a": nn.Parameter(torch.zeros(COUNT - 7)), "b": nn.Parameter(torch.zeros(7))}
+
+
+def vectors(n: int, *, scale: float = 1.0, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(n, COUNT, generator=generator) * scale / math.sqrt(COUNT)
+    return [{"a": row[:-7].clone(), "b": row[-7:].clone()} for row in flat]
+
+
+def norm(gradients: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in gradients.values()))
+
+
+def summed(parameters, mechanism, patients: list[dict[str, Tensor]], loss: float = 0.7) -> JointSum:
+    total = JointSum(parameters, mechanism)
+    for gradients in patients:
+        total.add(gradients, norm=norm(gradients), loss=loss)
+    return total
+
+
+def units(total: JointSum) -> Tensor:
+    return torch.cat([total.integers[name] for name in sorted(total.integers)]).to(torch.int64)
+
+
+def test_the_sum_has_the_same_bits_in_any_order(parameters, mechanism) -> None:
+    patients = vectors(40, scale=3.0)
+    forward, backward = (units(summed(parameters, mechanism(), order)) for order in (patients, patients[::-1]))
+    assert torch.equal(forward, backward)
+
+
+@pytest.mark.parametrize("others", [0, 10, 2000])
+def test_a_patient_moves_the_sum_by_exactly_its_own_lattice_vector(others: int, parameters, mechanism) -> None:
+    # Large like-signed contributions are what makes floating-point sums lose the last bits of one patient's.
+    crowd = [{"a": torch.full((COUNT - 7,), 1.0), "b": torch.full((7,), 1.0)}] * others
+    one = vectors(1, scale=0.5, seed=9)[0]
+    alone = units(summed(parameters, mechanism(), [one]))
+    with_it = units(summed(parameters, mechanism(), [*crowd[: others // 2], one, *crowd[others // 2 :]]))
+    assert torch.equal(with_it - units(summed(parameters, mechanism(), crowd)), alone)
+    rounding = math.sqrt(COUNT) / 2
+    assert float(alone.double().norm()) == pytest.approx(0.5 / UNIT_SHARE, rel=0.05, abs=rounding)
+
+
+def test_a_floating_point_sum_would_not_pass_that_test() -> None:
+    crowd, one = torch.full((COUNT,), 1 / math.sqrt(COUNT)), vectors(1, scale=0.5, seed=9)[0]
+    vector = torch.cat([one["a"], one["b"]])
+    without, with_it = torch.zeros(COUNT), torch.zeros(COUNT)
+    for index in range(2000):
+        without += crowd
+        with_it += crowd
+        if index == 1000:
+            with_it += vector
+    assert float((with_it.double() - without.double() - vector.double()).abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.99, 1.0, 1.5, 300.0])
+def test_what_is_added_stays_within_the_bound_after_rounding(scale: float, parameters, mechanism) -> None:
+    m = mechanism()
+    for gradients in vectors(5, scale=scale, seed=3):
+        total = JointSum(parameters, m)
+        total.add(gradients, norm=norm(gradients), loss=99.0)
+        gradient = float(units(total).double().norm()) * total.unit
+        loss, patients = total.release_figures((0.0, 0.0))
+        figures = m.figure_scale * math.hypot(loss / m.loss_bound, patients)
+        assert gradient <= m.gradient_bound
+        assert math.hypot(gradient, figures) <= m.clip_norm
+
+
+def test_the_worst_vector_for_rounding_stays_within_the_bound(parameters, mechanism) -> None:
+    # Every coordinate just above half a unit: each is rounded up, so that the norm doubles.
+    m = mechanism(clip_norm=1.0)
+    total = JointSum(parameters, m)
+    gradients = {name: torch.full(p.shape, 0.5001 * total.unit) for name, p in parameters.items()}
+    total.add(gradients, norm=norm(gradients), loss=0.0)
+    assert set(units(total).tolist()) == {1}
+    at_target = {name: torch.full(p.shape, total.target / math.sqrt(COUNT)) for name, p in parameters.items()}
+    full = JointSum(parameters, m)
+    full.add(at_target, norm=total.target, loss=0.0)
+    assert float(units(full).double().norm()) * full.unit <= m.gradient_bound
+
+
+def test_a_missing_gradient_counts_as_zero_and_a_half_added_patient_leaves_a_part_of_its_vector(parameters, mechanism) -> None:
+    total = JointSum(parameters, mechanism())
+    total.add({"b": torch.full((7,), 0.1)}, norm=0.1 * math.sqrt(7), loss=1.0)
+    assert not total.integers["a"].any()
+    whole = vectors(1)[0]
+    broken = JointSum(parameters, mechanism())
+    del broken.integers["b"]
+    with pytest.raises(KeyError):
+        broken.add(whole, norm=norm(whole), loss=1.0)
+    complete = summed(parameters, mechanism(), [whole])
+    assert torch.equal(broken.integers["a"], complete.integers["a"])
+    assert broken.patients == 0
+
+
+@pytest.mark.parametrize(("size", "loss"), [(math.nan, 1.0), (math.inf, 1.0), (-1.0, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_what_is_not_finite_is_refused_and_adds_nothing(size: float, loss: float, parameters, mechanism) -> None:
+    total = JointSum(parameters, mechanism())
+    with pytest.raises(ValueError, match="finite"):
+        total.add(vectors(1)[0], norm=size, loss=loss)
+    assert not units(total).any()
+    assert total.patients == 0
+
+
+def test_the_release_is_the_noised_sum_on_the_lattice_over_the_public_batch(parameters, mechanism) -> None:
+    m = mechanism(noise_multiplier=0.5)
+    total = summed(parameters, m, vectors(3))
+    exact, unit = total.integers["a"].to(torch.int64), total.unit
+    normals = torch.randn(COUNT - 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    released = total.release("a", normals.split(1000))
+    expected = (exact + (normals * (m.noise_std / unit)).round().to(torch.int64)).double() * unit / m.expected_patients
+    assert torch.equal(released, expected.to(torch.float32))
+    with pytest.raises(ValueError, match="noise was given for 3"):
+        total.release("b", [torch.zeros(3, dtype=torch.float64)])
+
+
+def test_a_sum_beyond_the_integers_wraps_and_the_release_with_it(mechanism) -> None:
+    m = mechanism()
+    total = JointSum({"w": nn.Parameter(torch.zeros(1))}, m)
+    total.integers["w"].fill_(2**31 - 1)
+    total.add({"w": torch.tensor([3 * total.unit])}, norm=3 * total.unit, loss=0.0)
+    assert total.integers["w"].item() == -(2**31) + 2
+    released = total.release("w", [torch.zeros(1, dtype=torch.float64)])
+    assert released.item() == pytest.approx((-(2**31) + 2) * total.unit / m.expected_patients)
+
+
+def test_too_many_parameters_for_the_lattice_are_refused(mechanism) -> None:
+    with pytest.raises(ValueError, match="too many for a lattice"):
+        JointSum({}, mechanism(), dimension=10**12)
+    assert JointSum({}, mechanism(), dimension=1_900_000_000).target > 0.98 * mechanism().gradient_bound
+
+
+def test_the_sensitive_sum_does_not_print_itself(parameters, mechanism) -> None:
+    assert repr(JointSum(parameters, mechanism())) == "JointSum(<sensitive>)"
