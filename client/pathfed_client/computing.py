@@ -25,6 +25,7 @@ from pathfed_client.training.augmentation import Augmentation
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.choice import decide, make_engine
 from pathfed_client.training.engines.engine import Engine, EngineUnfitError, trainable
+from pathfed_client.training.engines.serial import out_of_memory
 from pathfed_client.training.local_round import RoundOutcome, TileSource, run_round, too_small, try_base_state, unfit_engine
 from pathfed_client.training.memory import DoesNotFit, fit_microbatch, one_pass, tiles_within
 from pathfed_client.training.ranks.tasks import Mode
@@ -64,7 +65,12 @@ class RoundComputer:
         if self._plan != plan.digest:
             self.close()
             self._plan, self._model = None, None
-            self._decide(plan, places)
+            try:
+                self._decide(plan, places)
+            except (MemoryError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise too_small(type(error).__name__) from error
+                raise
         if len(places) > 1:
             self._prepare_ranks(plan, places, state)
         elif self._model is not None:
@@ -84,12 +90,9 @@ class RoundComputer:
     def context(self, plan: Plan) -> dict[str, str | int]:
         """What of all this a release depends on. Of a plan that was prepared."""
         places = self._look()
-        how: dict[str, str | int] = {
-            "device": places[0].type,
-            "ranks": len(places),
-            "mode": "single" if len(places) == 1 else self._mode(plan),
-        }
-        return {**self._compute.context(), **how, "tiles_at_once": self._at_once or plan.cohort.tiles_per_patient}
+        mode = "single" if len(places) == 1 else self._mode(plan)
+        at_once = self._at_once or plan.cohort.tiles_per_patient
+        return {**self._compute.context(), "device": places[0].type, "ranks": len(places), "mode": mode, "tiles_at_once": at_once}
 
     def run(
         self,

@@ -7,16 +7,16 @@ import logging
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
 
 from pathfed_client import answering, app, computing
-from pathfed_client.answering import SiteAnswerer
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
@@ -39,51 +39,6 @@ from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.statement import UpdateStatement
 
 SURNAMES = ("Muellerova", "Oyelaran", "Katzenstein", "Drozdowski", "Yamashiro")
-OFFERED_AT = 1_000_000.0
-
-
-@dataclass
-class Clock:
-    """A clock that sleeping moves."""
-
-    time: float = OFFERED_AT + 1.5
-    slept: list[float] = field(default_factory=list)
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.time += seconds
-
-
-@dataclass
-class Site:
-    home: SiteHome
-    store: SiteStore
-    clock: Clock
-    answer: SiteAnswerer
-
-    def charges(self) -> int:
-        return len(self.store.entries())
-
-    def released(self) -> list[str]:
-        return sorted(path.name for path in self.home.updates.iterdir())
-
-    def statement(self, answer: Answer) -> UpdateStatement:
-        assert answer.code is None, answer.code
-        assert answer.statement is not None
-        return UpdateStatement.from_envelope(answer.statement, self.home.evidence_key.public)
-
-
-@contextmanager
-def opened(home: SiteHome) -> Iterator[Site]:
-    clock = Clock()
-    with (
-        closing(SiteStore(home.database)) as store,
-        closing(SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep)) as answerer,
-    ):
-        yield Site(home, store, clock, answerer)
 
 
 @pytest.fixture
@@ -113,12 +68,6 @@ def answered(world, ready_home, tmp_path_factory) -> Iterator[tuple[Site, Answer
 def undisturbed(answered) -> bytes:
     """The update of a site with the same secrets that nothing happened to."""
     return bytes_of(answered[1])
-
-
-def bytes_of(answer: Answer) -> bytes:
-    assert answer.code is None, answer.code
-    assert answer.update is not None
-    return answer.update.read_bytes()
 
 
 def numbers(update: bytes) -> torch.Tensor:

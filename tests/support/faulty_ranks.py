@@ -22,8 +22,10 @@ from pathfed_client.training.ranks import program, replicated, sharded, shards
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.tasks import Done, Outcome
 from pathfed_common.encoder.spec import EncoderSpec
+from pathfed_common.objectives.dino import DinoSettings, SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
-from pathfed_common.objectives.objective import Draws
+from pathfed_common.objectives.objective import Draws, ObjectiveModule
+from pathfed_common.plan import Plan
 from pathfed_common.privacy.randomness import KeyedRandom
 
 SIDE = 16
@@ -68,10 +70,51 @@ class Brittle(MaskedAutoencoder):
         return super().loss(tiles_NCHW, draws) * torch.where(white, torch.nan, 1.0)
 
 
-def build(kind: type[MaskedAutoencoder] = MaskedAutoencoder) -> Callable[[], MaskedAutoencoder]:
-    """The small objective of `training_fixtures`, as ranks are told of it."""
+#: Small crops, a small head, and no colour jitter or dropped branch.
+DINO = DinoSettings(
+    local_crops=2,
+    local_crop_px=8,
+    global_scale=(0.4, 1.0),
+    local_scale=(0.1, 0.4),
+    crop_aspect=1.3,
+    colour_jitter=0.1,
+    mask_ratio=(0.3, 0.6),
+    head_dim=16,
+    bottleneck_dim=8,
+    prototypes=32,
+    student_temperature=0.1,
+    teacher_temperature=0.07,
+    centring="sinkhorn",
+    ibot_weight=1.0,
+    spread="kde",
+    spread_weight=0.1,
+    drop_path=0.0,
+)
+
+
+def build(kind: type[ObjectiveModule] = MaskedAutoencoder) -> Callable[[], ObjectiveModule]:
+    """The small objective of `training_fixtures`, or self-distillation on the same encoder, as ranks are told of it."""
     spec = EncoderSpec(name="tiny", img_size=SIDE, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    if issubclass(kind, SelfDistillation):
+        return partial(kind, spec, DINO, seed=3)
+    if not issubclass(kind, MaskedAutoencoder):
+        raise ValueError(f"no small objective of kind {kind}")
     return partial(kind, spec, mask_ratio=0.5, decoder_dim=16, decoder_depth=1, decoder_heads=2, normalise_target=False, seed=3)
+
+
+def small(plan: Plan) -> ObjectiveModule:
+    """In the place of a plan's model: the small objective."""
+    return build()()
+
+
+def hungry(plan: Plan) -> ObjectiveModule:
+    """The same, `Hungry`."""
+    return build(Hungry)()
+
+
+def insatiable(plan: Plan) -> ObjectiveModule:
+    """The same, `Insatiable`."""
+    return build(Insatiable)()
 
 
 @dataclass(frozen=True)

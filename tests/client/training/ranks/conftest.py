@@ -12,23 +12,28 @@ from pathfed_client.io.rank_group import GroupSpec, RankGroup
 from pathfed_client.io.rank_round import run_round_on_ranks
 from pathfed_client.io.shared_numbers import Layout
 from pathfed_client.training.compute import Compute
+from pathfed_client.training.engines.engine import trainable
+from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_client.training.local_round import RoundOutcome, run_round
-from pathfed_common.objectives.mae import MaskedAutoencoder
+from pathfed_common.objectives.objective import ObjectiveModule
 from pathfed_common.privacy.randomness import KeyedRandom
 
 __all__ = ["base_state", "cohort", "mechanism", "objective", "one_thread", "random", "tiles"]
 
 SECRET = bytes(range(32))
+SERIAL = Compute()
 
 
 def start(
-    mode: Any, ranks: int, *, kind: type[MaskedAutoencoder] = Scaled, slots: int = 3, timeout_s: float = 60.0, tiles_at_once: int = 2
+    mode: Any, ranks: int, *, kind: type[ObjectiveModule] = Scaled, compute: Compute = SERIAL, slots: int = 3, timeout_s: float = 60.0
 ) -> RankGroup:
     """A group that trains the small objective of its kind."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in build(kind)().state_dict().items()}
-    layout = Layout(shapes, shapes, (slots, 8, SIDE, SIDE, 3))
+    objective = build(kind)()
+    state = {name: tuple(tensor.shape) for name, tensor in objective.state_dict().items()}
+    layout = Layout(state, {name: state[name] for name in trainable(objective)}, (slots, 8, SIDE, SIDE, 3))
+    tiles_at_once = 2 if objective.separable else None
     devices = [torch.device("cpu")] * ranks
-    spec = GroupSpec(devices=devices, mode=mode, build=build(kind), layout=layout, compute=Compute(), tiles_at_once=tiles_at_once)
+    spec = GroupSpec(devices=devices, mode=mode, build=build(kind), layout=layout, compute=compute, tiles_at_once=tiles_at_once)
     return RankGroup(spec, timeout_s=timeout_s, command=COMMAND)
 
 
@@ -63,7 +68,7 @@ def compare(cohort, mechanism) -> Callable[..., tuple[RoundOutcome, RoundOutcome
     """A round on ranks, and by a single process, from the same state, cohort, secret and context."""
 
     def both(
-        group: RankGroup, *, kind: type[MaskedAutoencoder] = Scaled, tiles: Callable[[], Colours] = Colours, **changes: Any
+        group: RankGroup, *, kind: type[ObjectiveModule] = Scaled, tiles: Callable[[], Colours] = Colours, **changes: Any
     ) -> tuple[RoundOutcome, RoundOutcome]:
         single = build(kind)()
         values = {
@@ -76,6 +81,8 @@ def compare(cohort, mechanism) -> Callable[..., tuple[RoundOutcome, RoundOutcome
             **changes,
         }
         on_ranks = run_round_on_ranks(group, secret=SECRET, context={"round": 1}, tiles=tiles(), **values)
-        return on_ranks, run_round(objective=single, random=KeyedRandom(SECRET, {"round": 1}), tiles=tiles(), **values)
+        engine = SerialEngine(single, trainable(single), values["mechanism"], group.spec.compute)
+        random = KeyedRandom(SECRET, {"round": 1})
+        return on_ranks, run_round(objective=single, random=random, tiles=tiles(), engine=engine, **values)
 
     return both

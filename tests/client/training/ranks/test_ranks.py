@@ -15,6 +15,7 @@ from pathfed_client.training.local_round import RoundOutcome
 from pathfed_client.training.ranks.group import ProcessRanks
 from pathfed_client.training.ranks.sharded import ShardedEngine, passes
 from pathfed_client.training.ranks.shards import add_noise, even_run
+from pathfed_common.objectives.dino import SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -45,6 +46,23 @@ def test_a_release_equals_the_single_processs_noise_included(groups, compare, mo
     assert float(flat(pair[0]).std()) > 0.5, "there is noise, and it is the same"
     assert pair[0].notes == pair[1].notes
     assert all(tensor.dtype == torch.float32 for tensor in pair[0].update.values())
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("sharded", 2), ("replicated", 2)])
+def test_an_objective_that_compares_a_patients_tiles_is_shared_all_the_same(groups, compare, mode, ranks) -> None:
+    """A patient of one tile leaves a rank without any."""
+    pair = compare(groups(mode, ranks, kind=SelfDistillation), kind=SelfDistillation, steps=2)
+    assert difference(pair) < 10 * SAME
+    assert pair[0].notes.failures == []
+    assert not any(name.startswith("teacher.") for name in pair[0].update), "a teacher is no part of an update"
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("sharded", 2), ("replicated", 2)])
+def test_bfloat16_and_checkpointed_blocks_change_rounding_alone(groups, compare, mode, ranks) -> None:
+    """The passes compute in bfloat16 (2^-9); the noise is the same bits."""
+    pair = compare(groups(mode, ranks, compute=Compute(precision="bfloat16", activation_checkpointing=True)))
+    assert difference(pair) < 0.02
+    assert float(flat(pair[0]).std()) > 0.5
 
 
 @pytest.mark.parametrize(("mode", "ranks"), [("sharded", 2), ("replicated", 2)])
