@@ -46,6 +46,10 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "server.toml at the server": ServerSettings,
 }
 _TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "tuple": "list of texts"}
+_PATTERNS = {
+    r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$": "1 to 63 of a-z, 0-9 and inner hyphens",
+    r"^(sha256:[0-9a-f]{64})?$": "empty, or `sha256:` and 64 hex digits",
+}
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<", MultipleOf: "multiple of"}
 
 
@@ -151,7 +155,7 @@ def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
     ]
     pattern = next((str(part.pattern) for part in field.metadata if getattr(part, "pattern", None)), None)
     if pattern:
-        bounds.append("1 to 63 of a-z, 0-9 and inner hyphens")
+        bounds.append(_PATTERNS[pattern])
     if _is_table(field.annotation):
         return "table", ""
     if get_origin(field.annotation) is tuple:

@@ -77,6 +77,30 @@ _PLANS: dict[Code, CatalogEntry] = {
         " still fails, treat it as tampering and do not approve it.",
         "both",
     ),
+    Code.CHECKPOINT_UNREADABLE: CatalogEntry(
+        "The checkpoint is no safetensors file",
+        "The file given to `pathfed-server encoder import` is damaged, is of another format, or is a pickle (`.bin`, `.pt`, `.pth`). A "
+        "pickle can run any code when it is opened, so pathfed never opens one. Nothing was stored.",
+        "Take the publisher's `.safetensors` file, and compare its checksum. Where only a pickle is published, convert it on a machine"
+        " that holds nothing else, as the [operators' guide](../how-to/operators.md) says.",
+        "operator",
+    ),
+    Code.CHECKPOINT_UNFIT: CatalogEntry(
+        "The checkpoint is not this encoder",
+        "Parameters of the preset are missing from the checkpoint or have other shapes there, the whole encoder lies in it under "
+        "several prefixes, or it holds numbers that are not finite. The report names each tensor with both shapes. Nothing was stored.",
+        "Choose the preset that the encoder was published with (the [operators' guide](../how-to/operators.md) has a table); say with "
+        "`--prefix` which copy is meant, such as `teacher.backbone.`; take the publisher's original file where numbers are not finite.",
+        "operator",
+    ),
+    Code.CHECKPOINT_UNAVAILABLE: CatalogEntry(
+        "The plan's checkpoint cannot be used here",
+        "The plan's `encoder.init_from` names a checkpoint that this server does not have, that has changed on its disk, or that belongs"
+        " to another preset or another tile size. The plan was not published, or the run not started.",
+        "Import the published file with `pathfed-server encoder import`, with the plan's preset and tile size, and let "
+        "`encoder.init_from` name the digest it prints. A wanted digest that the import does not give means another file.",
+        "operator",
+    ),
 }
 
 _SITE_DATA: dict[Code, CatalogEntry] = {

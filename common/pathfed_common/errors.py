@@ -1,7 +1,7 @@
 """Every error pathfed raises on purpose, with a stable code.
 
     PathfedError
-    ├── PlanError          PF1xx  a plan that cannot be used
+    ├── PlanError          PF1xx  a plan that cannot be used, or what it starts from
     ├── SiteDataError      PF2xx  slides, patient lists, tiles
     ├── PrivacyError       PF3xx  budget, ledger, cohort size, the private step
     ├── TransportError     PF4xx  certificates, node keys, messages, bundles
@@ -27,6 +27,9 @@ class ErrorCode(StrEnum):
     PLAN_OUT_OF_BOUNDS = "PF104"
     PLAN_IMPOSSIBLE = "PF105"
     PLAN_NOT_AUTHENTIC = "PF106"
+    CHECKPOINT_UNREADABLE = "PF107"
+    CHECKPOINT_UNFIT = "PF108"
+    CHECKPOINT_UNAVAILABLE = "PF109"
 
     SLIDE_FOLDER_EMPTY = "PF201"
     PATIENT_LIST_UNREADABLE = "PF202"
@@ -159,7 +162,7 @@ class PathfedError(Exception):
 
 
 class PlanError(PathfedError):
-    """A plan that cannot be read, validated or trusted."""
+    """A plan that cannot be read, validated or trusted, or a checkpoint for one to start from."""
 
     family = "PF1"
     exit_status = 11

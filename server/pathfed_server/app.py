@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pathfed_common import files
-from pathfed_common.errors import ErrorCode, PathfedError, RoundError
+from pathfed_common.encoder.spec import preset
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan
 from pathfed_common.provenance import dsse
@@ -24,6 +25,9 @@ from pathfed_server.home import ServerHome, create_home
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
+
+    from pathfed_common.encoder.published import Match
+    from pathfed_server.encoders import Imported
 
 HOME_VARIABLE = "PATHFED_SERVER_HOME"
 
@@ -142,6 +146,7 @@ def describe_plan(plan: Plan, patients: int | None) -> dict[str, Any]:
         "plan": plan.digest,
         "name": plan.name,
         "encoder": plan.encoder.preset,
+        "starts_from": plan.encoder.init_from or "random weights",
         "rounds": plan.rounds.count,
         "private_steps": plan.total_steps,
         "expected_patients": plan.privacy.expected_patients,
@@ -164,9 +169,10 @@ def publish_plan(root: Path, file: Path, out: Path) -> Plan:
     """Sign a plan, keep it, and write it for the sites.
 
     Raises:
-        PlanError: PF1xx, what is wrong with it.
+        PlanError: PF1xx, what is wrong with it; PF109, the server does not have the checkpoint that it starts from.
     """
     plan = read_plan(file)
+    _check_start(root, plan)
     signed = seal_plan(plan, ServerHome(root).evidence_key)
     with opened(root) as store:
         store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time())
@@ -179,9 +185,11 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
 
     Raises:
         RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum.
+        PlanError: PF109, the server does not have the checkpoint that the plan starts from.
     """
     with opened(root) as store:
         row = _find_plan(store, plan)
+        _check_start(root, row.plan())
         chosen = list(sites) or [given.site for given in store.approvals(row.digest)]
         quorum = row.plan().rounds.quorum
         if len(chosen) < quorum:
@@ -193,6 +201,31 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
             )
         store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time())
         return store.run(name)
+
+
+def _check_start(root: Path, plan: Plan) -> None:
+    if plan.encoder.init_from:
+        from pathfed_server.encoders import stored_encoder
+
+        stored_encoder(ServerHome(root), plan)
+
+
+def import_encoder(
+    root: Path, file: Path, *, preset_name: str, tile_px: int | None, prefix: str | None, tell: Callable[["Match"], None]
+) -> "Imported":
+    """Bring a published encoder into the home, so that plans can start from it.
+
+    Raises:
+        HostError: PF905, no such preset, or tiles that its patches do not divide; PF904, the file cannot be read.
+        PlanError: PF107, not a safetensors file; PF108, not this encoder.
+    """
+    from pathfed_server.encoders import import_checkpoint
+
+    try:
+        spec = preset(preset_name, img_size=tile_px)
+    except ValueError as error:
+        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="--preset and --tile-px") from None
+    return import_checkpoint(ServerHome(root), file, spec, prefix=prefix, tell=tell)
 
 
 def _find_plan(store: SqlStore, text: str) -> PlanRow:

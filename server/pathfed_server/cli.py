@@ -1,6 +1,7 @@
 """`pathfed-server`: what a consortium's operator does."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,11 @@ app = typer.Typer(
 )
 sites_app = typer.Typer(no_args_is_help=True, help="Enrol sites and record their approvals.")
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
+encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
 run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
 app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
+app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
@@ -195,6 +198,33 @@ def plan_list(home: Home = _HOME, as_json: Json = False) -> None:
             for row in store.plans()
         ]
     show(rows, as_json=as_json, title="plans")
+
+
+@encoder_app.command("import")
+def encoder_import(
+    file: Annotated[Path, typer.Argument(help="The published checkpoint, a safetensors file.")],
+    preset: Annotated[str, typer.Option(help="The encoder it is for: one of the plan's encoder.preset.")],
+    tile_px: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the plan's tiles, pixels; the position embedding is resampled to it. 224 if not given."),
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="What stands before the encoder's names in the file; found out if not given.")] = None,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Check a published encoder, keep it, and print the digest that plans name it by."""
+    from pathfed_common.encoder.published import Match, report
+    from pathfed_server import app as server
+
+    def tell(match: Match) -> None:
+        if not as_json:
+            show(report(match.findings), as_json=False, title=f"{file}, names starting with {match.prefix!r}")
+
+    made = server.import_encoder(home, file, preset_name=preset, tile_px=tile_px, prefix=prefix, tell=tell)
+    result: dict[str, object] = {"init_from": made.digest, "stored": str(made.path), "prefix": made.match.prefix, **made.match.counts}
+    if as_json:
+        result["tensors"] = [asdict(finding) for finding in made.match.findings]
+    show(result, as_json=as_json, title="Imported. Let the plan's encoder.init_from name this digest.")
 
 
 @run_app.command("start")

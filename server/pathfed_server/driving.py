@@ -14,6 +14,7 @@ from pathfed_common.ids import RunName
 from pathfed_common.model import initial_state, state_shapes
 from pathfed_server.daemon import note_server_app
 from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.encoders import stored_encoder
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import RunSettings, run_rounds
@@ -58,7 +59,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
                 run=run,
                 plan=plan,
                 shapes=state_shapes(plan),
-                initial_state=lambda: initial_state(plan),
+                initial_state=lambda: initial_state(plan, stored_encoder(home, plan)),
                 key=home.evidence_key,
                 home=home.root,
             )

@@ -2,6 +2,7 @@
 
 server.toml  server-card.dsse  ca.pem  tls.pem  ports.json (while it runs)  pathfed.db (unless a database URL is set)
 keys/        evidence.pem  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
+checkpoints/ <digest>.safetensors: imported encoders that plans start from
 runs/<run>/  states/ optimiser/ spool/ quarantine/ record/
 flower/      SuperLink's database and bundles: an engine's state, not the truth
 logs/        one file per process
@@ -16,6 +17,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pathfed_common import files
+from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.processes import free_port
@@ -103,6 +105,15 @@ class ServerHome:
     def evidence_key(self) -> SigningKey:
         """The key that signs plans, offers and round records."""
         return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of imported encoders; made by the first import."""
+        return self.root / "checkpoints"
+
+    def checkpoint(self, named: Digest) -> Path:
+        """Where the imported encoder of that digest is."""
+        return self.checkpoints / f"{named.removeprefix('sha256:')}.safetensors"
 
     def run_folder(self, run: RunName) -> Path:
         """Folder of one run."""

@@ -50,6 +50,32 @@ def test_state_loads_strictly_into_the_plans_model_and_its_encoder_into_a_bare_o
     assert encoder.spec.img_size == 64
 
 
+def test_weights_to_start_from_are_taken_where_the_plan_names_some_and_nowhere_else(plan: Plan) -> None:
+    named = plan.model_copy(update={"encoder": EncoderPlan(init_seed=11, init_from="sha256:" + "0" * 64)})
+    given = dict(VisionTransformer(model.encoder_spec(plan), generator=torch.Generator().manual_seed(99)).state_dict())
+    state, random = model.initial_state(named, given), model.initial_state(plan)
+    assert list(state) == list(random)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, given.get(name.removeprefix(model.ENCODER_PREFIX), random[name]))
+    with pytest.raises(ValueError, match="weights were not given"):
+        model.initial_state(named)
+    with pytest.raises(ValueError, match="weights were given"):
+        model.initial_state(plan, given)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+def test_weights_that_are_not_the_plans_encoders_are_refused(plan: Plan, change: str) -> None:
+    named = plan.model_copy(update={"encoder": EncoderPlan(init_from="sha256:" + "0" * 64)})
+    given = dict(VisionTransformer(model.encoder_spec(plan)).state_dict())
+    if change == "missing":
+        del given["norm.bias"]
+    else:
+        other = {"extra": torch.zeros(1), "shape": torch.zeros(3), "dtype": torch.zeros(192, dtype=torch.float64)}
+        given["head.bias" if change == "extra" else "norm.bias"] = other[change]
+    with pytest.raises(ValueError, match=r"head\.bias|norm\.bias"):
+        model.initial_state(named, given)
+
+
 def test_objectives_settings_reach_the_model(plan: Plan) -> None:
     objective = plan.objective.model_copy(update={"mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 3, "normalise_target": False})
     changed = plan.model_copy(update={"objective": objective})

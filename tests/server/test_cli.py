@@ -16,6 +16,7 @@ COMMANDS = (
     *(("init",), ("start",), ("rounds",)),
     *(("sites", name) for name in ("add", "approval", "revoke", "list")),
     *(("plan", name) for name in ("check", "publish", "list")),
+    ("encoder", "import"),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
 )
 

@@ -11,6 +11,8 @@ Guarantees:
     - **Draws are exact where it matters.** `bernoulli` compares 64-bit integers; its rate is never above the one asked for, and below by
       less than 2^-64. `choose` and `permutation` reject instead of taking remainders: every outcome is equally likely.
     - **Memory is bounded.** Normals come in chunks; the values do not depend on the chunk size.
+    - **Noise has a place, not a turn.** `normal_range` and `add_normals` read a stream of their own by index (`gaussian`): the noise of an
+      element depends on the key and its index alone, so the shards of a tensor, drawn anywhere in any order, make up the whole.
 
     | draw | edge | outcome |
     | --- | --- | --- |
@@ -21,7 +23,7 @@ Guarantees:
 
 Known limits. Bitwise equality holds on one machine with one set of libraries (numpy's log and cosine may differ in the last bit
 elsewhere). Python cannot promise that a key is wiped from memory. Floating-point Gaussian noise is not the real-valued one (Mironov,
-CCS 2012): `normal_chunks` gives fp64 so that a caller adds noise in fp64 and rounds the *sum* once to fp32, which hides the gaps.
+CCS 2012): what is released gets its noise by `add_normals`, which adds in fp64 and rounds the *sum* to a coarse public grid.
 
 An object is a stream with a position and belongs to one thread.
 """
@@ -31,12 +33,18 @@ import hmac
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathfed_common import digest
+from pathfed_common.privacy.keystream import Keystream
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+    from pathfed_common.privacy.gaussian import GaussianStream
 
 SECRET_BYTES = 32
 _SALT = b"pathfed/keyed-randomness/1"
@@ -80,7 +88,7 @@ class KeyedRandom:
         for name, value in context.items():
             _check_part(f"context[{name!r}]", value)
         self._key = hkdf(secret, salt=_SALT, info=digest.canonical(dict(context)))
-        self._stream = _Keystream(hkdf(self._key, salt=_SALT, info=b"stream"))
+        self._stream = Keystream(hkdf(self._key, salt=_SALT, info=b"stream"))
 
     def __repr__(self) -> str:
         return "KeyedRandom(<key hidden>)"
@@ -102,7 +110,7 @@ class KeyedRandom:
             _check_part("part", part)
         child = KeyedRandom.__new__(KeyedRandom)
         child._key = hkdf(self._key, salt=_SALT, info=b"child" + digest.canonical([purpose, *parts]))
-        child._stream = _Keystream(hkdf(child._key, salt=_SALT, info=b"stream"))
+        child._stream = Keystream(hkdf(child._key, salt=_SALT, info=b"stream"))
         return child
 
     def words(self, n: int) -> NDArray[np.uint64]:
@@ -149,6 +157,51 @@ class KeyedRandom:
             start += len(part)
         return values
 
+    def normal_range(self, start: int, stop: int, *, chunk: int | None = None, device: "device | str" = "cpu") -> "Iterator[Tensor]":
+        """Standard normals `start` to `stop` - 1 of this source's second stream, in fp64 tensors, in order.
+
+        Normal i is the same whatever start, stop, chunk and the number of threads are: a process that holds a shard of a tensor draws
+        exactly the noise of its shard. The stream has keys of its own and no position: it moves no draw of the other methods, nor they it.
+        Reading a range twice gives the same numbers, so a source's range is for one use.
+
+        Args:
+            start: index of the first, not negative.
+            stop: index after the last, not below `start`.
+            chunk: normals at most in one tensor, rounded up to a multiple of 128; by default (and at most) what is fast on the device.
+            device: where they are computed. Another kind of device may give other last bits.
+
+        Raises:
+            ValueError: the range is no range, or chunk is not positive.
+        """
+        import torch
+
+        for part in self._gaussian().chunks(start, stop, chunk=chunk, device=torch.device(device)):
+            yield part.clone()
+
+    def add_normals(self, values: "Tensor", std: float, *, start: int = 0) -> None:
+        """Add N(0, std^2) to every value in place: std times normal `start` + i of `normal_range` to value i, on the tensor's device.
+
+        Each sum is computed in fp64, rounded to the nearest multiple of `gaussian.grid(std)`, a public power of two below std / 128, and
+        then once to the tensor's dtype. Sensitivity does not grow, because rounding comes after the noise, and what is left of the noise's
+        own floating-point grid is bounded in docs/decisions/0009-noise.md. Whole numbers are summed modulo 2^32, with std in their unit.
+        Memory beside the tensor: some 4 MB on a CPU, 64 MB elsewhere.
+
+        Args:
+            values: flat, contiguous; fp32, fp64 or int32.
+            std: the noise's std, within 2^-100 to 2^100.
+            start: index of the first value's normal; a shard gives its offset in the whole tensor.
+
+        Raises:
+            ValueError: values, std or start are none of these.
+        """
+        self._gaussian().add(values, std, start=start)
+
+    def _gaussian(self) -> "GaussianStream":
+        # Imported here: who only samples need not wait for torch.
+        from pathfed_common.privacy.gaussian import KEY_BYTES, GaussianStream
+
+        return GaussianStream(hkdf(self._key, salt=_SALT, info=b"normals", length=KEY_BYTES))
+
     def below(self, bound: int) -> int:
         """A whole number from 0 to bound - 1, every one equally likely.
 
@@ -184,21 +237,6 @@ class KeyedRandom:
     def permutation(self, n: int) -> NDArray[np.int64]:
         """The numbers 0 to n - 1 in random order, every order equally likely, shape (n,)."""
         return self.choose(n, n)
-
-
-class _Keystream:
-    """The AES-256-CTR keystream of a key used for nothing else; the counter starts at zero."""
-
-    __slots__ = ("_encrypt",)
-
-    def __init__(self, key: bytes) -> None:
-        # Imported here: encoder, objectives and the private step must import on a host that has torch and numpy alone.
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
-        self._encrypt = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update
-
-    def read(self, n: int) -> bytes:
-        return self._encrypt(bytes(n))
 
 
 def _box_muller(words: NDArray[np.uint64]) -> NDArray[np.float64]:
