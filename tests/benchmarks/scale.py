@@ -1,10 +1,10 @@
 """How large an encoder trains on this device, how fast, and what a round of the largest ones costs.
 
 Measured, on the first GPU if there is one and else on the CPU: for each preset that fits, tiles per second and model-FLOPs utilisation of
-masked autoencoding with and without privacy (same microbatch, in turn, in this process), and peak memory on a GPU. Utilisation is counted against
-what this device reaches on a large square matrix product in the same number type, measured here, not against a data sheet.
+masked autoencoding with and without privacy (same microbatch, in turn, in this process), and peak memory on a GPU. Utilisation is counted
+against what this device reaches on a large square matrix product in the same number type, measured here, not against a data sheet.
 
-On paper, printed beside it: seconds of one site's round for the largest presets, from counted FLOPs (`_flops.py`) and an assumed utilisation.
+On paper, beside it: seconds of one site's round for the largest presets, from counted FLOPs (`_flops.py`) and an assumed utilisation.
 
     python tests/benchmarks/scale.py [--quick]
 
@@ -47,7 +47,7 @@ MECHANISM = PatientMechanism(
     sampling_rate=0.1, noise_multiplier=1.0, clip_norm=1.0, expected_patients=8.0, figure_share=0.3, loss_bound=2.0
 )
 
-#: A round on paper: patients a site draws (B), tiles a patient (k), and the share of an H100's 990 dense bf16 TFLOP/s that training reaches.
+#: A round on paper: patients a site draws (B), tiles a patient (k), an H100's dense bf16 FLOP/s and the share of it that training reaches.
 PATIENTS, TILES, UTILISATION, PEAK = 1000, 16, 0.4, 990e12
 
 
