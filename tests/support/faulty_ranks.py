@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pathfed_client.io import rank_process
 from pathfed_client.training.engines.engine import JointSum
 from pathfed_client.training.engines.serial import gradient_norm
+from pathfed_client.training.private_step import add_noise
 from pathfed_client.training.ranks import program, replicated, sharded, shards
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.tasks import Done, Outcome
@@ -132,9 +133,9 @@ def _own_noise(total: JointSum, ranks: Ranks) -> dict[str, shards.Piece]:
     return replicated.joined(total, ranks)
 
 
-def _same_noise(values: Tensor, std: float, random: KeyedRandom, start: int) -> None:
+def _same_noise(values: Tensor, std: float, random: KeyedRandom, *, start: int) -> None:
     """Every piece gets the first elements of its parameter's stream."""
-    shards.add_noise(values, std, random, 0)
+    add_noise(values, std, random)
 
 
 _joined = sharded.ShardedEngine._joined

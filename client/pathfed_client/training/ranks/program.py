@@ -13,11 +13,11 @@ from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles, check_objective, trainable
 from pathfed_client.training.engines.serial import clear_gradients
 from pathfed_client.training.local_round import patient_tiles, random_of_patient, random_of_step, synthetic_patients
-from pathfed_client.training.private_step import ReleasedFigures, release_figures
+from pathfed_client.training.private_step import ReleasedFigures, add_noise, release_figures
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.replicated import joined
 from pathfed_client.training.ranks.sharded import ShardedEngine
-from pathfed_client.training.ranks.shards import Piece, add_noise, even_run, load_pieces, piece, shard
+from pathfed_client.training.ranks.shards import Piece, even_run, load_pieces, piece, shard
 from pathfed_client.training.ranks.tasks import Begin, Join, Patient
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -168,7 +168,7 @@ class RankProgram:
         pieces = here.way.summed(here.total)
         for name, held in pieces.items():
             flat = held.values.view(-1)
-            add_noise(flat, mechanism.noise_std, here.step_random.child("noise", name), held.start)
+            add_noise(flat, mechanism.noise_std, here.step_random.child("noise", name), start=held.start)
             self._shared.update[name][held.start : held.stop].copy_(flat.div_(mechanism.expected_patients))
         figures = release_figures(here.total, mechanism, here.step_random)
         self._meet()

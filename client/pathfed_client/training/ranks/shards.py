@@ -1,9 +1,9 @@
-"""Which numbers of a parameter a rank holds, and the noise on exactly those.
+"""Which numbers of a parameter a rank holds.
 
 FSDP2 cuts a parameter along its first axis into R pieces of ceil(n / R) rows, the last ones shorter or empty, so that a piece is a run of
-the flattened parameter. Noise is one stream for each parameter, keyed by its name: the number at place i gets element i of that stream,
-whoever holds it. Pieces of one parameter therefore get independent noise, all of them together the noise that a single process would add,
-and R has no part in it.
+the flattened parameter. Noise is one stream for each parameter, keyed by its name: the number at place i gets normal i of that stream,
+whoever holds it (`private_step.add_noise`). Pieces of one parameter therefore get independent noise, all of them together the noise that a
+single process would add, and R has no part in it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from pathfed_common.encoder.vit import Block
-from pathfed_common.privacy.randomness import KeyedRandom
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +91,6 @@ def load_pieces(objective: nn.Module, state: Mapping[str, Tensor], rank: int, ra
                 raise ValueError(f"tensor {name!r} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
             held = piece(tensor, rank, ranks)
             held.values.view(-1).copy_(state[name].reshape(-1)[held.start : held.stop])
-
-
-def add_noise(values: Tensor, std: float, random: KeyedRandom, start: int) -> None:
-    """Add N(0, std^2) in place to fp32 numbers that lie at `start` and behind it in their parameter: elements of the parameter's stream.
-
-    Each sum is computed in fp64 and rounded once, as in a single process.
-    """
-    flat, place, stop = values.view(-1), 0, start + values.numel()
-    for chunk in random.normal_chunks(stop):
-        first, last = max(place, start), place + len(chunk)
-        if first < last:
-            part = flat[first - start : last - start]
-            part.copy_(part.double().add_(torch.from_numpy(chunk[first - place :]).to(part.device), alpha=std))
-        place = last
 
 
 def _device_type(objective: nn.Module) -> str:

@@ -12,9 +12,10 @@ from training_fixtures import Colours
 from pathfed_client.training.augmentation import Augmentation
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.local_round import RoundOutcome
+from pathfed_client.training.private_step import add_noise
 from pathfed_client.training.ranks.group import ProcessRanks
 from pathfed_client.training.ranks.sharded import ShardedEngine, passes
-from pathfed_client.training.ranks.shards import add_noise, even_run
+from pathfed_client.training.ranks.shards import even_run
 from pathfed_common.objectives.dino import SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -146,12 +147,12 @@ def test_ranks_take_every_tile_once_in_equally_many_passes(tiles, ranks, at_once
 
 def test_noise_of_pieces_together_is_the_whole_parameters() -> None:
     whole = torch.zeros(1003)
-    add_noise(whole, 2.0, KeyedRandom(bytes(32), {}), 0)
+    add_noise(whole, 2.0, KeyedRandom(bytes(32), {}))
     parts = []
     for rank in range(4):
         start, stop = even_run(1003, rank, 4)
         parts.append(torch.zeros(stop - start))
-        add_noise(parts[-1], 2.0, KeyedRandom(bytes(32), {}), start)
+        add_noise(parts[-1], 2.0, KeyedRandom(bytes(32), {}), start=start)
     assert torch.equal(torch.cat(parts), whole)
 
 
