@@ -6,7 +6,6 @@ other last bits of the sum, and therefore gets noise of its own.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -142,7 +141,9 @@ class RoundComputer:
     def _decide(self, plan: Plan, places: Sequence[torch.device]) -> None:
         """The engine, and how many tiles it takes at once, by trying passes over public tiles."""
         model = build_model(plan)
-        asked = Compute(**plan.compute.model_dump(), memory_bytes=self._most)
+        # Weights and sum come first; what they leave is for activations.
+        room = None if self._most is None else max(1, self._most - 2 * devices.parameter_bytes(model))
+        asked = Compute(**plan.compute.model_dump(), memory_bytes=room)
         px, k, alone = plan.cohort.tile_px, plan.cohort.tiles_per_patient, len(places) == 1
         if alone:
             if self._most is not None:
@@ -158,9 +159,10 @@ class RoundComputer:
         if self._compute.engine == "serial" and model.separable:
             self._at_once = self._first_guess(model, px, -(-k // shared), places, shared)
             if alone:
-                # Where even one tile is too many, the engine still has checkpointed blocks to try; then it is PF912.
-                with suppress(DoesNotFit):
+                try:
                     self._at_once = fit_microbatch(partial(one_pass, model, self._compute, px), self._at_once)
+                except DoesNotFit:
+                    self._at_once = 1  # the engine still has checkpointed blocks to try; then it is PF912
 
     def _first_guess(self, model: ObjectiveModule, tile_px: int, own: int, places: Sequence[torch.device], shared: int) -> int:
         """Tiles a pass takes at once: all a device has of a patient, or on the CPU as many as the policy's limit allows by estimate."""
