@@ -49,6 +49,7 @@ _TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": 
 _PATTERNS = {
     r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$": "1 to 63 of a-z, 0-9 and inner hyphens",
     r"^(sha256:[0-9a-f]{64})?$": "empty, or `sha256:` and 64 hex digits",
+    r"^(auto|cpu|cuda|cuda:(0|[1-9][0-9]{0,2}))$": "`auto`, `cpu`, `cuda`, or `cuda:` and a number",
 }
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<", MultipleOf: "multiple of"}
 
@@ -161,7 +162,7 @@ def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
     if get_origin(field.annotation) is tuple:
         return "list of texts", ", ".join(bounds)
     if type(None) in get_args(field.annotation):
-        return "text", ", ".join(bounds)
+        return "number" if float in get_args(field.annotation) else "text", ", ".join(bounds)
     name = _TYPE_WORDS.get(str(getattr(field.annotation, "__name__", "")), "table of numbers")
     return name, ", ".join(bounds) or ("> 0" if name == "table of numbers" else "")
 

@@ -4,7 +4,7 @@ The order of the steps is the privacy argument:
 
     1. gate       signature, addressee, approved plan, round order, base state's digest      public facts only
     2. resend     an answer already sealed for this very offer goes out again, byte for byte  nothing new is released
-    3. try        the base state on synthetic tiles                                           no patient is touched yet
+    3. try        the base state on synthetic tiles, with devices, processes and memory       no patient is touched yet
     4. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
     5. train      the private steps, with randomness keyed by all that the release depends on
     6. seal       unless something was withdrawn since the cohort was read (then 4 again, without it); update and statement are on the
@@ -43,6 +43,7 @@ from pathfed_client.budget.entry import LedgerEntry
 from pathfed_client.budget.ledger import Ledger
 from pathfed_client.cohort.cohort import Cohort
 from pathfed_client.cohort.withdrawal import Withdrawn
+from pathfed_client.computing import RoundComputer
 from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
@@ -53,17 +54,15 @@ from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, S
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
-from pathfed_client.training.augmentation import Augmentation
-from pathfed_client.training.local_round import RoundOutcome, run_round, try_base_state
+from pathfed_client.training.local_round import RoundOutcome
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
-from pathfed_common.model import build_model, state_shapes
+from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
-from pathfed_common.privacy.randomness import KeyedRandom
 from pathfed_common.protocol.messages import RoundOffer
 from pathfed_common.provenance.documents import open_plan
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
@@ -93,7 +92,7 @@ class _Task:
         return self.plan.mechanism(self.approval.declared_patients)
 
     def context(self) -> dict[str, str | int]:
-        """Everything the release depends on, for the keyed randomness. The cohort's digest keeps it at the site."""
+        """All that the release depends on beside the run's secret and how it is computed. The cohort's digest keeps it at the site."""
         return {
             "plan": self.offer.plan,
             "run": self.offer.run,
@@ -103,13 +102,11 @@ class _Task:
             "withdrawn": len(self.withdrawn),
             "declared_patients": self.approval.declared_patients,
             "code": code_digest(PACKAGES),
-            "engine": "serial",
-            "device": "cpu",
         }
 
 
 class SiteAnswerer:
-    """Answers round offers for one site. Keeps the model of the last plan warm between rounds."""
+    """Answers round offers for one site. Keeps the model of the last plan, and its processes, warm between rounds."""
 
     def __init__(
         self, home: SiteHome, store: SiteStore, *, now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
@@ -118,7 +115,7 @@ class SiteAnswerer:
         self._store = store
         self._now = now
         self._sleep = sleep
-        self._warm: tuple[Digest, torch.nn.Module] | None = None
+        self._computer = RoundComputer(home.policy)
         self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
 
@@ -194,16 +191,15 @@ class SiteAnswerer:
     def _train(self, task: _Task, base_state: bytes) -> SealedUpdate:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
-        objective = self._objective(plan)
         state = _open_state(base_state, plan)
-        try_base_state(objective=objective, base_state=state, tile_px=plan.cohort.tile_px, tiles_per_patient=plan.cohort.tiles_per_patient)
+        self._computer.prepare(plan, task.mechanism, state)
         readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         entry = self._charge(task, secret)
         try:
             while True:
                 try:
-                    return self._seal(task, self._draw(task, objective, state, secret, readers), entry)
+                    return self._seal(task, self._draw(task, state, secret, readers), entry)
                 except WithdrawnMeanwhileError:
                     self._note_discarded(offer)
                 check_deadline(offer, self._now())
@@ -217,7 +213,7 @@ class SiteAnswerer:
     def _charge(self, task: _Task, secret: bytes) -> LedgerEntry:
         offer, plan = task.offer, task.plan
         return self._ledger.charge(
-            release_id=digest.of_value({**task.context(), "secret": secret_id(secret)}),
+            release_id=digest.of_value(self._context(task, secret)),
             plan=offer.plan,
             run=offer.run,
             round_index=offer.round_index,
@@ -227,24 +223,22 @@ class SiteAnswerer:
             now=self._now(),
         )
 
-    def _draw(
-        self, task: _Task, objective: torch.nn.Module, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None
-    ) -> RoundOutcome:
-        plan = task.plan
+    def _context(self, task: _Task, secret: bytes) -> dict[str, str | int]:
+        """Everything the release depends on: it keys the randomness and names the charge."""
+        return {**task.context(), **self._computer.context(task.plan), "secret": secret_id(secret)}
+
+    def _draw(self, task: _Task, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None) -> RoundOutcome:
         if readers is not None and not readers.is_open:
             readers = None  # an earlier draw of this round had to do without; no process is started after the charge
-        with TileStream(self._store, self._home.slides, plan.cohort, workers=readers) as stream:
-            return run_round(
-                objective=objective,
+        with TileStream(self._store, self._home.slides, task.plan.cohort, workers=readers) as stream:
+            return self._computer.run(
+                plan=task.plan,
                 base_state=state,
                 cohort=task.cohort,
                 tiles=stream,
                 mechanism=task.mechanism,
-                tiles_per_patient=plan.cohort.tiles_per_patient,
-                steps=plan.rounds.steps,
-                local_learning_rate=plan.rounds.local_learning_rate,
-                random=KeyedRandom(secret, {**task.context(), "secret": secret_id(secret)}),
-                augmentation=Augmentation(**plan.augmentation.model_dump()),
+                secret=secret,
+                context=self._context(task, secret),
             )
 
     def _note_discarded(self, offer: RoundOffer) -> None:
@@ -262,15 +256,11 @@ class SiteAnswerer:
         return self._readers
 
     def close(self) -> None:
-        """End the reading processes. Safe to call twice."""
+        """End the reading processes and the ranks. Safe to call twice."""
+        self._computer.close()
         if self._readers is not None:
             self._readers.close()
             self._readers = None
-
-    def _objective(self, plan: Plan) -> torch.nn.Module:
-        if self._warm is None or self._warm[0] != plan.digest:
-            self._warm = (plan.digest, build_model(plan))
-        return self._warm[1]
 
     def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry) -> SealedUpdate:
         offer = task.offer

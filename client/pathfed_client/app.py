@@ -188,12 +188,14 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
     Raises:
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
         SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
+        HostError: PF910, a device that the policy names is not there.
     """
     from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import StoredApproval
     from pathfed_common.errors import PrivacyError
 
     data, plan = read_signed_plan(home, signed_plan)
+    check_devices(home)
     check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
     with closing(open_store(home)) as store:
         found = site_cohort.summary(store, plan.cohort, home.pseudonym_key).patients
@@ -223,6 +225,18 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
             )
         )
     return approval
+
+
+def check_devices(home: SiteHome) -> None:
+    """See that the devices which the policy names are there. Imports torch only where one could be missing.
+
+    Raises:
+        HostError: PF910, one is not.
+    """
+    if home.policy.names_gpus:
+        from pathfed_client.training.device import resolve_all
+
+        resolve_all(home.policy.device, home.policy.devices)
 
 
 def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
@@ -384,7 +398,7 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
     """Run the site's processes until interrupted. One such command a home.
 
     Raises:
-        HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing.
+        HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing; PF910, a device is missing.
         TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged; PF308 to PF310, see `open_ledger`.
     """
@@ -401,6 +415,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
+    check_devices(home)
     _greet(home, tell)
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)

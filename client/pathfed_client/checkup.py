@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathfed_client.home import SiteHome
 from pathfed_client.io.doctor.findings import Finding, Severity, judge
 from pathfed_client.io.doctor.looking import free_bytes, look_at_folders, look_at_keys, look_at_list, measure_speed
-from pathfed_client.io.doctor.seen import SiteSeen
+from pathfed_client.io.doctor.seen import DevicesSeen, SiteSeen
 from pathfed_client.io.doctor.slides import Looker, LookTask, draw_sample, look_at_sample
 from pathfed_client.transport.preflight import check_server
 from pathfed_common.errors import ErrorCode, HostError, TransportError
@@ -99,8 +99,20 @@ def examine_site(home: SiteHome, plan: Plan | None, *, sample: int, seconds: flo
         free_bytes=free_bytes(home.root),
         keys=look_at_keys(home.root, KEY_FOLDERS, KEY_FILES),
         server=_server(home),
+        devices=_devices(home),
     )
     return Checkup(judge(seen, plan))
+
+
+def _devices(home: SiteHome) -> DevicesSeen:
+    from pathfed_client.training.device import gpus, resolve_all
+
+    policy = home.policy
+    try:
+        found = resolve_all(policy.device, policy.devices)
+    except HostError as error:
+        return DevicesSeen(kind="", count=policy.devices, gpus=gpus(), code=error.code)
+    return DevicesSeen(kind=found[0].type, count=len(found), gpus=gpus())
 
 
 def _server(home: SiteHome) -> ErrorCode | None:

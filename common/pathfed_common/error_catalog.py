@@ -388,6 +388,13 @@ _PRIVACY: dict[Code, CatalogEntry] = {
         "Raise the target, or change what is held fixed: fewer rounds, more noise, fewer expected patients, more declared patients.",
         "operator",
     ),
+    Code.ENGINE_UNFIT: CatalogEntry(
+        "The plan's engine does not fit its objective",
+        "The plan asks for the book-keeping engine, but a layer of the model has no rule for the gradient of each patient, or the gradients "
+        "on synthetic tiles are not those of the serial engine. The site has refused before any budget was spent.",
+        'The operator sets `engine = "serial"` in the plan\'s `[compute]`; it takes any layer.',
+        "operator",
+    ),
 }
 
 _TRANSPORT: dict[Code, CatalogEntry] = {
@@ -699,6 +706,30 @@ _HOST: dict[Code, CatalogEntry] = {
         "The doctor found errors",
         "`pathfed-site doctor` found something that keeps this site from taking part as it should. Nothing was changed.",
         "Each finding comes with a hint. Put right those marked `error`, from the top down, and run it again.",
+        "site",
+    ),
+    Code.DEVICE_MISSING: CatalogEntry(
+        "A GPU is not there",
+        "The site's policy names a device, or a number of devices, that this machine does not have, or that its driver or its torch does "
+        "not show. Nothing was charged.",
+        "`nvidia-smi` shows the GPUs; `CUDA_VISIBLE_DEVICES` may hide some. Correct `device` or `devices` in `policy.toml`; with `cpu` a "
+        "site trains without a GPU.",
+        "site",
+    ),
+    Code.RANK_ENDED: CatalogEntry(
+        "One of several training processes ended",
+        "With several devices each has a process of its own. One of them ended, failed or took too long, and all were ended. Nothing was "
+        "released. If the round was charged, the charge stays; the same offer again is the same release and costs nothing more.",
+        "The site's log names the kind of error. Look for what ended the process: the kernel's log, another program on the GPU. The next "
+        "offer starts the processes anew.",
+        "site",
+    ),
+    Code.MEMORY_TOO_SMALL: CatalogEntry(
+        "The memory is too small for this plan",
+        "Training was tried on synthetic tiles, before any charge, and does not fit into the memory it may use, one tile at a time. "
+        "Nothing was charged.",
+        "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, "
+        "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
         "site",
     ),
 }

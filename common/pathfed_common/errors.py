@@ -71,6 +71,7 @@ class ErrorCode(StrEnum):
     LEDGER_BEHIND = "PF309"
     LEDGER_UNWITNESSED = "PF310"
     TARGET_OUT_OF_REACH = "PF311"
+    ENGINE_UNFIT = "PF312"
 
     CERTIFICATE_REFUSED = "PF401"
     NODE_KEY_UNKNOWN = "PF402"
@@ -119,6 +120,9 @@ class ErrorCode(StrEnum):
     TOOL_MISSING = "PF907"
     SCHEDULER_LOST = "PF908"
     SITE_UNFIT = "PF909"
+    DEVICE_MISSING = "PF910"
+    RANK_ENDED = "PF911"
+    MEMORY_TOO_SMALL = "PF912"
 
 
 class PathfedError(Exception):

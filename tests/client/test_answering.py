@@ -7,16 +7,16 @@ import logging
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
 
-from pathfed_client import answering, app
-from pathfed_client.answering import SiteAnswerer
+from pathfed_client import answering, app, computing
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
@@ -41,51 +41,6 @@ from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.statement import UpdateStatement
 
 SURNAMES = ("Muellerova", "Oyelaran", "Katzenstein", "Drozdowski", "Yamashiro")
-OFFERED_AT = 1_000_000.0
-
-
-@dataclass
-class Clock:
-    """A clock that sleeping moves."""
-
-    time: float = OFFERED_AT + 1.5
-    slept: list[float] = field(default_factory=list)
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.time += seconds
-
-
-@dataclass
-class Site:
-    home: SiteHome
-    store: SiteStore
-    clock: Clock
-    answer: SiteAnswerer
-
-    def charges(self) -> int:
-        return len(self.store.entries())
-
-    def released(self) -> list[str]:
-        return sorted(path.name for path in self.home.updates.iterdir())
-
-    def statement(self, answer: Answer) -> UpdateStatement:
-        assert answer.code is None, answer.code
-        assert answer.statement is not None
-        return UpdateStatement.from_envelope(answer.statement, self.home.evidence_key.public)
-
-
-@contextmanager
-def opened(home: SiteHome) -> Iterator[Site]:
-    clock = Clock()
-    with (
-        closing(SiteStore(home.database)) as store,
-        closing(SiteAnswerer(home, store, now=clock.now, sleep=clock.sleep)) as answerer,
-    ):
-        yield Site(home, store, clock, answerer)
 
 
 @pytest.fixture
@@ -115,12 +70,6 @@ def answered(world, ready_home, tmp_path_factory) -> Iterator[tuple[Site, Answer
 def undisturbed(answered) -> bytes:
     """The update of a site with the same secrets that nothing happened to."""
     return bytes_of(answered[1])
-
-
-def bytes_of(answer: Answer) -> bytes:
-    assert answer.code is None, answer.code
-    assert answer.update is not None
-    return answer.update.read_bytes()
 
 
 def numbers(update: bytes) -> torch.Tensor:
@@ -417,7 +366,8 @@ def test_a_crash_after_the_charge_ends_with_the_bytes_of_an_undisturbed_run_char
         if place == "write_atomic":
             patch.setattr(files, place, crash_half_way)
         else:
-            patch.setattr({"put_sealed": SiteStore, "advance": RunSecrets}.get(place, answering), place, crash)
+            owners = {"put_sealed": SiteStore, "advance": RunSecrets, "run_round": computing}
+            patch.setattr(owners.get(place, answering), place, crash)
         with pytest.raises(Crash):
             site.answer(world.offer(), world.base_state)
         assert site.charges() == 1
@@ -439,13 +389,13 @@ def test_a_failure_after_the_charge_is_a_code_at_a_time_slot_and_the_round_can_s
         raise RuntimeError(f"cannot read {SURNAMES[0]}_biopsy.tif")
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", fail)
+        patch.setattr(computing, "run_round", fail)
         answer = site.answer(world.offer(), world.base_state)
     assert answer == Answer(code="PF410")
     assert SURNAMES[0] not in repr(answer)
     shown = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert [line for line in shown if SURNAMES[0] in line] == []
-    assert any(line.startswith("the round failed: RuntimeError at pathfed_client.answering:") for line in shown)
+    assert any(line.startswith("the round failed: RuntimeError at pathfed_client.computing:") for line in shown)
     assert not any(record.exc_info for record in caplog.records if record.levelno >= logging.INFO), "a traceback shows the text"
     assert SURNAMES[0] in caplog.text  # on demand, the hospital's own log says what it was
     assert site.clock.time == pytest.approx(OFFERED_AT + 10.0)
@@ -458,7 +408,7 @@ def test_a_round_charged_but_not_sealed_gets_other_noise_and_a_charge_of_its_own
     world, site, undisturbed, dump_state, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", lambda **_: 1 / 0)
+        patch.setattr(computing, "run_round", lambda **_: 1 / 0)
         assert site.answer(world.offer(), world.base_state).code == "PF410"
     name = sorted(weights.load(world.base_state))[0]
     other = dump_state(world.plan, **{name: weights.load(world.base_state)[name] + 1e-6})
@@ -482,8 +432,8 @@ def stopped(site: Site, world, patch, **changes) -> tuple[bytes, dict]:
         made.append((secret, context))
 
     with patch.context() as inner:
-        inner.setattr(answering, "KeyedRandom", record)
-        inner.setattr(answering, "run_round", lambda **_: 1 / 0)
+        inner.setattr(computing, "KeyedRandom", record)
+        inner.setattr(computing, "run_round", lambda **_: 1 / 0)
         state = changes.pop("state", world.base_state)
         assert site.answer(world.offer(base_state=state, **changes), state).code == "PF410"
     (secret, context), *others = made
@@ -495,6 +445,8 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
     secret, context = stopped(site, world, monkeypatch)
     current = RunSecrets(site.home.run_secrets).current(run_name("run-1"), 1)
     assert secret == current
+    engine = context["engine"]
+    assert engine in ("serial", "book_keeping")
     assert context == {
         "plan": world.plan.digest,
         "run": "run-1",
@@ -504,8 +456,15 @@ def test_the_randomness_is_keyed_by_the_runs_secret_and_by_all_that_the_release_
         "withdrawn": 0,
         "declared_patients": 4,
         "code": code_digest(("pathfed_client", "pathfed_common")),
-        "engine": "serial",
+        "engine": engine,
+        "patients_at_once": 1 if engine == "serial" else context["patients_at_once"],
+        "precision": "float32",
+        "activation_checkpointing": 0,
+        "compile": 0,
         "device": "cpu",
+        "ranks": 1,
+        "mode": "single",
+        "tiles_at_once": 2,
         "secret": secret_id(current),
     }
     assert [entry.release_id for entry in app.open_ledger(site.home, site.store).verify()] == [digest.of_value(context)]
@@ -623,7 +582,7 @@ class Rounds:
 
 def watch(monkeypatch, then: Callable[[], None]) -> Rounds:
     rounds = Rounds(then)
-    monkeypatch.setattr(answering, "run_round", rounds.run)
+    monkeypatch.setattr(computing, "run_round", rounds.run)
     return rounds
 
 
@@ -722,7 +681,7 @@ def test_a_round_that_crashed_before_a_withdrawal_is_another_release_after_it(wo
 
     home = copy_home()
     with opened(home) as site, monkeypatch.context() as patch:
-        patch.setattr(answering, "run_round", crash)
+        patch.setattr(computing, "run_round", crash)
         with pytest.raises(Crash):
             site.answer(world.offer(), world.base_state)
     with opened(SiteHome(home.root)) as site:
@@ -787,7 +746,7 @@ def test_how_long_a_round_took_is_in_nothing_that_leaves(world, copy_home, monke
                 clock.time += seconds
                 return run_round(**options)
 
-            patch.setattr(answering, "run_round", slowly)
+            patch.setattr(computing, "run_round", slowly)
             said.append(site.statement(site.answer(world.offer(), world.base_state)))
             left_at.append(site.clock.time)
     assert left_at == pytest.approx([OFFERED_AT + 5.0] * 2)

@@ -20,7 +20,21 @@ from pathfed_common.provenance.documents import ServerCard
 from pathfed_server.transport.certificates import TlsFiles, make_tls
 
 SURNAMES = ("Muellerova", "Oyelaran", "Katzenstein", "Drozdowski", "Yamashiro")
-CHECKS = ["folders", "patients", "readable", "formats", "mpp", "content", "decoders", "direct", "speed", "disk", "keys", "server"]
+CHECKS = [
+    "folders",
+    "patients",
+    "readable",
+    "formats",
+    "mpp",
+    "content",
+    "decoders",
+    "direct",
+    "speed",
+    "disk",
+    "devices",
+    "keys",
+    "server",
+]
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The hospital's own limits, applied at the site to every plan and offer. A plan may ask for less, never for more."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from pathfed_common.errors import ErrorCode, PrivacyError
@@ -18,8 +20,23 @@ class SitePolicy(Settings):
     reply_slots: bool = True
     #: CPU threads training may use.
     threads: int = Field(default=1, ge=1, le=1024)
+    #: Where training runs: "auto" (the first GPU if there is one, else the CPU), "cuda", "cuda:N" for the GPU of that number, or "cpu".
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:(0|[1-9][0-9]{0,2}))$")
+    #: How many devices compute a round together: that many GPUs from the first on, or, on the CPU, that many processes.
+    devices: int = Field(default=1, ge=1, le=64)
+    #: With several devices: "sharded", the model is cut among them and they share each patient's tiles; "replicated", each has a copy and
+    #: patients of its own; "auto": sharded where a copy does not fit well into one device.
+    sharding: Literal["auto", "sharded", "replicated"] = "auto"
+    #: Most memory of a device that training may take, GB (10^9 bytes). Left out: all of it. On the CPU it decides how many tiles are taken
+    #: at once, and is no hard limit.
+    device_memory_gb: float | None = Field(default=None, gt=0, le=10_000)
     #: Processes that read slides ahead of training. 0: training reads for itself, and a slide that crashes its decoder ends the client.
     tile_workers: int = Field(default=1, ge=0, le=256)
+
+    @property
+    def names_gpus(self) -> bool:
+        """Whether the device it asks for may be missing on a machine."""
+        return self.device.startswith("cuda") or (self.device == "auto" and self.devices > 1)
 
 
 def check_plan(policy: SitePolicy, plan: Plan, declared_patients: int, epsilon_of_plan: float) -> None:

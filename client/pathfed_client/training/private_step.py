@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.engines.engine import Engine, JointSum, NotContributed, PatientLoader, PatientTiles, check_objective
@@ -137,25 +136,32 @@ def _contribute(engine: Engine, batch: list[PatientLoader], total: JointSum) -> 
 def _release(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> Release:
     """Noise on every coordinate of the joint sum; its gradients are turned into the release in place."""
     for name in sorted(total.gradients):
-        _add_noise(total.gradients[name], mechanism.noise_std, random.child("noise", name))
+        add_noise(total.gradients[name], mechanism.noise_std, random.child("noise", name))
         total.gradients[name].div_(mechanism.expected_patients)
+    return Release(gradients=total.gradients, figures=release_figures(total, mechanism, random))
+
+
+def release_figures(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> ReleasedFigures:
+    """Noise on the two figures of the joint sum."""
     noise = next(random.child("figure noise").normal_chunks(2)) * mechanism.noise_std
     loss_joint = total.loss_shares * mechanism.figure_scale + float(noise[0])
     patients_joint = total.patients * mechanism.figure_scale + float(noise[1])
-    figures = ReleasedFigures(
+    return ReleasedFigures(
         loss_sum=loss_joint / mechanism.figure_scale * mechanism.loss_bound,
         loss_sum_std=mechanism.loss_sum_std,
         patients=patients_joint / mechanism.figure_scale,
         patients_std=mechanism.patients_std,
     )
-    return Release(gradients=total.gradients, figures=figures)
 
 
-def _add_noise(values: Tensor, std: float, random: KeyedRandom) -> None:
-    """Add N(0, std^2) to every number of an fp32 tensor in place, chunk by chunk, each sum computed in fp64 and rounded once."""
-    flat = values.view(-1)
-    start = 0
-    for chunk in random.normal_chunks(len(flat)):
-        part = flat[start : start + len(chunk)]
-        part.copy_(part.double().add_(torch.from_numpy(chunk).to(part.device), alpha=std))
-        start += len(chunk)
+def add_noise(values: Tensor, std: float, random: KeyedRandom, *, start: int = 0) -> None:
+    """Add N(0, std^2) to every number of an fp32 tensor in place, each sum computed in fp64 and rounded once.
+
+    The number at place i gets normal `start` + i of the source: a process that holds a piece of a parameter, from `start` on, adds exactly
+    what a process that holds all of it would add there.
+    """
+    flat, place = values.view(-1), 0
+    for normals in random.normal_range(start, start + len(flat), device=flat.device):
+        part = flat[place : place + len(normals)]
+        part.copy_(normals.mul_(std).add_(part))
+        place += len(normals)

@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
             keep_NK: indices of the visible patches of each image, int64 in [0, L); the others are dropped after the position embedding
                 is added. None: all patches are visible.
             masked_NL: bool; where true, `mask_token_D` stands in the place of the projected patch, and gets that place's position.
-            mask_token_D: the mask token, (D,). It is the caller's: timm's encoders have none.
+            mask_token_D: the mask token, (D,), or one for each image, (N, 1, D). It is the caller's: timm's encoders have none.
             drop_ND: stochastic depth: each tile's factor on each residual branch, float (N, 2 * depth), a block's attention branch before
                 its MLP branch, as `stochastic_depth.drop_path_factors` makes it. None: no branch is dropped. Here alone the last
                 axis is not the token width. A branch with factor 0 for every tile gets gradients that are zero, not absent ones.
@@ -219,12 +219,16 @@ class VisionTransformer(nn.Module):
             raise ValueError("masked_NL and mask_token_D go together: one is given, the other is not")
         expected = {
             "masked_NL": (masked_NL, (shape[0], (shape[2] // side) * (shape[3] // side))),
-            "mask_token_D": (mask_token_D, (self.spec.embed_dim,)),
+            "mask_token_D": (mask_token_D, self._mask_shape(mask_token_D, shape[0])),
             "drop_ND": (drop_ND, (shape[0], 2 * self.spec.depth)),
         }
         for name, (tensor, wanted) in expected.items():
             if tensor is not None and tuple(tensor.shape) != wanted:
                 raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
+
+    def _mask_shape(self, mask_token_D: Tensor | None, images: int) -> tuple[int, ...]:
+        one = mask_token_D is None or mask_token_D.ndim < 3
+        return (self.spec.embed_dim,) if one else (images, 1, self.spec.embed_dim)
 
     def _prefix(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Class and register tokens, and the position embedding of that many patches, each (1, tokens, D)."""

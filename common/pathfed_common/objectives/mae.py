@@ -8,7 +8,7 @@ Masks come from the random source that the caller passes; torch's global generat
 Legend of shape suffixes: N tiles, C channels, H and W pixels, L patches, K visible patches, T tokens, D width, V pixel values of a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape
 from pathfed_common.encoder.vit import LAYER_NORM_EPS, Block, VisionTransformer, initialise_layers, linear, sine_positions, take_tokens
-from pathfed_common.objectives.objective import Draws, Uniforms
+from pathfed_common.objectives.objective import Draws, ObjectiveModule, Uniforms
 
 #: Added to a patch's variance before dividing, as in the paper's code.
 _TARGET_EPS = 1e-6
+#: Hidden patches in pictures.
+_HIDDEN_GREY = 200
 
 
 def normalise(tiles_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class MaeHead(nn.Module):
         return predicted
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(ObjectiveModule):
     """Encoder and head, trained together. State dict: ``encoder.<timm name>`` and ``head.<name>``, see `state_shapes`."""
 
     #: A tile's loss is its own, and a patient's the mean over its tiles.
@@ -154,6 +156,14 @@ class MaskedAutoencoder(nn.Module):
         errors_NL = (predicted_NLV - target_NLV).square().mean(-1)
         return (errors_NL * hidden_NL).sum(1) / hidden_NL.sum(1)
 
+    def pictures(self, tiles_NCHW: Tensor, draws: Draws) -> Mapping[str, NDArray[np.uint8]]:
+        """The patches that the encoder sees, the others grey, and the tiles with the others predicted."""
+        pixels, side = to_pixels(tiles_NCHW), self.spec.patch_size
+        seen_NL = torch.zeros(len(pixels), self.spec.patches, dtype=torch.bool).scatter(1, draws["keep"].cpu(), value=True)
+        seen_NHW = seen_NL.view(-1, self.spec.grid, self.spec.grid).numpy().repeat(side, axis=1).repeat(side, axis=2)
+        hidden = np.where(seen_NHW[..., None], pixels, np.uint8(_HIDDEN_GREY))
+        return {"what the encoder sees": hidden, "predicted from it": to_pixels(self.reconstruct(tiles_NCHW, draws))}
+
     @torch.no_grad()
     def reconstruct(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
         """The tiles with their hidden patches replaced by predictions, float32 (N, 3, H, W), in `normalise`'s units.
@@ -190,8 +200,11 @@ class MaskedAutoencoder(nn.Module):
         return pixels.reshape(n, 3, grid * side, grid * side)
 
 
-def state_shapes(spec: EncoderSpec, *, decoder_dim: int, decoder_depth: int, decoder_heads: int) -> dict[str, Shape]:
-    """Shape of every tensor of a `MaskedAutoencoder`, all of them trained, by its name in the state dict, without building it."""
+def state_shapes(spec: EncoderSpec, *, decoder_dim: int, decoder_depth: int, decoder_heads: int, **_: object) -> dict[str, Shape]:
+    """Shape of every tensor of a `MaskedAutoencoder`, all of them trained, by its name in the state dict, without building it.
+
+    The other settings shape nothing.
+    """
     block = _decoder_spec(spec, dim=decoder_dim, depth=decoder_depth, heads=decoder_heads)
     values = 3 * spec.patch_size**2
     head: dict[str, Shape] = {

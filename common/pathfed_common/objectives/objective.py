@@ -1,7 +1,8 @@
 """What every self-supervised objective offers, so that the private step can train it without knowing which one it is.
 
-An objective is one file here: a torch module (its state dict is the base state) with the four members below. To add one: write the file,
-give it a section in `pathfed_common.plan`, name it in `pathfed_common.model`. `tests/statistics` then runs the removal test on it.
+An objective is one file here: an `ObjectiveModule` (its state dict is the base state). To add one: write the file, give it a section in
+`pathfed_common.plan`, add its line to the table in `pathfed_common.model`, and a row to the table of `tests/support/objectives.py`, so that
+the tests of what holds for every objective, the removal test first, run on it.
 
 **An objective MUST NOT mix patients.** Whatever it averages, centres or compares lies within one patient's tiles: the gradient of a
 patient's loss is then that patient's own, and clipping it bounds the patient's influence.
@@ -14,7 +15,9 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from pathfed_common.encoder.spec import EncoderSpec
 
 #: What an objective drew for some tiles, by name. The first axis of every tensor is the tiles', so that it can be cut and joined with them.
 Draws = Mapping[str, Tensor]
@@ -51,3 +54,14 @@ class Objective(Protocol):
             counts: tiles of each patient; at least 1 each, they add up to N.
         """
         ...
+
+
+class ObjectiveModule(nn.Module, Objective):
+    """A torch module that is an objective: what a plan's model is. State dict: ``encoder.``, ``head.`` and, never trained, ``teacher.``."""
+
+    #: The encoder's shape.
+    spec: EncoderSpec
+
+    def pictures(self, tiles_NCHW: Tensor, draws: Draws) -> Mapping[str, NDArray[np.uint8]]:
+        """What can be shown of the model at work on these tiles: captions to RGB pictures (N, H, W, 3), for people to look at."""
+        raise NotImplementedError

@@ -7,7 +7,7 @@ import torch
 from pathfed_client.training import local_round
 from pathfed_client.training.local_round import load_state, run_round, try_base_state
 from pathfed_client.training.private_step import Release, private_step
-from pathfed_common.errors import ErrorCode, PrivacyError
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.privacy.mechanism import PatientMechanism
 
 
@@ -218,6 +218,6 @@ def test_tiles_too_large_for_the_memory_are_refused_before_the_charge(objective,
         raise MemoryError
 
     monkeypatch.setattr(objective, "loss", exhausted)
-    with pytest.raises(PrivacyError) as caught:
+    with pytest.raises(HostError) as caught:
         try_base_state(objective=objective, base_state=base_state, tile_px=16, tiles_per_patient=4)
-    assert caught.value.value == "MemoryError"
+    assert (caught.value.code, caught.value.value) == (ErrorCode.MEMORY_TOO_SMALL, "MemoryError")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pathfed_client.io.doctor.seen import DecoderSeen, FoldersSeen, KeySeen, ListSeen, MppState, SiteSeen, SlideSeen, SpeedSeen
+from pathfed_client.io.doctor.seen import DecoderSeen, DevicesSeen, FoldersSeen, KeySeen, ListSeen, MppState, SiteSeen, SlideSeen, SpeedSeen
 from pathfed_common.errors import ErrorCode
 from pathfed_common.plan import Plan
 
@@ -84,6 +84,7 @@ def judge(seen: SiteSeen, plan: Plan | None) -> tuple[Finding, ...]:
         judge_direct(sample),
         judge_speed(seen.speed, plan),
         judge_disk(seen.free_bytes, seen.folders.slides),
+        judge_devices(seen.devices),
         judge_keys(seen.keys),
         judge_server(seen.server),
     )
@@ -258,6 +259,23 @@ def judge_disk(free_bytes: int, slides: int) -> Finding:
         severity = Severity.ERROR
     codes = {ErrorCode.DISK_FULL: 1} if severity is Severity.ERROR else {}
     return Finding(check="disk", severity=severity, what=what, hint=hint, codes=codes, counts=counts)
+
+
+def judge_devices(seen: DevicesSeen) -> Finding:
+    """Is there what the policy wants to train on?"""
+    counts: dict[str, float] = {"devices": seen.count, "gpus": seen.gpus}
+    if seen.code is not None:
+        what, hint = f"the policy names a GPU that is not there; {seen.gpus} can be seen", "correct device and devices in policy.toml"
+        return Finding(check="devices", severity=Severity.ERROR, what=what, hint=hint, codes={seen.code: 1}, counts=counts)
+    name = "GPU" if seen.kind == "cuda" else "CPU"
+    what = f"training runs on the {name}" if seen.count == 1 else f"training runs in {seen.count} processes on the {name}"
+    if seen.kind == "cuda" and seen.count > 1:
+        what = f"training runs on {seen.count} GPUs"
+    unused = seen.gpus - (seen.count if seen.kind == "cuda" else 0)
+    if unused > 0:
+        hint = "set device and devices in policy.toml if training may use the others"
+        return Finding(check="devices", severity=Severity.NOTE, what=f"{what}; GPUs not used: {unused}", hint=hint, counts=counts)
+    return Finding(check="devices", severity=Severity.OK, what=what, counts=counts)
 
 
 def judge_keys(seen: Sequence[KeySeen]) -> Finding:

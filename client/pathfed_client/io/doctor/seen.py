@@ -142,6 +142,23 @@ class KeySeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DevicesSeen:
+    """Where training runs under the site's policy.
+
+    Attributes:
+        kind: "cuda" or "cpu"; empty where the policy names what is not there.
+        count: devices that compute a round together.
+        gpus: GPUs that torch sees.
+        code: why they cannot be used.
+    """
+
+    kind: str
+    count: int
+    gpus: int
+    code: ErrorCode | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteSeen:
     """Everything that was looked at.
 
@@ -155,6 +172,7 @@ class SiteSeen:
         free_bytes: free in the home.
         keys: key files and their folders.
         server: why the server cannot be used; None where it answered as it should.
+        devices: where training runs.
     """
 
     folders: FoldersSeen
@@ -166,3 +184,4 @@ class SiteSeen:
     free_bytes: int
     keys: Sequence[KeySeen]
     server: ErrorCode | None
+    devices: DevicesSeen

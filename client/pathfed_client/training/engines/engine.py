@@ -10,6 +10,7 @@ An engine turns patients' tiles into clipped gradients in the sum. Guarantees of
       the objective's own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,15 @@ class NotContributed(Exception):  # noqa: N818  an outcome, not a fault
     """This patient contributes zero; the text says why and never leaves the site."""
 
 
+class EngineUnfitError(ValueError):
+    """An engine cannot compute this objective's patient gradients. Depends on the code and the plan alone."""
+
+
+def contributes(loss: float, norm: float) -> bool:
+    """Whether a patient with this loss and gradient norm contributes: both must be finite."""
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 class JointSum:
     """The sum over patients of their whole vectors, before noise. Sensitive: it never leaves the private step.
 
@@ -54,8 +64,8 @@ class JointSum:
         patients: patients who contributed.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Start at zero."""
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Start at zero, in the shapes of these."""
         self.gradients = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in sorted(parameters.items())}
         self.loss_shares = 0.0
         self.patients = 0
@@ -108,4 +118,14 @@ class Engine(Protocol):
 
     def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
         """Add each patient's vector; for each, why that patient contributes zero, or None. Never raises for what a patient causes."""
+        ...
+
+    def rehearse(self, patients: Sequence[PatientTiles], /) -> None:
+        """Do all that `add` does with public synthetic patients, up to adding, and raise what `add` would keep to itself.
+
+        Raises:
+            NotContributed: a loss or gradient is not finite, or a buffer or parameter changed.
+            EngineUnfitError: this engine's gradients are not this objective's.
+            RuntimeError: torch's, such as want of memory.
+        """
         ...

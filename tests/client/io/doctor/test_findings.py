@@ -15,6 +15,7 @@ from pathfed_client.io.doctor.findings import (
     judge,
     judge_content,
     judge_decoders,
+    judge_devices,
     judge_direct,
     judge_disk,
     judge_folders,
@@ -26,7 +27,18 @@ from pathfed_client.io.doctor.findings import (
     judge_server,
     judge_speed,
 )
-from pathfed_client.io.doctor.seen import DecoderSeen, FoldersSeen, KeySeen, ListSeen, MppState, SiteSeen, SlideSeen, SpeedSeen, mpp_state
+from pathfed_client.io.doctor.seen import (
+    DecoderSeen,
+    DevicesSeen,
+    FoldersSeen,
+    KeySeen,
+    ListSeen,
+    MppState,
+    SiteSeen,
+    SlideSeen,
+    SpeedSeen,
+    mpp_state,
+)
 from pathfed_common.errors import ErrorCode
 from pathfed_common.plan import CohortPlan, load_plan
 
@@ -211,6 +223,16 @@ def test_keys_that_are_missing_or_open_to_others_are_an_error():
     assert "missing: keys/a" in found.what
 
 
+def test_a_gpu_that_is_not_there_is_an_error_and_gpus_left_alone_are_told():
+    missing = judge_devices(DevicesSeen(kind="", count=2, gpus=1, code=ErrorCode.DEVICE_MISSING))
+    assert (missing.severity, missing.codes) == (ERROR, {"PF910": 1})
+    assert judge_devices(DevicesSeen(kind="cpu", count=1, gpus=0)).severity is OK
+    assert judge_devices(DevicesSeen(kind="cuda", count=8, gpus=8)).what == "training runs on 8 GPUs"
+    some, none = (judge_devices(DevicesSeen(kind=kind, count=1, gpus=2)) for kind in ("cuda", "cpu"))
+    assert (some.severity, some.what) == (NOTE, "training runs on the GPU; GPUs not used: 1")
+    assert (none.severity, none.what) == (NOTE, "training runs on the CPU; GPUs not used: 2")
+
+
 def test_a_server_that_is_away_is_a_warning_and_a_strange_certificate_an_error():
     assert judge_server(None).severity is OK
     assert judge_server(ErrorCode.SERVER_UNREACHABLE).severity is WARNING
@@ -229,6 +251,7 @@ def test_names_are_told_only_when_asked_for():
         free_bytes=0,
         keys=[],
         server=None,
+        devices=DevicesSeen(kind="cpu", count=1, gpus=0),
     )
     findings = judge(seen, PLAN)
     assert "SURNAME" not in repr(seen) + repr(findings)

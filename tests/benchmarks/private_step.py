@@ -1,0 +1,296 @@
+"""The private step beside the same step without privacy: time and peak memory, as ratios.
+
+The step without privacy takes the same microbatches, k tiles each, and adds their gradients up in `.grad` (float32) by plain backward. Each
+side takes the same patients. Times are CPU seconds of the process (one thread), or seconds until the device is done; the sides take turns in
+one process, block by block, and a ratio is the median over blocks. Peak memory is what a process of its own adds to its resident size (GPU: allocated
+bytes) from before the model is built to the end of a step, since torch itself takes more than a small model.
+
+Beside it, as far as they run: opacus' GradSampleModule (hooks) and its ghost mode on the same encoder and objective.
+
+    --quick     ViT-Ti at 112 px, k = 1 and 8
+    (full)      ViT-Ti and ViT-S at 224 px, k = 1, 2, 4, 8, 16; with a GPU also ViT-L and ViT-H in bfloat16, compiled
+"""
+
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import Target, arguments, finish, interleaved, machine, tell
+
+from pathfed_client.training.compute import Compute
+from pathfed_client.training.engines.book_keeping import BookKeepingEngine
+from pathfed_client.training.engines.choice import TILES_IN_A_PASS, decide, make_engine
+from pathfed_client.training.engines.engine import Engine, JointSum, PatientTiles, trainable
+from pathfed_client.training.engines.serial import SerialEngine
+from pathfed_common.encoder.spec import preset
+from pathfed_common.objectives.mae import MaskedAutoencoder
+from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
+
+PRESETS = {
+    "ti": "vit_tiny_patch16_224",
+    "s": "vit_small_patch16_224",
+    "l": "vit_large_patch16_224",
+    "h": "vit_huge_patch14_224",
+}
+ENGINES = ("plain", "serial", "book_keeping")
+MECHANISM = PatientMechanism(
+    sampling_rate=1.0, noise_multiplier=1.0, clip_norm=1.0, expected_patients=16.0, figure_share=0.3, loss_bound=2.0
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    Attributes:
+        encoder: key of `PRESETS`.
+        px: side of a tile, pixels.
+        k: tiles of a patient.
+        device: torch's name of it.
+        precision: number type of the pass.
+        compile: whether it is compiled.
+    """
+
+    encoder: str
+    px: int
+    k: int
+    device: str = "cpu"
+    precision: Any = "float32"
+    compile: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.encoder}_{self.px}_k{self.k}" + ("" if self.device == "cpu" else "_gpu")
+
+    @property
+    def patients(self) -> int:
+        """Patients of a measured step: whole passes of the book-keeping engine, and few where each takes long."""
+        return max(TILES_IN_A_PASS // self.k, 2)
+
+
+def build(setting: Setting) -> tuple[MaskedAutoencoder, list[PatientTiles]]:
+    """The objective as plans have it by default, and patients."""
+    spec = preset(PRESETS[setting.encoder], img_size=setting.px)
+    objective = MaskedAutoencoder(spec, mask_ratio=0.75, decoder_dim=128, decoder_depth=2, decoder_heads=4, normalise_target=True)
+    objective.to(setting.device)
+    patients = []
+    for number in range(setting.patients):
+        random = KeyedRandom(bytes(32), {"patient": number})
+        pixels = torch.from_numpy(random.normals(setting.k * 3 * setting.px**2)).reshape(setting.k, 3, setting.px, setting.px)
+        draws = {name: tensor.to(setting.device) for name, tensor in objective.draw(setting.k, random).items()}
+        patients.append(PatientTiles(pixels.to(setting.device), draws))
+    return objective, patients
+
+
+def make_step(engine: str, setting: Setting) -> Callable[[], None]:
+    """A step over all patients of the setting, up to the sum."""
+    objective, patients = build(setting)
+    parameters = trainable(objective)
+    compute = Compute(precision=setting.precision, compile=setting.compile)
+    if engine == "plain":
+        return _plain_step(objective, patients, setting)
+    if engine.startswith("opacus"):
+        return _opacus_step(objective, patients, ghost=engine == "opacus_ghost")
+    made: Engine
+    if engine == "auto":
+        auto = replace(compute, engine="auto")
+        made = make_engine(objective, parameters, MECHANISM, auto, tiles_per_patient=setting.k, tile_px=setting.px)
+    elif engine == "serial":
+        made = SerialEngine(objective, parameters, MECHANISM, compute, tiles_per_patient=setting.k)
+    else:
+        at_once = max(TILES_IN_A_PASS // setting.k, 1)
+        made = BookKeepingEngine(objective, parameters, MECHANISM, compute, patients=at_once, tiles_per_patient=setting.k)
+
+    def step() -> None:
+        total = JointSum(parameters)
+        for start in range(0, len(patients), made.patients):
+            failed = [outcome for outcome in made.add(patients[start : start + made.patients], total) if outcome is not None]
+            if failed:
+                raise RuntimeError(f"a patient contributed zero: {failed}")
+
+    return step
+
+
+def _plain_step(objective: MaskedAutoencoder, patients: list[PatientTiles], setting: Setting) -> Callable[[], None]:
+    loss_of = torch.compile(objective.loss, dynamic=False) if setting.compile else objective.loss
+
+    def step() -> None:
+        objective.zero_grad(set_to_none=True)
+        for patient in patients:
+            with torch.autocast(setting.device, dtype=torch.bfloat16, enabled=setting.precision == "bfloat16"):
+                loss = loss_of(patient.tiles, patient.draws)
+            torch.autograd.backward(loss)
+            float(loss.detach())
+
+    return step
+
+
+def _opacus_step(objective: MaskedAutoencoder, patients: list[PatientTiles], *, ghost: bool) -> Callable[[], None]:
+    """Opacus on the same objective, the *tile* as its unit: a pass over all of a patient's tiles, which is the least that it can do."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    class Losses(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = objective
+
+        def forward(self, tiles: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return self.inner.tile_losses(tiles, {"keep": keep})
+
+    module: Any
+    if ghost:
+        module = GradSampleModuleFastGradientClipping(Losses(), max_grad_norm=1.0, use_ghost_clipping=True, loss_reduction="mean")
+    else:
+        module = GradSampleModule(Losses(), loss_reduction="mean")
+    accumulators = [torch.zeros_like(p) for p in objective.parameters()]
+
+    def step() -> None:
+        for patient in patients:
+            module.zero_grad(set_to_none=True)
+            losses = module(patient.tiles.clone().requires_grad_(), patient.draws["keep"])
+            if ghost:
+                losses.mean().backward(retain_graph=True)
+                factors = (1.0 / (module.get_norm_sample() + 1e-6)).clamp(max=1.0)
+                module.disable_hooks()
+                module.zero_grad(set_to_none=True)
+                (factors * losses).sum().backward()
+                module.enable_hooks()
+                for accumulator, parameter in zip(accumulators, objective.parameters(), strict=True):
+                    if parameter.grad is not None:
+                        accumulator.add_(parameter.grad)
+                continue
+            losses.mean().backward()
+            samples = [parameter.grad_sample for parameter in objective.parameters()]  # type: ignore[attr-defined]
+            norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples]).norm(dim=0)
+            factors = (1.0 / (norms + 1e-6)).clamp(max=1.0)
+            for accumulator, sample in zip(accumulators, samples, strict=True):
+                accumulator.add_(torch.einsum("n,n...->...", factors, sample))
+
+    return step
+
+
+def times(setting: Setting, engines: tuple[str, ...], blocks: int) -> dict[str, list[float]]:
+    """Seconds of a step by each engine, block by block, in turns."""
+    steps = {engine: make_step(engine, setting) for engine in engines}
+    gpu = setting.device != "cpu"
+
+    def measure(step: Callable[[], None], block: int) -> list[float]:
+        repeats = 3 if gpu else 1
+        began = time.perf_counter() if gpu else time.process_time()
+        for _ in range(repeats):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+        return [((time.perf_counter() if gpu else time.process_time()) - began) / repeats]
+
+    for step in steps.values():
+        step()
+    found = interleaved({engine: functools.partial(measure, step) for engine, step in steps.items()}, blocks, lambda text: None)
+    return {engine: [values[0] for values in lists] for engine, lists in found.items()}
+
+
+def peak_bytes(engine: str, setting: Setting) -> int:
+    """What two steps add to a fresh process' peak."""
+    if setting.device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step = make_step(engine, setting)
+        step()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    child = [sys.executable, str(Path(__file__)), "--memory-of", json.dumps([engine, vars(setting)])]
+    return int(subprocess.run(child, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_own_peak(engine: str, setting: Setting) -> None:
+    """In a child: warm torch up on something small, then measure."""
+    warm = torch.nn.Linear(8, 8)
+    warm(torch.ones(2, 8)).sum().backward()
+    if engine.startswith("opacus"):
+        import opacus.grad_sample  # noqa: F401
+    before = _resident_bytes()
+    step = make_step(engine, setting)
+    step()
+    step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def measure(setting: Setting, blocks: int, others: tuple[str, ...]) -> dict[str, float]:
+    """Ratios of one setting by figure."""
+    objective, _ = build(setting)
+    auto = Compute(engine="auto", precision=setting.precision)
+    chosen = decide(objective, auto, tiles_per_patient=setting.k, tile_px=setting.px)
+    del objective
+    if chosen.engine != "serial":
+        others = ("auto", *others)
+    seconds = times(setting, (*ENGINES, *others), blocks)
+    bytes_ = {engine: peak_bytes(engine, setting) for engine in (*ENGINES, *others)}
+    figures: dict[str, float] = {f"plain_ms_{setting.name}": round(1e3 * statistics.median(seconds["plain"]) / setting.patients, 1)}
+    for engine in (*ENGINES[1:], *others):
+        ratios = [mine / plain for mine, plain in zip(seconds[engine], seconds["plain"], strict=True)]
+        figures[f"time_{engine}_{setting.name}"] = round(statistics.median(ratios), 3)
+        figures[f"memory_{engine}_{setting.name}"] = round(bytes_[engine] / bytes_["plain"], 3)
+    if chosen.engine == "serial":
+        figures |= {f"{kind}_auto_{setting.name}": figures[f"{kind}_serial_{setting.name}"] for kind in ("time", "memory")}
+    tell(f"{setting.name}: auto is {chosen.engine} with {chosen.patients_at_once or 1} at once; {figures}")
+    return figures
+
+
+def settings(quick: bool) -> list[Setting]:
+    """What is measured."""
+    if quick:
+        return [Setting("ti", 112, k) for k in (1, 8)]
+    found = [Setting(encoder, 224, k) for encoder in ("ti", "s") for k in (1, 2, 4, 8, 16)]
+    if torch.cuda.is_available():
+        found += [Setting(encoder, 224, k, "cuda", "bfloat16", True) for encoder in ("l", "h") for k in (1, 4, 16)]
+    return found
+
+
+def targets(rows: list[Setting]) -> dict[str, Target]:
+    """The bounds that the issue sets."""
+    bounds: dict[str, Target] = {}
+    for row in rows:
+        few = 1.05 if row.device == "cpu" else 1.10
+        bounds[f"time_auto_{row.name}"] = Target("<=", few if row.k >= (8 if row.device == "cpu" else 16) else 1.15)
+        bounds[f"memory_auto_{row.name}"] = Target("<=", 1.15)
+    return bounds
+
+
+def main() -> int:
+    """Measure and print."""
+    given = arguments(__doc__, ("--memory-of", {"help": "measure one engine's memory in this process (used by the benchmark itself)"}))
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch|opacus")
+    if given.memory_of:
+        engine, values = json.loads(given.memory_of)
+        print_own_peak(engine, Setting(**values))
+        return 0
+    rows = settings(given.quick)
+    figures: dict[str, Any] = {}
+    for row in rows:
+        # Opacus' hooks and ghost on a ViT take many times the step, so they are measured on one row.
+        others = ("opacus_hooks", "opacus_ghost") if (row.encoder, row.k, row.device) == ("ti", 8, "cpu") else ()
+        figures |= measure(row, 3 if given.quick else 5, others)
+    return finish("private_step", {**figures, **machine()}, targets(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""How a site computes a round is decided before the charge; on several devices the release is that of one, and a lost rank costs no second
+charge. The devices are processes on the CPU."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import faulty_ranks
+import pytest
+import torch
+from answering_site import OFFERED_AT, bytes_of, opened
+
+from pathfed_client import computing
+from pathfed_client.computing import RoundComputer
+from pathfed_client.gate.ports import Answer
+from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.home import SiteHome
+from pathfed_client.io.rank_group import RankGroup
+from pathfed_client.io.rank_round import run_round_on_ranks
+from pathfed_client.training.local_round import RoundOutcome, run_round
+from pathfed_common.encoder import weights
+from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.model import build_model
+from pathfed_common.privacy.randomness import KeyedRandom
+
+
+class Watched:
+    """The rounds that ranks compute; the first of them is computed on one device as well, with the same secret and context."""
+
+    def __init__(self, plan: Any) -> None:
+        self.plan = plan
+        self.outcomes: list[RoundOutcome] = []
+        self.single: RoundOutcome | None = None
+        self.contexts: list[dict[str, object]] = []
+        self.then: Callable[[RankGroup], None] = lambda group: None
+
+    def run(self, group: RankGroup, **given: Any) -> RoundOutcome:
+        outcome = run_round_on_ranks(group, **given)
+        self.outcomes.append(outcome)
+        self.contexts.append(given["context"])
+        if self.single is None:
+            random = KeyedRandom(given.pop("secret"), given.pop("context"))
+            self.single = run_round(objective=build_model(self.plan), random=random, **given)
+        self.then(group)
+        return outcome
+
+
+@pytest.mark.parametrize("mode", ["sharded", "replicated"])
+def test_two_devices_answer_as_one_does_and_a_lost_rank_costs_no_second_charge(world, copy_home, monkeypatch, mode) -> None:
+    watched = Watched(world.plan)
+    monkeypatch.setattr(computing, "run_round_on_ranks", watched.run)
+
+    def lose(group: RankGroup) -> None:
+        """The release is thrown away, as if it had never been computed, and a rank is killed before it is computed again."""
+        os.kill(group.pids[1], signal.SIGKILL)
+        watched.then = lambda group: None
+        group.ask_all(None)  # type: ignore[arg-type]
+
+    watched.then = lose
+    with opened(copy_home(device='"cpu"', devices=2, sharding=f'"{mode}"')) as site:
+        assert site.answer(world.offer(), world.base_state) == Answer(code="PF911")
+        assert (site.clock.time - OFFERED_AT) % 5.0 == pytest.approx(0.0), "at a time slot"
+        assert site.charges() == 1
+        assert site.released() == []
+        answer = site.answer(world.offer(), world.base_state)
+        assert site.charges() == 1
+    first, second = watched.outcomes
+    sent = weights.load(bytes_of(answer))
+    assert all(torch.equal(first.update[name], second.update[name]) for name in first.update), "the same release, bit for bit"
+    assert all(torch.equal(sent[name], second.update[name].bfloat16()) for name in sent)
+    assert watched.contexts[0] == watched.contexts[1]
+    assert {"device": "cpu", "ranks": 2, "mode": mode}.items() <= watched.contexts[0].items()
+    single = watched.single
+    assert single is not None
+    assert max(float((first.update[name] - single.update[name]).abs().max()) for name in first.update) < 3e-6
+    assert float(torch.cat([tensor.flatten() for tensor in single.update.values()]).std()) == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.fixture
+def policy() -> Callable[..., SitePolicy]:
+    return lambda **given: SitePolicy.model_validate({"max_epsilon": 8.0, "delta": 1e-6, "device": "cpu", **given})
+
+
+@pytest.fixture
+def prepared(world, policy, monkeypatch) -> Iterator[Callable[..., RoundComputer]]:
+    """A computer that has prepared the plan, its k set to 8, with an objective of the tests'."""
+    made: list[RoundComputer] = []
+    cohort = world.plan.cohort.model_copy(update={"tiles_per_patient": 8, "tile_px": 16})
+    plan = world.plan.model_copy(update={"cohort": cohort})
+
+    def prepare(build: Any, **given: Any) -> RoundComputer:
+        monkeypatch.setattr(computing, "build_model", build)
+        monkeypatch.setattr(computing, "RankGroup", partial(RankGroup, command=faulty_ranks.COMMAND))
+        shapes = {name: tuple(tensor.shape) for name, tensor in build(plan).state_dict().items()}
+        monkeypatch.setattr(computing, "state_shapes", lambda plan: shapes)
+        monkeypatch.setattr(computing, "update_shapes", lambda plan: shapes)
+        made.append(RoundComputer(policy(**given)))
+        made[-1].prepare(plan, plan.mechanism(4), build(plan).state_dict())
+        return made[-1]
+
+    prepare.plan = plan  # type: ignore[attr-defined]
+    yield prepare
+    for computer in made:
+        computer.close()
+
+
+@pytest.mark.parametrize(("devices", "found"), [(1, 2), (2, 2)])
+def test_memory_that_is_wanting_for_all_tiles_at_once_is_found_out_before_the_charge(prepared, devices, found) -> None:
+    """8 tiles, of which 2 at once fit. Two ranks begin with 4."""
+    computer = prepared(faulty_ranks.hungry, devices=devices, sharding="sharded")
+    assert computer.context(prepared.plan)["tiles_at_once"] == found
+
+
+@pytest.mark.parametrize("given", [{}, {"device_memory_gb": 1e-6}])
+def test_one_tile_that_does_not_fit_is_refused_with_a_code(prepared, given) -> None:
+    with pytest.raises(HostError) as caught:
+        prepared(faulty_ranks.small if given else faulty_ranks.insatiable, **given)
+    assert caught.value.code is ErrorCode.MEMORY_TOO_SMALL
+
+
+def test_a_limit_of_memory_chooses_how_many_tiles_the_cpu_takes_at_once(prepared) -> None:
+    free = prepared(faulty_ranks.small).context(prepared.plan)["tiles_at_once"]
+    tight = prepared(faulty_ranks.small, device_memory_gb=2e-4).context(prepared.plan)["tiles_at_once"]
+    assert free == 8
+    assert 1 <= tight < 8
+
+
+def test_a_model_that_fits_no_device_is_sharded_and_another_is_not(world, policy) -> None:
+    """22 MB of weights: three copies in half of the memory."""
+    modes = {}
+    for memory in (None, 0.2, 0.1):
+        given = {} if memory is None else {"device_memory_gb": memory}
+        modes[memory] = RoundComputer(policy(devices=2, **given)).context(world.plan)["mode"]
+    assert modes == {None: "replicated", 0.2: "replicated", 0.1: "sharded"}
+
+
+def test_a_device_that_is_missing_is_refused_before_the_charge(world, copy_home) -> None:
+    with opened(copy_home(device='"cuda:7"')) as site:
+        assert site.answer(world.offer(), world.base_state) == Answer(code="PF910")
+        assert site.charges() == 0
+
+
+def test_the_command_that_approves_names_a_missing_device(world, copy_home, site_cli) -> None:
+    home: SiteHome = copy_home(device='"cuda"', devices=2)
+    done = site_cli("start", "--home", home.root)
+    assert "PF910" in done.err
