@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import CohortPlan, ObjectivePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import CohortPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -37,7 +37,7 @@ def plan() -> Plan:
     torch.set_num_threads(1)
     return Plan(
         name="real",
-        objective=ObjectivePlan(decoder_dim=32, decoder_depth=1),
+        objective=MaePlan(decoder_dim=32, decoder_depth=1),
         cohort=CohortPlan(tile_px=32),
         privacy=PrivacyPlan(expected_patients=4, noise_multiplier=1.0, clip_norm=1.0, epsilon_limit=8.0),
         rounds=RoundsPlan(count=ROUNDS, quorum=1),
