@@ -124,9 +124,8 @@ class Scene:
             made[record.round_path(index)] = entry.to_bytes(self.server)
             previous = digest.of_bytes(made[record.round_path(index)])
         last_state = weights.load(states[-1])
-        encoder = {
-            name.removeprefix(model.ENCODER_PREFIX): tensor for name, tensor in last_state.items() if name.startswith(model.ENCODER_PREFIX)
-        }
+        prefix = model.released_prefix(self.plan)
+        encoder = {name.removeprefix(prefix): tensor for name, tensor in last_state.items() if name.startswith(prefix)}
         made[record.ENCODER] = weights.dump(encoder, {"format": "pt"})
         made[record.ENCODER_CONFIG] = digest.canonical(model.timm_config(self.plan))
         made = files(made)

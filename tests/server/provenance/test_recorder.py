@@ -24,7 +24,7 @@ from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
 from pathfed_common.provenance.verify import Verdict, verify_record
 from pathfed_common.units import UtcSeconds
-from pathfed_server.provenance.recorder import Recorder
+from pathfed_server.provenance.recorder import Recorder, _encoder_bytes
 from pathfed_server.rounds.state import Candidate, Checkpoint, Participation, ParticipationState, RoundResult, RoundTimes, SiteState
 
 RUN = RunName("run-1")
@@ -210,6 +210,15 @@ def test_a_whole_run_verifies_after_every_step(world: World) -> None:
     assert second.times.exchange_s == 4.0
     exported = weights.load((world.folder / record.ENCODER).read_bytes())
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == model.encoder_spec(world.plan).shapes()
+
+
+def test_the_released_encoder_is_that_of_the_prefix_bit_for_bit(tmp_path: Path) -> None:
+    numbers = {"encoder.a": torch.tensor([1.0]), "head.a": torch.tensor([2.0]), "teacher.encoder.a": torch.tensor([3.0])}
+    state = tmp_path / "state"
+    state.write_bytes(weights.dump(numbers, {}))
+    for prefix, value in (("encoder.", 1.0), ("teacher.encoder.", 3.0)):
+        exported = weights.load(b"".join(_encoder_bytes(state, prefix)))
+        assert {name: tensor.tolist() for name, tensor in exported.items()} == {"a": [value]}
 
 
 class _KilledError(BaseException):
