@@ -4,13 +4,16 @@ A *base state* is all that a round starts from, float32: the trained tensors, na
 the objective has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape, preset
-from pathfed_common.objectives import mae
+from pathfed_common.objectives import dino, mae
+from pathfed_common.objectives.objective import ObjectiveModule
 from pathfed_common.plan import Plan
 
 #: What an encoder tensor's name in a base state starts with.
@@ -24,18 +27,28 @@ def encoder_spec(plan: Plan) -> EncoderSpec:
     return preset(plan.encoder.preset, img_size=plan.cohort.tile_px)
 
 
-def build_model(plan: Plan) -> mae.MaskedAutoencoder:
+@dataclass(frozen=True)
+class _Kind:
+    """How an objective is built, from (spec, its plan's settings, seed), and what it holds, from (spec, settings)."""
+
+    build: Callable[[EncoderSpec, dict[str, Any], int], ObjectiveModule]
+    shapes: Callable[[EncoderSpec, dict[str, Any]], dict[str, Shape]]
+
+
+#: Every objective, by the name that plans give it.
+_OBJECTIVES = {
+    "mae": _Kind(lambda spec, s, seed: mae.MaskedAutoencoder(spec, seed=seed, **s), lambda spec, s: mae.state_shapes(spec, **s)),
+    "dino": _Kind(
+        lambda spec, s, seed: dino.SelfDistillation(spec, dino.DinoSettings(**s), seed=seed),
+        lambda spec, s: dino.state_shapes(spec, dino.DinoSettings(**s)),
+    ),
+}
+
+
+def build_model(plan: Plan) -> ObjectiveModule:
     """The plan's model with its first weights, on the CPU. Never touches torch's global generator."""
     objective = plan.objective
-    return mae.MaskedAutoencoder(
-        encoder_spec(plan),
-        mask_ratio=objective.mask_ratio,
-        decoder_dim=objective.decoder_dim,
-        decoder_depth=objective.decoder_depth,
-        decoder_heads=objective.decoder_heads,
-        normalise_target=objective.normalise_target,
-        seed=plan.encoder.init_seed,
-    )
+    return _OBJECTIVES[objective.name].build(encoder_spec(plan), objective.settings(), plan.encoder.init_seed)
 
 
 def initial_state(plan: Plan, encoder: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -62,24 +75,29 @@ def initial_state(plan: Plan, encoder: Mapping[str, Tensor] | None = None) -> di
         tensor = encoder[name]
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise ValueError(f"weights {name!r} must be float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        state[ENCODER_PREFIX + name].copy_(tensor)
+        for prefix in {ENCODER_PREFIX, released_prefix(plan)}:  # a teacher begins as a copy
+            state[prefix + name].copy_(tensor)
     return state
 
 
 def state_shapes(plan: Plan) -> dict[str, Shape]:
     """Shape of every tensor of the plan's base states, by name."""
-    objective = plan.objective
-    return mae.state_shapes(
-        encoder_spec(plan),
-        decoder_dim=objective.decoder_dim,
-        decoder_depth=objective.decoder_depth,
-        decoder_heads=objective.decoder_heads,
-    )
+    return _OBJECTIVES[plan.objective.name].shapes(encoder_spec(plan), plan.objective.settings())
+
+
+def is_trained(name: str) -> bool:
+    """Whether a base state's tensor of that name is trained, and so in every update; else it is a teacher's."""
+    return not name.startswith(TEACHER_PREFIX)
 
 
 def update_shapes(plan: Plan) -> dict[str, Shape]:
     """Shape of every tensor of the plan's updates, by name: the trained ones."""
-    return {name: shape for name, shape in state_shapes(plan).items() if not name.startswith(TEACHER_PREFIX)}
+    return {name: shape for name, shape in state_shapes(plan).items() if is_trained(name)}
+
+
+def released_prefix(plan: Plan) -> str:
+    """What the names of the released encoder's tensors start with in a base state: the teacher's where there is one, as DINOv2 does."""
+    return TEACHER_PREFIX + ENCODER_PREFIX if plan.objective.teacher else ENCODER_PREFIX
 
 
 def timm_config(plan: Plan) -> dict[str, object]:

@@ -8,10 +8,11 @@ facts of each site: its declared lower bound of patients, and whether it replies
 import json
 import math
 import tomllib
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pathfed_common import digest
 from pathfed_common.cohort_rules import MAX_WEIGHTS, CohortExclude, CohortInclude, TileWeight, contradiction, normal_value
@@ -56,8 +57,41 @@ class EncoderPlan(_Section):
     init_from: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
 
 
-class ObjectivePlan(_Section):
-    """The self-supervised objective. Masked autoencoding (He et al. 2022) is separable: a tile's loss depends on that tile alone."""
+@dataclass(frozen=True, kw_only=True)
+class TeacherSchedule:
+    """How an objective's teacher follows the state after each round.
+
+    Attributes:
+        momentum: of the first round.
+        schedule: "constant", or "cosine": rising to 1 in the last round.
+    """
+
+    momentum: float
+    schedule: Literal["constant", "cosine"]
+
+
+class _Objective(_Section):
+    def settings(self) -> dict[str, Any]:
+        """What shapes the model, by the names that its file in `pathfed_common.objectives` gives it."""
+        return self.model_dump(exclude={"name"})
+
+    def check(self, *, tile_px: int, patch_px: int) -> None:
+        """Raise ValueError where the settings do not fit each other, or the tiles and patches, sides in pixels."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """Its main settings in a few words, for people."""
+        raise NotImplementedError
+
+    @property
+    def teacher(self) -> TeacherSchedule | None:
+        """How the teacher moves, or None without one."""
+        return None
+
+
+class MaePlan(_Objective):
+    """Masked autoencoding (He et al. 2022). It is separable: a tile's loss depends on that tile alone."""
 
     #: Masked autoencoding.
     name: Literal["mae"] = "mae"
@@ -71,6 +105,127 @@ class ObjectivePlan(_Section):
     decoder_heads: Annotated[int, Field(ge=1, le=64)] = 4
     #: Normalise each patch's target pixels by their own mean and variance, as the paper does.
     normalise_target: bool = True
+
+    def check(self, *, tile_px: int, patch_px: int) -> None:
+        """See `_Objective.check`."""
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"objective.decoder_dim must be a multiple of objective.decoder_heads, got {self.decoder_dim} and {self.decoder_heads}"
+            )
+        patches = (tile_px // patch_px) ** 2
+        if not 1 <= patches - int(patches * self.mask_ratio) < patches:
+            raise ValueError(f"objective.mask_ratio {self.mask_ratio} must hide some but not all of the {patches} patches of a tile")
+
+    @property
+    def summary(self) -> str:
+        """See `_Objective.summary`."""
+        return f"{self.mask_ratio:.0%} of patches hidden"
+
+
+class DinoPlan(_Objective):
+    """Self-distillation in the manner of DINOv2 (Oquab et al. 2023): crops of a tile, masked patches, and a teacher that follows the encoder.
+
+    Whatever is compared or averaged lies within one patient's tiles. The released encoder is the teacher's. The loss is stated in units of
+    log(prototypes): it begins between 1 and 2, which is what `privacy.loss_bound` has to leave room for.
+    """
+
+    #: Self-distillation.
+    name: Literal["dino"] = "dino"
+    #: Small crops of each tile, beside two as large as the tile.
+    local_crops: Annotated[int, Field(ge=0, le=16)] = 8
+    #: Side of a small crop, pixels; a multiple of the encoder's patch size and at most the tile's side.
+    local_crop_px: Annotated[int, Field(ge=14, le=512)] = 112
+    #: Least share of the tile's area that a large crop shows.
+    global_scale_min: Annotated[float, Field(ge=0.05, le=1)] = 0.32
+    #: Greatest share of the tile's area that a large crop shows.
+    global_scale_max: Annotated[float, Field(ge=0.05, le=1)] = 1.0
+    #: Least share of the tile's area that a small crop shows.
+    local_scale_min: Annotated[float, Field(ge=0.01, le=1)] = 0.05
+    #: Greatest share of the tile's area that a small crop shows.
+    local_scale_max: Annotated[float, Field(ge=0.01, le=1)] = 0.32
+    #: Greatest ratio of a crop's sides before it is made square; 1 keeps every shape in tissue as it is.
+    crop_aspect: Annotated[float, Field(ge=1, le=2)] = 1.05
+    #: Each crop's colour channels are scaled within 1 ± this and shifted within ± this; 0 for none.
+    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
+    #: Least share of masked patches in one of the two large crops.
+    mask_ratio_min: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    #: Greatest share of masked patches.
+    mask_ratio_max: Annotated[float, Field(ge=0.05, le=0.9)] = 0.5
+    #: Width of the heads' hidden layers. The heads are trained with the encoder but are no part of it.
+    head_dim: Annotated[int, Field(ge=16, le=8192)] = 1024
+    #: Width of the vectors that are compared with prototypes.
+    bottleneck_dim: Annotated[int, Field(ge=8, le=2048)] = 256
+    #: Prototypes of each of the two heads. They carry noise like everything trained; the papers' 65,536 are for training without it.
+    prototypes: Annotated[int, Field(ge=16, le=262_144)] = 4096
+    #: Temperature of the student's softmax.
+    student_temperature: Annotated[float, Field(ge=0.01, le=1)] = 0.1
+    #: Temperature of the teacher's softmax: lower than the student's, so that its targets are sharper.
+    teacher_temperature: Annotated[float, Field(ge=0.01, le=1)] = 0.07
+    #: What keeps the teacher from giving one answer to everything: the mean taken off ("softmax"), or Sinkhorn-Knopp ("sinkhorn").
+    centring: Literal["softmax", "sinkhorn"] = "sinkhorn"
+    #: Weight of the masked patches' term (iBOT); the class tokens' term weighs 1.
+    ibot_weight: Annotated[float, Field(gt=0, le=10)] = 1.0
+    #: What keeps a patient's tiles apart: kernel density with a von Mises-Fisher kernel ("kde"), or nearest neighbours ("koleo").
+    spread: Literal["kde", "koleo"] = "kde"
+    #: Weight of that term.
+    spread_weight: Annotated[float, Field(ge=0, le=10)] = 0.05
+    #: Stochastic depth: share of tiles for which the last block is skipped; earlier blocks less.
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: Share of itself that the teacher keeps in a round (of the first round, with the cosine schedule).
+    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    #: "constant", or "cosine": the share rises to 1 in the last round.
+    teacher_schedule: Literal["constant", "cosine"] = "cosine"
+
+    def settings(self) -> dict[str, Any]:
+        """See `_Objective.settings`; the least and the greatest of a range come as one pair."""
+        plain = self.model_dump(exclude={"name", "teacher_momentum", "teacher_schedule"})
+        pairs = {name: (plain.pop(f"{name}_min"), plain.pop(f"{name}_max")) for name in _RANGES}
+        return plain | pairs
+
+    def check(self, *, tile_px: int, patch_px: int) -> None:
+        """See `_Objective.check`."""
+        for name in _RANGES:
+            least, most = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if least > most:
+                raise ValueError(f"objective.{name}_min must be at most objective.{name}_max, got {least} and {most}")
+        if self.local_crop_px % patch_px:
+            raise ValueError(f"objective.local_crop_px must be a multiple of the encoder's patch size {patch_px}, got {self.local_crop_px}")
+        if self.local_crop_px > tile_px:
+            raise ValueError(f"objective.local_crop_px must be at most cohort.tile_px, got {self.local_crop_px} and {tile_px}")
+        if self.teacher_temperature > self.student_temperature:
+            raise ValueError(
+                "objective.teacher_temperature must be at most objective.student_temperature, "
+                f"got {self.teacher_temperature} and {self.student_temperature}"
+            )
+        patches = (tile_px // patch_px) ** 2
+        if not 1 <= int(patches * self.mask_ratio_max) < patches:
+            raise ValueError(f"objective.mask_ratio_max {self.mask_ratio_max} must mask some but not all of the {patches} patches of a tile")
+
+    @property
+    def summary(self) -> str:
+        """See `_Objective.summary`."""
+        return f"2 large and {self.local_crops} small crops a tile, {self.prototypes} prototypes, {self.centring}, {self.spread}"
+
+    @property
+    def teacher(self) -> TeacherSchedule:
+        """See `_Objective.teacher`."""
+        return TeacherSchedule(momentum=self.teacher_momentum, schedule=self.teacher_schedule)
+
+
+_RANGES = ("global_scale", "local_scale", "mask_ratio")
+
+
+def _objective_name(value: object) -> str:
+    """Which objective a table is of: its `name`, or the default's where it has none, or is no table and refused as such."""
+    name = value.get("name", "mae") if isinstance(value, dict) else getattr(value, "name", "mae")
+    return name if isinstance(name, str) else repr(name)
+
+
+#: The self-supervised objective; its `name` says which keys there are.
+ObjectivePlan = Annotated[
+    Annotated[MaePlan, Tag("mae")] | Annotated[DinoPlan, Tag("dino")],
+    Discriminator(_objective_name),
+]
 
 
 class QualityPlan(_Section):
@@ -231,7 +386,7 @@ class Plan(_Section):
     #: What people call the plan; its digest is what names it for good.
     name: Name
     encoder: EncoderPlan = EncoderPlan()
-    objective: ObjectivePlan = ObjectivePlan()
+    objective: ObjectivePlan = MaePlan()
     cohort: CohortPlan = CohortPlan()
     augmentation: AugmentationPlan = AugmentationPlan()
     privacy: PrivacyPlan
@@ -244,19 +399,10 @@ class Plan(_Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if self.objective.decoder_dim % self.objective.decoder_heads:
-            raise ValueError(
-                "objective.decoder_dim must be a multiple of objective.decoder_heads, "
-                f"got {self.objective.decoder_dim} and {self.objective.decoder_heads}"
-            )
         patch_px = preset(self.encoder.preset).patch_size
         if self.cohort.tile_px % patch_px:
             raise ValueError(f"cohort.tile_px must be a multiple of the encoder's patch size {patch_px}, got {self.cohort.tile_px}")
-        patches = (self.cohort.tile_px // patch_px) ** 2
-        if not 1 <= patches - int(patches * self.objective.mask_ratio) < patches:
-            raise ValueError(
-                f"objective.mask_ratio {self.objective.mask_ratio} must hide some but not all of the {patches} patches of a tile"
-            )
+        self.objective.check(tile_px=self.cohort.tile_px, patch_px=patch_px)
         if self.rounds.reply_slot_s > self.rounds.deadline_s:
             raise ValueError(
                 f"rounds.reply_slot_s must be at most rounds.deadline_s, got {self.rounds.reply_slot_s} and {self.rounds.deadline_s}"

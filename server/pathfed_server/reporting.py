@@ -198,27 +198,18 @@ def _contact_sheet(plan: Plan, state: Path) -> tuple[ContactRow, ...]:
 
     from pathfed_common.encoder import weights
     from pathfed_common.model import build_model
-    from pathfed_common.objectives.mae import normalise, to_pixels
+    from pathfed_common.objectives.mae import normalise
     from pathfed_common.privacy.randomness import KeyedRandom
 
     model = build_model(plan).eval()
     model.load_state_dict(weights.load(state.read_bytes()))
     tiles = synthetic.synthetic_tiles(_TILES, plan.cohort.tile_px, seed=_TILE_SEED)
     with torch.no_grad():
-        inputs = normalise(tiles)
-        drawn = model.draw(_TILES, KeyedRandom(bytes(32), _MASK_CONTEXT))
-        painted = to_pixels(model.reconstruct(inputs, drawn))
-    hidden = _masked(tiles, drawn["keep"].numpy(), model.spec.patch_size)
-    return tuple(ContactRow(original=_png(tiles[i]), masked=_png(hidden[i]), reconstruction=_png(painted[i])) for i in range(_TILES))
-
-
-def _masked(tiles: NDArray[np.uint8], keep: NDArray[np.int64], patch: int) -> NDArray[np.uint8]:
-    """The tiles with every hidden patch grey."""
-    side = tiles.shape[1] // patch
-    shown = np.zeros((len(tiles), side * side), bool)
-    np.put_along_axis(shown, keep, values=True, axis=1)
-    mask = shown.reshape(-1, side, side).repeat(patch, axis=1).repeat(patch, axis=2)[..., None]
-    return np.where(mask, tiles, np.uint8(200))
+        made = model.pictures(normalise(tiles), model.draw(_TILES, KeyedRandom(bytes(32), _MASK_CONTEXT)))
+    return tuple(
+        ContactRow(original=_png(tiles[i]), made=tuple((caption, _png(pictures[i])) for caption, pictures in made.items()))
+        for i in range(_TILES)
+    )
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

@@ -1,6 +1,5 @@
 import re
 
-import numpy as np
 import pytest
 
 from pathfed_common import digest
@@ -8,6 +7,7 @@ from pathfed_common.encoder import weights
 from pathfed_common.errors import RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.model import initial_state
+from pathfed_common.plan import DinoPlan, MaePlan
 from pathfed_server import app, reporting
 from pathfed_server.db.rows import RoundRow
 from pathfed_server.rounds.state import Participation, ParticipationState, RoundState, RoundTimes
@@ -40,22 +40,24 @@ def test_a_run_that_is_not_there_writes_no_page(server_home, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_contact_sheet_shows_synthetic_tiles_and_hides_what_the_encoder_does_not_see(planned, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "captions"),
+    [
+        (MaePlan(), ["what the encoder sees", "predicted from it"]),
+        (DinoPlan(local_crop_px=16, prototypes=16, head_dim=16), ["each patch's likeness to the tile as a whole"]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_contact_sheet_shows_synthetic_tiles_and_what_the_model_makes_of_them(planned, tmp_path, objective, captions):
+    plan = planned.model_copy(update={"objective": objective})
     state = tmp_path / "state.safetensors"
-    state.write_bytes(weights.dump(initial_state(planned), {}))
-    rows = reporting._contact_sheet(planned, state)
+    state.write_bytes(weights.dump(initial_state(plan), {}))
+    rows = reporting._contact_sheet(plan, state)
     assert len(rows) == 4
-    assert all(png.startswith(b"\x89PNG") for row in rows for png in (row.original, row.masked, row.reconstruction))
-    assert [row.original for row in reporting._contact_sheet(planned, state)] == [row.original for row in rows]
-
-
-def test_hidden_patches_are_grey_and_shown_ones_untouched():
-    tiles = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
-    masked = reporting._masked(tiles, np.array([[0], [3]]), 16)
-    assert (masked[0, :16, :16] == tiles[0, :16, :16]).all()
-    assert (masked[0, 16:] == 200).all()
-    assert (masked[1, 16:, 16:] == tiles[1, 16:, 16:]).all()
-    assert (masked[1, :, :16] == 200).all()
+    assert all([caption for caption, _ in row.made] == captions for row in rows)
+    assert all(png.startswith(b"\x89PNG") for row in rows for png in (row.original, *dict(row.made).values()))
+    assert reporting._contact_sheet(plan, state) == rows
+    assert len({png for row in rows for png in (row.original, *dict(row.made).values())}) == 4 * (1 + len(captions))
 
 
 def reply(after_s: float | None, slot_s: float | None, transfer_s: float = 0.5) -> Participation:

@@ -41,8 +41,8 @@ def centred(logits_BK: Tensor, temperature: float, across: Across = ALONE) -> Te
     return plain(logits_BK - centre_K, temperature)
 
 
-def sinkhorn(logits_BK: Tensor, temperature: float, across: Across = ALONE) -> Tensor:
-    """Three rounds of Sinkhorn-Knopp over the patient's rows (Caron et al. 2020, arXiv:2006.09882, section 3.2 and appendix A).
+def sinkhorn(logits_BK: Tensor, temperature: float, across: Across = ALONE, *, rounds: int = _ROUNDS) -> Tensor:
+    """Some rounds of Sinkhorn-Knopp over the patient's rows (Caron et al. 2020, arXiv:2006.09882, section 3.2 and appendix A).
 
     Rows and prototypes are scaled in turn, so that every row has mass 1 and every prototype the same mass; rows come last and are exact.
     In logarithms, and starting from the rows' own softmax, which changes nothing in the limit: no exponential overflows.
@@ -51,7 +51,7 @@ def sinkhorn(logits_BK: Tensor, temperature: float, across: Across = ALONE) -> T
     if rows == 1:
         return plain(logits_BK, temperature)
     log_BK = functional.log_softmax(logits_BK / temperature, dim=-1)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         mass_K = across.sum(log_BK.exp().sum(0)).clamp(min=_LEAST_MASS)
         log_BK = functional.log_softmax(log_BK - mass_K.log(), dim=-1)
     return log_BK.exp()

@@ -7,7 +7,7 @@ What holds when a record verifies:
     - Each admitted update was stated by its site for this run, round, plan and base state, with the plan's privacy event; statements,
       round records and base states follow each other without a break.
     - No site states a smaller epsilon for the plan than its recorded releases cost.
-    - The exported encoder is the last state's, bit for bit.
+    - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one.
 
 What does not follow:
     - Without trusted keys, whose keys these are: anyone can make a consistent record with keys of their own. The verdict then says
@@ -202,9 +202,8 @@ def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError
 
 def _encoder_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
     state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
-    names = {
-        name.removeprefix(model.ENCODER_PREFIX): name for name in model.state_shapes(contents.plan) if name.startswith(model.ENCODER_PREFIX)
-    }
+    prefix = model.released_prefix(contents.plan)
+    names = {name.removeprefix(prefix): name for name in model.state_shapes(contents.plan) if name.startswith(prefix)}
     header, base = _header(encoder), _header(state)
     if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
         yield ProvenanceError(

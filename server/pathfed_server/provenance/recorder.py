@@ -114,7 +114,7 @@ class Recorder:
             raise ProvenanceError(ErrorCode.RECORD_CHANGED, "the state is not the record's last", where=state, value=state_digest)
         plan = plan_from_bytes((self._folder / record.PLAN).read_bytes(), where=record.PLAN)
         entries = [
-            self._write(record.ENCODER, _encoder_bytes(state)),
+            self._write(record.ENCODER, _encoder_bytes(state, model.released_prefix(plan))),
             self._write(record.ENCODER_CONFIG, digest.canonical(model.timm_config(plan))),
         ]
         self._publish(replace(manifest, rounds=rounds, files=_merged(manifest.files, entries)))
@@ -242,9 +242,8 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
     )
 
 
-def _encoder_bytes(state: Path) -> Iterator[bytes]:
+def _encoder_bytes(state: Path, prefix: str) -> Iterator[bytes]:
     """The exported encoder's file in pieces, one tensor in memory at a time. Metadata "format" is what timm and others look for."""
-    prefix = model.ENCODER_PREFIX
     layout = {name.removeprefix(prefix): kind for name, kind in weights.header(state).items() if name.startswith(prefix)}
     return weights.chunks(layout, lambda name: weights.read_tensor(state, prefix + name), {"format": "pt"})
 

@@ -163,11 +163,15 @@ class MemoryPeak:
 
 @dataclass(frozen=True, kw_only=True)
 class ContactRow:
-    """One synthetic tile through the encoder, three PNG files as bytes."""
+    """One synthetic tile, and what the model makes of it.
+
+    Attributes:
+        original: the tile, a PNG file.
+        made: captions, the same in every row, and PNG files.
+    """
 
     original: bytes
-    masked: bytes
-    reconstruction: bytes
+    made: tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,7 +190,7 @@ def plan_summary(data: ReportData) -> list[tuple[str, str]]:
             f"{duration(rounds.deadline_s)}; replies at multiples of {rounds.reply_slot_s:g} s unless a site switched them off",
         ),
         ("Tiles", f"{cohort.tile_px} px at {cohort.mpp:g} µm/px, at least {cohort.tissue_share:.0%} tissue"),
-        ("Objective", f"{plan.objective.name}, {plan.objective.mask_ratio:.0%} of patches hidden"),
+        ("Objective", f"{plan.objective.name}, {plan.objective.summary}"),
         ("Server optimiser", f"{plan.server_optimiser.name}, step size {plan.server_optimiser.learning_rate:g}"),
         ("Wire", plan.wire.dtype),
     ]

@@ -15,7 +15,7 @@ That a site sends one update a round, and in time, is the loop's to see (PF509).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class RoundTerms:
         plan: the plan.
         plan_digest: its digest.
         base_state: digest of the round's base state.
-        base_norm: L2 norm of the base state.
+        base_norm: L2 norm of the base state's trained tensors.
         layout: dtype and shape of each of the update's tensors, by name.
     """
 
@@ -210,10 +210,14 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float
     return norm
 
 
-def file_norm(path: Path) -> float:
-    """L2 norm over all tensors of a safetensors file, summed in float64; not finite exactly when a number of the file is not.
+def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> float:
+    """L2 norm over the tensors of a safetensors file, summed in float64; not finite exactly when one of their numbers is not.
 
     float32 and bfloat16 numbers are below 3.5e38, so no sum of fewer than 10^200 of their squares overflows float64.
+
+    Args:
+        path: the file.
+        only: which tensors count, by name.
 
     Raises:
         ValueError: not a file as `weights.dump` writes it.
@@ -221,7 +225,7 @@ def file_norm(path: Path) -> float:
     """
     squares = []
     read = tensor_files.reader(path)
-    for name in sorted(tensor_files.header(path)):
+    for name in filter(only, sorted(tensor_files.header(path))):
         values = read(name).to(torch.float64)
         squares.append(float(values.mul_(values).sum()))
     # fsum raises on infinities of both signs; squares have one.

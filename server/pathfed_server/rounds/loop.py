@@ -27,6 +27,7 @@ from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.model import is_trained
 from pathfed_common.plan import Plan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
@@ -40,6 +41,7 @@ from pathfed_server.rounds.ports import Clock, Offer, RoundStore, RunRecorder, S
 from pathfed_server.rounds.progress import Progress, RunOutcome, Stage
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
 from pathfed_server.rounds.state import Checkpoint, RoundOpening, RoundResult, RoundTimes, RunState
+from pathfed_server.rounds.teacher import share_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class RunSettings:
     Attributes:
         run: the run.
         plan: its plan.
-        shapes: shape of each trained tensor, by name (`model.state_shapes`).
+        shapes: shape of each tensor of a state, by name (`model.state_shapes`); updates hold the trained ones.
         initial_state: makes the first state; called once, before round 1.
         key: the server's evidence key, which signs offers.
         home: the server's home.
@@ -230,8 +232,8 @@ class _Loop:
             plan_digest=self.plan_digest,
             base_state=last.state,
             # Only a difference of states (several steps) is rounded at the size of the state.
-            base_norm=file_norm(state) if self.plan.rounds.steps > 1 else 0.0,
-            layout={name: (wire, shape) for name, shape in self.settings.shapes.items()},
+            base_norm=file_norm(state, only=is_trained) if self.plan.rounds.steps > 1 else 0.0,
+            layout={name: (wire, shape) for name, shape in self.settings.shapes.items() if is_trained(name)},
         )
 
     def _commit(self, last: Checkpoint, gathered: Collection, exchange_s: float) -> Checkpoint:
@@ -290,10 +292,15 @@ class _Loop:
             optimiser_state=self.settings.home / last.optimiser_path,
             next_state=self.files.state(index),
             next_optimiser_state=self.files.optimiser(index),
+            teacher_keeps=self._teacher_keeps(index),
         )
         stepped = time.perf_counter()
         self._tell(Stage.STEPPED, index)
         return averaged - started, stepped - stepping
+
+    def _teacher_keeps(self, index: int) -> float | None:
+        teacher = self.plan.objective.teacher
+        return None if teacher is None else share_kept(teacher, round_index=index, rounds=self.plan.rounds.count)
 
     def _checkpoint(self, index: int) -> Checkpoint:
         state, optimiser = self.files.state(index), self.files.optimiser(index)

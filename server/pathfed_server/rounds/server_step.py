@@ -5,7 +5,8 @@
              w' = w * (1 - learning_rate * weight_decay) - learning_rate * (m' / (1 - momentum^t)) / (sqrt(s' / (1 - beta2^t)) + epsilon)
 
 with u the mean update and t the round's index, 1 for the first. Both are those of torch.optim (SGD without dampening; AdamW after
-Loshchilov and Hutter 2019), which a test compares them with.
+Loshchilov and Hutter 2019), which a test compares them with. A teacher's tensors then follow the new state (`teacher`); no optimiser slot
+belongs to them.
 
 Guarantees:
     - Pure: the same files give the same bytes. Each number is formed in float64 by single operations that IEEE 754 rounds exactly (no fused
@@ -22,14 +23,16 @@ from torch import Tensor
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
+from pathfed_common.model import TEACHER_PREFIX, is_trained
 from pathfed_common.plan import ServerOptimiserPlan
+from pathfed_server.rounds.teacher import next_teacher
 
 #: What an optimiser remembers of each tensor; the file names them ``<slot>.<tensor's name>``.
 SLOTS = {"sgd": ("velocity",), "adamw": ("first", "second")}
 
 
 def write_initial_optimiser(optimiser: ServerOptimiserPlan, state: Path, out: Path) -> None:
-    """Write the optimiser's file for a run that has made no step: zeros, shaped as the state's tensors.
+    """Write the optimiser's file for a run that has made no step: zeros, shaped as the state's trained tensors.
 
     Raises:
         ValueError: `state` is not a state file.
@@ -48,6 +51,7 @@ def step(
     optimiser_state: Path,
     next_state: Path,
     next_optimiser_state: Path,
+    teacher_keeps: float | None = None,
 ) -> None:
     """Make one step, writing `next_optimiser_state` and then `next_state`, each whole or not at all.
 
@@ -55,10 +59,11 @@ def step(
         optimiser: the plan's server optimiser.
         step_index: t, the round's index, 1 for the first.
         state: the base state's file, float32.
-        mean_update: file of the mean update, float32, same names and shapes.
+        mean_update: file of the mean update, float32: the state's trained tensors.
         optimiser_state: the file the last step (or `write_initial_optimiser`) left.
         next_state: where the next state goes.
         next_optimiser_state: where the next optimiser file goes.
+        teacher_keeps: share of itself that the state's teacher keeps; given just when there is one.
 
     Raises:
         ValueError: the files do not fit together.
@@ -67,8 +72,12 @@ def step(
     """
     if step_index < 1:
         raise ValueError(f"step_index counts from 1, got {step_index}")
-    if tensor_files.header(mean_update) != tensor_files.header(state):
-        raise ValueError("the mean update's tensors are not the state's")
+    whole = tensor_files.header(state)
+    trained = {name: kind for name, kind in whole.items() if is_trained(name)}
+    if tensor_files.header(mean_update) != trained:
+        raise ValueError("the mean update's tensors are not the state's trained ones")
+    if (trained != whole) != (teacher_keeps is not None):
+        raise ValueError(f"a state {'with' if trained != whole else 'without'} a teacher, and {teacher_keeps=}")
     layout = _slot_layout(optimiser, state)
     if tensor_files.header(optimiser_state) != layout:
         raise ValueError("the optimiser's file does not belong to this state and optimiser")
@@ -87,7 +96,13 @@ def step(
         slots = {kind: read_next(f"{kind}.{name}") for kind in SLOTS[optimiser.name]}
         return next_value(optimiser, step_index=step_index, value=read_value(name), slots=slots)
 
-    write_atomic(next_state, tensor_files.chunks(tensor_files.header(state), moved, {}))
+    def following(name: str) -> Tensor:
+        if teacher_keeps is None or is_trained(name):
+            return moved(name)
+        # Made again rather than kept, so that memory holds one tensor.
+        return next_teacher(read_value(name), moved(name.removeprefix(TEACHER_PREFIX)), teacher_keeps)
+
+    write_atomic(next_state, tensor_files.chunks(whole, following, {}))
 
 
 def next_slot(optimiser: ServerOptimiserPlan, kind: str, *, before: Tensor, mean: Tensor, value: Tensor | None) -> Tensor:
@@ -143,7 +158,7 @@ def next_value(optimiser: ServerOptimiserPlan, *, step_index: int, value: Tensor
 
 
 def _slot_layout(optimiser: ServerOptimiserPlan, state: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items()}
+    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items() if is_trained(name)}
     layout = {f"{kind}.{name}": (torch.float32, shape) for kind in SLOTS[optimiser.name] for name, shape in shapes.items()}
     return dict(sorted(layout.items()))
 

@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import spec, weights
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import CohortPlan, ObjectivePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import CohortPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
@@ -36,7 +36,7 @@ TAKES_PART = {1: ["a", "b", "c"], 2: ["a", "b"], 3: ["a", "b", "c"]}
 def plan() -> Plan:
     return Plan(
         name="small",
-        objective=ObjectivePlan(decoder_dim=32, decoder_depth=1),
+        objective=MaePlan(decoder_dim=32, decoder_depth=1),
         cohort=CohortPlan(tile_px=32),
         privacy=PrivacyPlan(expected_patients=4, noise_multiplier=1.0, clip_norm=1.0, epsilon_limit=8.0),
         rounds=RoundsPlan(count=ROUNDS, quorum=2),
@@ -124,9 +124,8 @@ class Scene:
             made[record.round_path(index)] = entry.to_bytes(self.server)
             previous = digest.of_bytes(made[record.round_path(index)])
         last_state = weights.load(states[-1])
-        encoder = {
-            name.removeprefix(model.ENCODER_PREFIX): tensor for name, tensor in last_state.items() if name.startswith(model.ENCODER_PREFIX)
-        }
+        prefix = model.released_prefix(self.plan)
+        encoder = {name.removeprefix(prefix): tensor for name, tensor in last_state.items() if name.startswith(prefix)}
         made[record.ENCODER] = weights.dump(encoder, {"format": "pt"})
         made[record.ENCODER_CONFIG] = digest.canonical(model.timm_config(self.plan))
         made = files(made)

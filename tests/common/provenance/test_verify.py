@@ -15,6 +15,7 @@ from pathfed_common import digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import SiteName
+from pathfed_common.plan import DinoPlan, Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
@@ -417,6 +418,22 @@ def test_an_encoder_other_than_the_last_states_is_found(scene: Any, write: Write
     _refused(verify_record(write(with_encoder(lambda encoder: encoder.pop("norm.bias")))), ErrorCode.RECORD_CHANGED, record.ENCODER)
     config = scene.files(files=lambda made: {**made, record.ENCODER_CONFIG: made[record.ENCODER_CONFIG] + b" "})
     _refused(verify_record(write(config)), ErrorCode.RECORD_CHANGED, record.ENCODER_CONFIG)
+
+
+def test_of_a_run_with_a_teacher_the_teachers_encoder_is_released_and_no_other(scene: Any, write: Write) -> None:
+    objective = DinoPlan(local_crop_px=16, head_dim=16, bottleneck_dim=8, prototypes=16)
+    scene.plan = Plan.model_validate(scene.plan.model_dump() | {"objective": objective, "encoder": scene.plan.encoder})
+    verdict = verify_record(write(scene.files()), scene.trusted)
+    assert verdict.findings == ()
+    assert verdict.identities_proven
+
+    def students(made: dict[str, bytes]) -> dict[str, bytes]:
+        state = weights.load(made[record.state_path(3)])
+        encoder = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        return {**made, record.ENCODER: weights.dump(encoder, {"format": "pt"})}
+
+    error = _refused(verify_record(write(scene.files(files=students))), ErrorCode.RECORD_CHANGED, record.ENCODER)
+    assert error.what == "the exported encoder is not the last state's"
 
 
 def test_a_record_before_the_encoder_is_exported_verifies_and_says_so(scene: Any, write: Write) -> None:

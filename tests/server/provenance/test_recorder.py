@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import CohortPlan, ObjectivePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import CohortPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -24,7 +24,7 @@ from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
 from pathfed_common.provenance.verify import Verdict, verify_record
 from pathfed_common.units import UtcSeconds
-from pathfed_server.provenance.recorder import Recorder
+from pathfed_server.provenance.recorder import Recorder, _encoder_bytes
 from pathfed_server.rounds.state import Candidate, Checkpoint, Participation, ParticipationState, RoundResult, RoundTimes, SiteState
 
 RUN = RunName("run-1")
@@ -37,7 +37,7 @@ def plan() -> Plan:
     torch.set_num_threads(1)
     return Plan(
         name="real",
-        objective=ObjectivePlan(decoder_dim=32, decoder_depth=1),
+        objective=MaePlan(decoder_dim=32, decoder_depth=1),
         cohort=CohortPlan(tile_px=32),
         privacy=PrivacyPlan(expected_patients=4, noise_multiplier=1.0, clip_norm=1.0, epsilon_limit=8.0),
         rounds=RoundsPlan(count=ROUNDS, quorum=1),
@@ -210,6 +210,15 @@ def test_a_whole_run_verifies_after_every_step(world: World) -> None:
     assert second.times.exchange_s == 4.0
     exported = weights.load((world.folder / record.ENCODER).read_bytes())
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == model.encoder_spec(world.plan).shapes()
+
+
+def test_the_released_encoder_is_that_of_the_prefix_bit_for_bit(tmp_path: Path) -> None:
+    numbers = {"encoder.a": torch.tensor([1.0]), "head.a": torch.tensor([2.0]), "teacher.encoder.a": torch.tensor([3.0])}
+    state = tmp_path / "state"
+    state.write_bytes(weights.dump(numbers, {}))
+    for prefix, value in (("encoder.", 1.0), ("teacher.encoder.", 3.0)):
+        exported = weights.load(b"".join(_encoder_bytes(state, prefix)))
+        assert {name: tensor.tolist() for name, tensor in exported.items()} == {"a": [value]}
 
 
 class _KilledError(BaseException):

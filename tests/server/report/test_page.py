@@ -77,6 +77,7 @@ def test_page_holds_what_a_reader_looks_for(report):
     ):
         assert str(wanted) in page
     assert page.count("data:image/png;base64,") == 3 * len(data.contact_sheet)
+    assert page.count("<figcaption>what it predicts</figcaption>") == len(data.contact_sheet)
     assert page.count('<svg class="chart wide"') == 4
 
 
@@ -144,7 +145,7 @@ def test_figures_at_the_top_come_from_the_run(report):
 def test_only_png_enters_the_contact_sheet(report):
     with pytest.raises(ValueError, match="PNG"):
         png(b"GIF89a")
-    row = ContactRow(original=b"<svg>", masked=b"", reconstruction=b"")
+    row = ContactRow(original=b"<svg>", made=())
     with pytest.raises(ValueError, match="PNG"):
         render(dataclasses.replace(report(), contact_sheet=(row,)))
 
