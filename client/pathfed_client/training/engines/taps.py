@@ -10,7 +10,7 @@ that has one after all was used outside its layer: a fault that `engines.book_ke
     | nn.Linear | inputs and output gradients |
     | nn.Conv2d whose windows do not overlap (kernel = stride, no padding) | the same, of the linear layer that it is |
     | nn.LayerNorm over one axis | gradients of scale and shift, summed in each tile |
-    | LayerScale, MaeHead, VisionTransformer (`ROWS`) | the parameter is given once a tile, and so gets a gradient a tile |
+    | those of `ROWS` | the parameter is given once a tile, and so gets a gradient a tile |
     | anything else | refused |
 
 **Rows.** A layer's leading axis must be the tiles, or crops of them, those of one patient lying together. `book_keeping`'s rehearsal
@@ -37,6 +37,7 @@ from pathfed_client.training.engines import book as books
 from pathfed_client.training.engines.book import Book, MatrixEntry, RowsEntry
 from pathfed_client.training.engines.engine import EngineUnfitError
 from pathfed_common.encoder.vit import LayerScale, VisionTransformer
+from pathfed_common.objectives.dino import MaskToken
 from pathfed_common.objectives.mae import MaeHead
 
 #: Modules whose parameters may be given once for each row of the forward's first argument: their exact type, to the names.
@@ -45,6 +46,7 @@ ROWS: dict[type[nn.Module], tuple[str, ...]] = {
     LayerScale: ("gamma",),
     VisionTransformer: ("cls_token", "reg_token", "pos_embed"),
     MaeHead: ("mask_token",),
+    MaskToken: ("token",),
 }
 
 
@@ -114,7 +116,9 @@ class _Rows(Function):
     def forward(ctx: Any, parameter: Tensor, leaf: Tensor, rows: int, number: int, place: int) -> Tensor:
         ctx.number, ctx.place = number, place
         view = parameter.view(1, 1, -1) if parameter.ndim == 1 else parameter
-        return view.expand(rows, *view.shape[1:])
+        given = view.expand(rows, *view.shape[1:])
+        # A compiled graph would hand an alias of the parameter out as a view made outside of this function, and the gradient would miss it.
+        return given.clone() if torch.compiler.is_compiling() else given
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
