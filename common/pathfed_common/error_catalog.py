@@ -390,8 +390,8 @@ _PRIVACY: dict[Code, CatalogEntry] = {
     ),
     Code.ENGINE_UNFIT: CatalogEntry(
         "The plan's engine does not fit its objective",
-        "The plan asks for the book-keeping engine, but a layer of the model has no rule for the gradient of each patient, or the gradients "
-        "on synthetic tiles are not those of the serial engine. The site has refused before any budget was spent.",
+        "The plan asks for the book-keeping engine, but a layer of the model has no rule for the gradient of each patient, or the "
+        "gradients on synthetic tiles are not those of the serial engine. The site has refused before any budget was spent.",
         'The operator sets `engine = "serial"` in the plan\'s `[compute]`; it takes any layer.',
         "operator",
     ),

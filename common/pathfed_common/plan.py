@@ -123,7 +123,7 @@ class MaePlan(_Objective):
 
 
 class DinoPlan(_Objective):
-    """Self-distillation in the manner of DINOv2 (Oquab et al. 2023): crops of a tile, masked patches, and a teacher that follows the encoder.
+    """Self-distillation in the manner of DINOv2 (Oquab et al. 2023): crops, masked patches, and a teacher that follows the encoder.
 
     Whatever is compared or averaged lies within one patient's tiles. The released encoder is the teacher's. The loss is stated in units of
     log(prototypes): it begins between 1 and 2, which is what `privacy.loss_bound` has to leave room for.
@@ -199,7 +199,9 @@ class DinoPlan(_Objective):
             )
         patches = (tile_px // patch_px) ** 2
         if not 1 <= int(patches * self.mask_ratio_max) < patches:
-            raise ValueError(f"objective.mask_ratio_max {self.mask_ratio_max} must mask some but not all of the {patches} patches of a tile")
+            raise ValueError(
+                f"objective.mask_ratio_max {self.mask_ratio_max} must mask some but not all of the {patches} patches of a tile"
+            )
 
     @property
     def summary(self) -> str:

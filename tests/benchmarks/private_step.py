@@ -1,9 +1,9 @@
 """The private step beside the same step without privacy: time and peak memory, as ratios.
 
-The step without privacy takes the same microbatches, k tiles each, and adds their gradients up in `.grad` (float32) by plain backward. Each
-side takes the same patients. Times are CPU seconds of the process (one thread), or seconds until the device is done; the sides take turns in
-one process, block by block, and a ratio is the median over blocks. Peak memory is what a process of its own adds to its resident size (GPU: allocated
-bytes) from before the model is built to the end of a step, since torch itself takes more than a small model.
+The step without privacy takes the same microbatches, k tiles each, and adds their gradients up in `.grad` (float32) by plain backward.
+Each side takes the same patients. Times are CPU seconds of the process (one thread), or seconds until the device is done; the sides
+take turns in one process, block by block, and a ratio is the median over blocks. Peak memory is what a process of its own adds to
+its resident size (GPU: allocated bytes) from before the model is built to the end of a step: torch alone takes more than a small model.
 
 Beside it, as far as they run: opacus' GradSampleModule (hooks) and its ghost mode on the same encoder and objective.
 
@@ -25,7 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Target, arguments, finish, interleaved, machine, tell
+
+# A script's import path holds its own folder alone; benchmarks share modules.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.benchmarks._harness import Target, arguments, finish, interleaved, machine, tell
 
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine

@@ -17,17 +17,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from _flops import distillation_step_flops, mae_step_flops
-from _harness import arguments, finish, tell
+
+# A script's import path holds its own folder alone; benchmarks share modules.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.benchmarks._flops import distillation_step_flops, mae_step_flops
+from tests.benchmarks._harness import arguments, finish, tell
+
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.choice import make_engine
-from torch import nn
-
-from pathfed_client.training.engines.engine import PatientTiles, trainable
-from pathfed_client.training.joint_sum import JointSum
+from pathfed_client.training.engines.engine import JointSum, PatientTiles, trainable
 from pathfed_common.encoder.spec import EncoderSpec, preset
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -42,7 +45,7 @@ ON_GPU = (
     "vit_large_patch16_224",
 )
 ON_CPU = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_tiny_patch16_224")
-MAE = {"mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 4}
+MAE: dict[str, Any] = {"mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 4}
 MECHANISM = PatientMechanism(
     sampling_rate=0.1, noise_multiplier=1.0, clip_norm=1.0, expected_patients=8.0, figure_share=0.3, loss_bound=2.0
 )
@@ -93,7 +96,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
         {name: drawn.to(device) for name, drawn in draws.items()},
     )
     engine = make_engine(objective, parameters, MECHANISM, compute, tiles_per_patient=tiles, tile_px=spec.img_size)
-    total = JointSum(parameters, MECHANISM)
+    total = JointSum(parameters)
     # The plain step accumulates in the parameters' own gradients; it runs through the same pass (autocast, compiling, checkpointing).
     loss = plain_loss(objective, compute, device)
 
@@ -121,7 +124,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
     return Measured(rate["private"], rate["plain"], peak, mae_step_flops(spec, **MAE))
 
 
-def plain_loss(objective: nn.Module, compute: Compute, device: torch.device) -> Callable[[PatientTiles], torch.Tensor]:
+def plain_loss(objective: MaskedAutoencoder, compute: Compute, device: torch.device) -> Callable[[PatientTiles], torch.Tensor]:
     """The loss as the engines compute it, without privacy."""
     function = torch.compile(objective.loss) if compute.compile else objective.loss
 

@@ -9,6 +9,7 @@ import torch
 from pathfed_common import digest, model
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.vit import VisionTransformer
+from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.plan import EncoderPlan, Plan, PrivacyPlan, RoundsPlan
 
 
@@ -80,6 +81,7 @@ def test_objectives_settings_reach_the_model(plan: Plan) -> None:
     objective = plan.objective.model_copy(update={"mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 3, "normalise_target": False})
     changed = plan.model_copy(update={"objective": objective})
     built = model.build_model(changed)
+    assert isinstance(built, MaskedAutoencoder)
     assert (built.visible, built.normalise_target, len(built.head.blocks)) == (8, False, 3)
     assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == model.state_shapes(changed)
 

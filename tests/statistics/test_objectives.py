@@ -1,4 +1,4 @@
-"""No objective mixes patients, in any form: one patient's loss knows nothing of another's tiles, and taking one away moves the sum by <= C."""
+"""No objective mixes patients: one patient's loss knows nothing of another's tiles, and taking one away moves the sum by <= C."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import FORMS, SPEC, Source, dino_settings, joined, some_tiles, unlike_its_start
 from torch import Tensor
 
 from pathfed_client.training.engines.engine import PatientTiles, trainable
@@ -16,7 +17,6 @@ from pathfed_common.objectives.spread import kde
 from pathfed_common.objectives.teacher_targets import plain, sinkhorn
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
-from objectives import FORMS, SPEC, Source, dino_settings, joined, some_tiles, unlike_its_start
 
 COUNTS = (3, 1, 4, 2)
 CLIP = 0.05
@@ -68,7 +68,7 @@ def check_is_alone(model: ObjectiveModule) -> None:
 
 
 def check_removal_in_one_pass(model: ObjectiveModule) -> None:
-    """Clipped gradients of patients taken in one pass, as the book-keeping engine forms them: removing any patient moves the sum by <= C."""
+    """Clipped gradients of patients taken in one pass, as the book-keeping engine forms them: removal moves the sum by <= C."""
     patients, parameters = patients_for(model), list(trainable(model).values())
 
     def joint(chosen: Sequence[Patient]) -> np.ndarray[Any, Any]:

@@ -71,7 +71,7 @@ def unlike_its_start(model: ObjectiveModule, seed: int = 5) -> ObjectiveModule:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return model
 
 

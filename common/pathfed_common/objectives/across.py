@@ -29,8 +29,10 @@ class Across(Protocol):
         ...
 
     def gather(self, rows: Tensor, /) -> Tensor:
-        """The rows of all parts, part by part along the first axis. The backward brings each part the gradients of its rows, summed over all
-        parts."""
+        """The rows of all parts, part by part along the first axis.
+
+        The backward brings each part the gradients of its rows, summed over all parts.
+        """
         ...
 
 

@@ -56,13 +56,15 @@ def cut(images_NCHW: Tensor, boxes_NV4: Tensor, side: int) -> Tensor:
     grid_NHW2 = torch.stack([x_BSS, y_BSS], dim=-1).reshape(n, views * side, side, 2)
     with torch.autocast(images_NCHW.device.type, enabled=False):
         cut_NCHW = functional.grid_sample(images_NCHW, grid_NHW2, mode="bilinear", padding_mode="border", align_corners=False)
-    return cut_NCHW.unflatten(2, (views, side)).transpose(1, 2)
+    out: Tensor = cut_NCHW.unflatten(2, (views, side)).transpose(1, 2)
+    return out
 
 
 def colours(uniforms_M: NDArray[np.float64], *, jitter: float) -> NDArray[np.float64]:
     """Random changes of colour, float64 (M / 6, 2, 3): each channel's factor in 1 ± `jitter` and offset in ± `jitter`, uniform."""
     centred = (uniforms_M.reshape(-1, 2, 3) * 2 - 1) * jitter
-    return centred + np.array([1.0, 0.0]).reshape(1, 2, 1)
+    out: NDArray[np.float64] = centred + np.array([1.0, 0.0]).reshape(1, 2, 1)
+    return out
 
 
 def recolour(crops_NVCHW: Tensor, colours_NV23: Tensor) -> Tensor:

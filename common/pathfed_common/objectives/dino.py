@@ -1,4 +1,6 @@
-"""Self-distillation in the manner of DINOv2 (Oquab et al. 2023, arXiv:2304.07193): a student learns to say of a crop of a tile what its
+"""Self-distillation in the manner of DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
+
+A student learns to say of a crop of a tile what its
 teacher, the mean of past students, says of another crop of it (DINO, Caron et al. 2021, arXiv:2104.14294), and of masked patches what the
 teacher says seeing them (iBOT, Zhou et al. 2022, arXiv:2111.07832); a third term keeps the tiles' features apart (`spread`).
 
@@ -16,11 +18,12 @@ What differs from the papers, and why:
     | --- | --- | --- |
     | statistics over one patient's tiles | over a batch, centres over past batches | a patient's clipped gradient must be its own |
     | a patient with one tile: class tokens are not centred, nothing is spread | - | nothing is there to compare with |
-    | prototypes are a plain linear layer on unit vectors, rows of length 1 at first | weight-normalised | every parameter is then a plain layer's, for \
-which engines have a rule; DINOv3 (Siméoni et al. 2025, arXiv:2508.10104) does without too |
+    | prototypes are a plain linear layer on unit vectors, rows of length 1 at first | weight-normalised | engines have a rule for it |
     | of the two global crops, alike by law, always the first is masked | a random half of them | fixed shapes |
     | the loss is in units of log(prototypes): about 1 at first | nats | one public bound on the loss suits every number of prototypes |
     | temperatures are constant | the teacher's warms up | few rounds |
+
+DINOv3 (Siméoni et al. 2025, arXiv:2508.10104) does without weight normalisation too.
 
 Every layer's leading axis is the tiles, or crops of tiles, tile by tile.
 
@@ -297,12 +300,12 @@ class SelfDistillation(ObjectiveModule):
 class _Outputs(NamedTuple):
     """What the networks say of some tiles, each tensor's first axis the tiles'; float32 or finer."""
 
-    class_NVK: Tensor
-    patch_NMK: Tensor
-    features_NVD: Tensor
-    teacher_class_NVK: Tensor
-    teacher_patch_NMK: Tensor
-    weights_NM: Tensor
+    class_NVK: Tensor  # noqa: N815
+    patch_NMK: Tensor  # noqa: N815
+    features_NVD: Tensor  # noqa: N815
+    teacher_class_NVK: Tensor  # noqa: N815
+    teacher_patch_NMK: Tensor  # noqa: N815
+    weights_NM: Tensor  # noqa: N815
 
 
 def _class_loss(taught_NVK: Tensor, student_NVK: Tensor, temperature: float) -> Tensor:

@@ -54,7 +54,8 @@ def koleo(features_ND: Tensor, across: Across = ALONE) -> Tensor:
         closeness_NA = unit_ND @ all_AD.T
         nearest_N = closeness_NA.masked_fill(_self(closeness_NA, own), -2.0).argmax(-1)
     distance_N = torch.linalg.vector_norm(unit_ND - all_AD[nearest_N] + _EPS, dim=-1)
-    return -(distance_N + _EPS).log().sum() / tiles
+    out: Tensor = -(distance_N + _EPS).log().sum() / tiles
+    return out
 
 
 def _self(pairs_NA: Tensor, own: int) -> Tensor:

@@ -4,8 +4,8 @@ Published recipes take these statistics over a batch, and the centre over past b
 no running centre, which would carry one patient's tiles into another's loss.
 
 With a single row there is nothing to hold it against: it becomes a plain softmax. So it does, by the caller's doing, for class tokens of a
-patient with a single tile: centred on each other, the crops of one tile would keep just what tells them apart, the opposite of what they are
-to teach.
+patient with a single tile: centred on each other, the crops of one tile would keep just what tells them apart, the opposite of what
+they are to teach.
 
 Legend of shape suffixes: B rows, K prototypes.
 """

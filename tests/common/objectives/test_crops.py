@@ -9,7 +9,9 @@ from pathfed_common.objectives import crops
 COUNT = 20_000
 
 
-def boxes(scale: crops.Range = (0.1, 0.5), aspect: float = 4 / 3, count: int = COUNT) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def boxes(
+    scale: crops.Range = (0.1, 0.5), aspect: float = 4 / 3, count: int = COUNT
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
     return crops.boxes(np.random.default_rng(1).random(count * crops.BOX_NUMBERS), scale=scale, aspect=aspect)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import FORMS, SPEC, Source, dino_settings, joined, some_tiles, unlike_its_start
 from torch import Tensor
 
-from objectives import FORMS, SPEC, Source, dino_settings, joined, some_tiles, unlike_its_start
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.objectives import dino
 from pathfed_common.objectives.dino import SelfDistillation
@@ -95,6 +95,7 @@ def test_shapes_are_known_without_building() -> None:
 def test_masked_patches_are_hidden_from_the_student_and_from_nobody_else() -> None:
     """A pixel of a masked patch moves what the student says of the first crop through the teacher's side alone."""
     made = unlike_its_start(model(colour_jitter=0.0, drop_path=0.0, local_crops=0)).double()
+    assert isinstance(made, SelfDistillation)
     draws = dict(made.draw(1, Source(4)))
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
     draws |= {"boxes": whole.expand(1, 2, 4), "masked": torch.tensor([made.most_masked])}
@@ -169,6 +170,7 @@ class Half:
 @pytest.mark.parametrize("split", [(2, 3), (1, 0), (0, 4)])
 def test_parts_of_a_patient_in_two_places_add_up_to_its_loss_and_gradient(form: str, split: tuple[int, int]) -> None:
     whole = unlike_its_start(FORMS[form]()).double()
+    assert isinstance(whole, SelfDistillation)
     tiles = some_tiles(sum(split)).double()
     draws = whole.draw(sum(split), Source(7))
     parameters = [parameter for parameter in whole.parameters() if parameter.requires_grad]
@@ -197,7 +199,7 @@ def test_parts_of_a_patient_in_two_places_add_up_to_its_loss_and_gradient(form: 
 
 
 def trained(made: SelfDistillation, steps: int) -> tuple[float, float]:
-    """Adam on eight painted tiles without privacy, the teacher following: loss over the first loss, and the tiles' mean cosine afterwards."""
+    """Adam on eight painted tiles without privacy, the teacher following: loss over the first loss, and the tiles' mean cosine."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     waves = [torch.sin(0.25 * (index + 1) * (rows if index % 2 else columns)) for index in range(8)]
     tiles = torch.stack(waves)[:, None].repeat(1, 3, 1, 1) * torch.linspace(0.5, 1.5, 3).view(1, 3, 1, 1)

@@ -113,7 +113,8 @@ def build(*, rounds: int = 12, sites: int = 3, state: str = "finished", verdict:
         sites=reports,
         memory=tuple(memory),
         contact_sheet=tuple(
-            ContactRow(original=picture(i), made=(("what it sees", picture(i + 50)), ("what it predicts", picture(i + 90)))) for i in range(6)
+            ContactRow(original=picture(i), made=(("what it sees", picture(i + 50)), ("what it predicts", picture(i + 90))))
+            for i in range(6)
         ),
         files=(("Encoder", "/home/kim/pathfed/demo-out/release/encoder.safetensors"), ("Record", "/home/kim/pathfed/demo-out/record")),
         verify_command="pathfed verify demo-out/record",

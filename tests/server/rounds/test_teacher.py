@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.server.rounds.consortium import SHAPES, Make, initial_state, make_plan
 from torch import Tensor
 
 from pathfed_common.encoder import weights as tensor_files
@@ -14,8 +15,6 @@ from pathfed_server.rounds.admission import file_norm
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
 from pathfed_server.rounds.state import RunState
 from pathfed_server.rounds.teacher import next_teacher, share_kept
-
-from tests.server.rounds.consortium import SHAPES, Make, initial_state, make_plan
 
 TEACHER = ("encoder.norm", "head.bias")
 ALL_SHAPES = SHAPES | {f"teacher.{name}": SHAPES[name] for name in TEACHER}
@@ -127,7 +126,9 @@ def test_a_run_sends_and_admits_the_trained_tensors_and_keeps_the_teachers(conso
     assert outcome.state is RunState.FINISHED
     last = made.final_state()
     assert set(last) == set(ALL_SHAPES)
-    plain = consortium(make_plan(rounds=3, steps=steps, objective={"name": "dino", "teacher_momentum": 0.5, "teacher_schedule": "constant"}))
+    plain = consortium(
+        make_plan(rounds=3, steps=steps, objective={"name": "dino", "teacher_momentum": 0.5, "teacher_schedule": "constant"})
+    )
     plain.drive(shapes=ALL_SHAPES, initial_state=state_with_teacher)
     other = plain.final_state()
     for name in TEACHER:

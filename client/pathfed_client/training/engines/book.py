@@ -77,12 +77,15 @@ class MatrixEntry:
         unit = torch.finfo(gram_PSS.dtype).eps / 2
         allowance = 16 * unit * max(inputs_PSI.shape[2], gradients_PSO.shape[2]) ** 0.5
         squares_P = gram_PSS.sum((1, 2), dtype=torch.float64).clamp_(min=0)
-        return squares_P + allowance * gram_PSS.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+        out: Tensor = squares_P + allowance * gram_PSS.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+        return out
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """All uses one after the other along S."""
         inputs, gradients = zip(*self.uses, strict=True)
-        return fine(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]), fine(torch.cat(gradients, 1) if len(gradients) > 1 else gradients[0])
+        return fine(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]), fine(
+            torch.cat(gradients, 1) if len(gradients) > 1 else gradients[0]
+        )
 
     def add(self, factors_P: Tensor, total_OI: Tensor) -> None:
         """Add the sum over patients of factor times gradient."""
@@ -166,7 +169,9 @@ class Book:
     def squared_norms(self) -> Tensor:
         """Squared norm of each patient's whole gradient, fp64 (P,); never too small, see above."""
         parts = [squared_norms(rows) for rows in self.rows.values()]
-        parts += [entry.squared_norms() for entry in self.entries if isinstance(entry, MatrixEntry) and (entry.uses or entry.whole is not None)]
+        parts += [
+            entry.squared_norms() for entry in self.entries if isinstance(entry, MatrixEntry) and (entry.uses or entry.whole is not None)
+        ]
         return torch.stack(parts).sum(0) if parts else torch.zeros(self.patients, dtype=torch.float64)
 
     def add(self, factors_P: Tensor, totals: Mapping[str, Tensor]) -> None:
@@ -187,7 +192,8 @@ class Book:
         """(N, ...) as (P, N / P, ...): tiles of one patient lie together."""
         if not self.patients or len(tensor) == 0 or len(tensor) % self.patients:
             raise EngineUnfitError(f"a layer saw {len(tensor)} rows, which are not the tiles of {self.patients} patients")
-        return tensor.detach().unflatten(0, (self.patients, -1))
+        out: Tensor = tensor.detach().unflatten(0, (self.patients, -1))
+        return out
 
     def _add_row(self, name: str, gradients: Tensor) -> None:
         rows_Pn = gradients.reshape(self.patients, -1)

@@ -4,14 +4,14 @@ One forward over all their tiles, one backward that computes output gradients al
 product a layer straight into the sum (`engines.book`, `engines.taps`). No patient's gradient of the whole model ever exists.
 
 Guarantees, beside those of every engine (`engines.engine`):
-    - **A parameter whose owner has no rule is refused** when the engine is made, and so is, at the rehearsal before the charge, an objective
-      whose layers do not see patients' tiles one patient after the other or that uses a parameter outside its layer.
+    - **A parameter whose owner has no rule is refused** when the engine is made, and so is, at the rehearsal before the charge, an
+      objective whose layers do not see patients' tiles one patient after the other or that uses a parameter outside its layer.
     - Norms do not come out too small (`engines.book`).
     - Patients with equally many tiles share a pass; those with fewer have passes of their own.
 
     | in a pass | outcome |
     | --- | --- |
-    | a patient's loss or gradient is not finite | contributes zero; the others' pass is run again without that patient, so 0 * NaN never arises |
+    | a patient's loss or gradient is not finite | contributes zero; the others' pass is run again without it: 0 * NaN never arises |
     | memory runs out, tiles of an odd shape, any other error | nothing was added; the serial engine takes these patients one by one |
     | a buffer or parameter changes | as an error: the serial engine finds out whose pass does it |
     | an error while the sum is added to | the patients count as failed; what was added are their vectors without some coordinates |
@@ -96,7 +96,9 @@ class BookKeepingEngine:
                 raise NotContributed("loss or gradient is not finite")
             serial = [self._serial.norm(patient) for patient in group]
             if not all(_agree(norm, other, _TOLERANCE[self._precision]) for (_, norm), other in zip(figures, serial, strict=True)):
-                raise EngineUnfitError("patients' norms are not those of the serial engine: layers do not see tiles one patient after the other")
+                raise EngineUnfitError(
+                    "patients' norms are not those of the serial engine: layers do not see tiles one patient after the other"
+                )
 
     def _add(self, patients: list[PatientTiles], total: JointSum) -> list[str | None]:
         """Add patients with equally many tiles."""

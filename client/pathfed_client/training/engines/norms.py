@@ -28,7 +28,8 @@ def joint_norm(tensors: Iterable[Tensor]) -> Tensor:
     if not pieces:
         return torch.zeros((), dtype=torch.float64)
     norms: Sequence[Tensor] = torch._foreach_norm(pieces)
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms] if _mixed(norms) else list(norms)).double())
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms] if _mixed(norms) else list(norms)).double())
+    return joint
 
 
 def squared_norms(numbers_Pn: Tensor) -> Tensor:

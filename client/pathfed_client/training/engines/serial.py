@@ -16,8 +16,9 @@ Guarantees, beside those of every engine (`engines.engine`):
     | separable | 4 | 4 at once; 2 and 2; 1, 1, 1, 1; the same with checkpointed blocks |
     | not separable | 4 | 4 at once; 4 at once with checkpointed blocks |
 
-The parts' gradients are those of the whole up to rounding. So the bits of a sum depend on whether memory ran out, and on nothing else about a patient
-but the number of tiles. That is no second release: the noise is the same, and of a round computed twice only one result is ever sealed.
+The parts' gradients are those of the whole up to rounding. So the bits of a sum depend on whether memory ran out, and on nothing else
+about a patient but the number of tiles. That is no second release: the noise is the same, and of a round computed twice only one result
+is ever sealed.
 """
 
 import logging
@@ -151,9 +152,7 @@ class SerialEngine:
             ValueError: `tiles_at_once` is out of bounds, or the objective is not separable.
         """
         self._objective, self._parameters, self._mechanism = objective, parameters, mechanism
-        self._gradients = PatientGradients(
-            objective, parameters, compute, tiles_per_patient=tiles_per_patient, tiles_at_once=tiles_at_once
-        )
+        self._gradients = PatientGradients(objective, parameters, compute, tiles_per_patient=tiles_per_patient, tiles_at_once=tiles_at_once)
 
     def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
         """See `engines.engine.Engine`."""

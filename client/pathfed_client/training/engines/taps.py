@@ -1,8 +1,8 @@
 """Taps: a twin of an objective whose layers note inputs and output gradients in a book, and compute no gradient of their parameters.
 
 The twin is made of copies of the objective's modules that share its parameters and buffers; the objective itself is not touched. Where a
-layer has a rule, its copy runs the same arithmetic through a tap: an autograd function that in the backward pass gives the input's gradient,
-notes the rest, and gives no gradient to parameters. So a pass over the twin leaves `.grad` None everywhere, and a parameter
+layer has a rule, its copy runs the same arithmetic through a tap: an autograd function that in the backward pass gives the input's
+gradient, notes the rest, and gives no gradient to parameters. So a pass over the twin leaves `.grad` None everywhere, and a parameter
 that has one after all was used outside its layer: a fault that `engines.book_keeping` refuses.
 
     | owner of parameters | rule |
@@ -154,14 +154,15 @@ class _TappedConv2d(_Tapped, nn.Conv2d):
         windows = input[:, :, : rows * high, : columns * wide].reshape(n, channels, rows, high, columns, wide)
         patches_NLI = windows.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, channels * high * wide)
         out_NLO = _linear(self, patches_NLI, self.weight.flatten(1), self.bias)
-        return out_NLO.transpose(1, 2).unflatten(2, (rows, columns))
+        out: Tensor = out_NLO.transpose(1, 2).unflatten(2, (rows, columns))
+        return out
 
 
 class _TappedLayerNorm(_Tapped, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """See `nn.LayerNorm`; in float32 under autocast, as torch does it."""
         x = input.float() if torch.is_autocast_enabled(input.device.type) else input
-        out: Tensor = _LayerNorm.apply(x, self.weight, self.bias, self.eps, self.leaf, self.number, self.place)
+        out: Tensor = _LayerNorm.apply(x, self.weight, self.bias, self.eps, self.leaf, self.number, self.place)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -170,7 +171,7 @@ def _linear(module: _Tapped, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    out: Tensor = _Linear.apply(x, weight, bias, module.leaf, module.number, module.place)
+    out: Tensor = _Linear.apply(x, weight, bias, module.leaf, module.number, module.place)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -238,7 +239,7 @@ def _tap_rows(module: nn.Module, trained: dict[str, str], book: Book, leaf: Tens
 
     def given(last: str) -> Callable[[Any], Tensor]:
         def get(self: Any) -> Tensor:
-            rows: Tensor = _Rows.apply(self._parameters[last], leaf, self.tapped_rows, book.number, places[last])
+            rows: Tensor = _Rows.apply(self._parameters[last], leaf, self.tapped_rows, book.number, places[last])  # type: ignore[no-untyped-call]
             return rows
 
         return get
