@@ -116,7 +116,7 @@ def field_comments(module: ModuleType) -> dict[str, str]:
 
 
 def plan_sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """Each table of a plan: its TOML name ("" for the top) and its model."""
+    """Each table of a plan: its TOML name ("" for the top) and its model; a table of several kinds comes once for each."""
     yield "", plan_module.Plan
     yield from _tables("", plan_module.Plan)
 
@@ -124,10 +124,18 @@ def plan_sections() -> Iterator[tuple[str, type[BaseModel]]]:
 def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     """The tables inside a model, each before its own; a list of tables comes under its name too."""
     for name, field in model.model_fields.items():
-        inner = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_table(kind)), None)
-        if inner is not None:
+        for inner in _kinds(field.annotation):
             yield prefix + name, inner
             yield from _tables(f"{prefix}{name}.", inner)
+
+
+def _kinds(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables that an annotation allows."""
+    if _is_table(annotation):
+        yield annotation
+        return
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def _is_table(kind: Any) -> bool:
@@ -215,9 +223,15 @@ def plan_page() -> str:
         "Its digest names it for good: change any value and it is another plan, which sites must approve again.\n",
     ]
     for section, model in plan_sections():
-        out.append(f"\n## {f'[{section}]' if section else 'Top level'}\n\n{inspect.cleandoc(model.__doc__ or '')}\n\n")
+        out.append(f"\n## {_heading(section, model)}\n\n{inspect.cleandoc(model.__doc__ or '')}\n\n")
         out.append(_table(model, leave_out=[name for name in model.model_fields if _dotted(section, name) in nested]))
     return "".join(out)
+
+
+def _heading(section: str, model: type[BaseModel]) -> str:
+    if sum(name == section for name, _ in plan_sections()) > 1:
+        return f'[{section}] with name = "{model.model_fields["name"].default}"'
+    return f"[{section}]" if section else "Top level"
 
 
 def settings_page() -> str:

@@ -13,7 +13,7 @@ from pathfed_common import digest
 from pathfed_common.cohort_rules import ATTRIBUTES
 from pathfed_common.encoder.spec import preset, preset_names
 from pathfed_common.errors import ErrorCode, PlanError
-from pathfed_common.plan import EncoderPlan, Plan, load_plan, plan_from_bytes
+from pathfed_common.plan import EncoderPlan, MaePlan, Plan, load_plan, plan_from_bytes
 from pathfed_local import plans
 
 SHIPPED = sorted(Path(plans.__file__).parent.glob("*.toml"))
@@ -130,6 +130,9 @@ def test_plans_are_equal_exactly_when_their_digests_are(left, right):
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         kind = field.annotation
+        if name == "objective":
+            # Another objective has other keys: tests/common/objectives holds them against its model.
+            kind = MaePlan
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from keys(kind, f"{prefix}{name}__")
         else:
@@ -258,7 +261,7 @@ def test_a_missing_key_is_named(key):
         ("privacy__expected_patients", 0.5, "1"),
         ("privacy__figure_share", 1.0, "less than 1"),
         ("privacy__unit", "tile", "patient"),
-        ("objective__name", "dino", "mae"),
+        ("objective__name", "contrastive", "mae"),
         ("objective__mask_ratio", 0.0, "0.1"),
         ("objective__decoder_dim", 33, "multiple of 32"),
         ("encoder__preset", "vit_huge", "vit_tiny"),

@@ -96,10 +96,10 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
     whole = serial.add_patient
 
-    def add(objective, parameters, patient, mechanism, total) -> None:
+    def add(objective, parameters, patient, mechanism, total, **options) -> None:
         for tile in range(TILES):
             one = patient.part(tile, tile + 1)
-            whole(objective, parameters, one, mechanism, total)
+            whole(objective, parameters, one, mechanism, total, **options)
 
     patch.setattr(serial, "add_patient", add)
 

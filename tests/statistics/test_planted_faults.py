@@ -174,9 +174,9 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
     whole = serial.add_patient
 
-    def add(objective, parameters, patient, mechanism, total) -> None:
+    def add(objective, parameters, patient, mechanism, total, **options) -> None:
         for tile in range(len(patient.tiles)):
-            whole(objective, parameters, patient.part(tile, tile + 1), mechanism, total)
+            whole(objective, parameters, patient.part(tile, tile + 1), mechanism, total, **options)
 
     patch.setattr(serial, "add_patient", add)
 
@@ -241,20 +241,20 @@ def no_noise_on_an_empty_step(patch: pytest.MonkeyPatch) -> None:
 
 
 def non_finite_patients_let_in(patch: pytest.MonkeyPatch) -> None:
-    def gradient(objective, parameters, patient):
-        serial.clear_gradients(parameters)
-        objective.loss(patient.tiles, patient.draws).backward()
-        return 1.0, 1.0, {name: parameter.grad for name, parameter in parameters.items()}
+    def gradient(self, patient):
+        serial.clear_gradients(self._parameters)
+        self._objective.loss(patient.tiles, patient.draws).backward()
+        return 1.0, 1.0, {name: parameter.grad for name, parameter in self._parameters.items()}
 
-    patch.setattr(serial, "patient_gradient", gradient)
+    patch.setattr(serial.PatientGradients, "__call__", gradient)
 
 
 def non_finite_patients_counted(patch: pytest.MonkeyPatch) -> None:
     original = serial.add_patient
 
-    def add(objective, parameters, patient, mechanism, total) -> None:
+    def add(objective, parameters, patient, mechanism, total, **options) -> None:
         total.patients += 1
-        original(objective, parameters, patient, mechanism, total)
+        original(objective, parameters, patient, mechanism, total, **options)
         total.patients -= 1
 
     patch.setattr(serial, "add_patient", add)
