@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,14 @@ app.add_typer(plan_app, name="plan")
 #: Rounds whose epsilon is computed, at most: as points of a plot, as JSON.
 _POINTS, _VALUES = 25, 100
 
+
+class Objective(StrEnum):
+    """The objectives that the demo has a plan for."""
+
+    mae = "mae"
+    dino = "dino"
+
+
 #: Exit status of `verify` when everything is consistent but nobody's identity was checked.
 UNPROVEN = 3
 
@@ -33,6 +42,7 @@ def demo(
     sites: Annotated[int, typer.Option(min=1, max=16, help="Hospitals at most.")] = 3,
     patients: Annotated[int, typer.Option(min=4, max=1000, help="Patients of each painted hospital.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder for everything; an earlier demo there is replaced.")] = Path("pathfed-demo"),
+    objective: Annotated[Objective, typer.Option(help="What is trained: masked autoencoding or self-distillation.")] = Objective.mae,
     plan: Annotated[Path | None, typer.Option(help="Another plan, TOML.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave server and sites running afterwards, until Ctrl-C.")] = False,
     reply_slots: Annotated[bool, typer.Option(help="Sites reply at public time slots.")] = True,
@@ -46,7 +56,7 @@ def demo(
     options = DemoOptions(
         out=out,
         slides=slides,
-        plan=plan or demo_plan(),
+        plan=plan or demo_plan(objective.value),
         rounds=rounds,
         sites=sites,
         keep=keep,

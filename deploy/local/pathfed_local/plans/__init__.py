@@ -1,9 +1,11 @@
-"""The plans that come with pathfed: `demo.toml`, and `consortium.toml` to start a real one from."""
+"""The plans that come with pathfed: the demo's, one for each objective, and `consortium.toml` to start a real one from."""
 
 from importlib import resources
 from pathlib import Path
 
+_DEMO = {"mae": "demo.toml", "dino": "demo_dino.toml"}
 
-def demo_plan() -> Path:
-    """The demo's plan."""
-    return Path(str(resources.files(__name__).joinpath("demo.toml")))
+
+def demo_plan(objective: str = "mae") -> Path:
+    """The demo's plan for an objective, "mae" or "dino"."""
+    return Path(str(resources.files(__name__).joinpath(_DEMO[objective])))
