@@ -11,7 +11,7 @@ The cost of a patient is counted in multiply-adds, with memory traffic and the c
 
 S are a patient's rows in a layer, I and O its widths. The constants are fitted to `tests/benchmarks/private_step.py` on CPUs; see
 docs/decisions/0010-engines.md. Patients in one pass: as many as keep the tiles within `TILES_IN_A_PASS` and the memory within its limit;
-where no limit is known, within `FRUGAL` times the memory of the step without privacy.
+where no limit is known, within the memory of the serial engine or `FRUGAL` times that of the step without privacy, whichever is larger.
 """
 
 from collections.abc import Mapping
@@ -155,8 +155,9 @@ def patients_at_once(shapes: Shapes, k: int, memory_bytes: int | None) -> int:
     Where no memory is stated, weights and sum (float32) and the activations of one patient's tiles are what the step takes anyhow.
     """
     if memory_bytes is None:
-        weights = 8 * shapes.parameters
-        memory_bytes = int(FRUGAL * (weights + 4 * shapes.activations * k)) - weights
+        weights, pass_alone = 8 * shapes.parameters, 4 * shapes.activations * k
+        serial = 4 * shapes.parameters + pass_alone
+        memory_bytes = max(serial, int(FRUGAL * (weights + pass_alone)) - weights)
     patients = 1
     while 2 * patients * k <= TILES_IN_A_PASS and pass_bytes(shapes, k, 2 * patients) <= memory_bytes:
         patients *= 2
@@ -164,12 +165,15 @@ def patients_at_once(shapes: Shapes, k: int, memory_bytes: int | None) -> int:
 
 
 def pass_bytes(shapes: Shapes, k: int, patients: int) -> int:
-    """Memory of a pass beside parameters and sum: activations, and what the book keeps of each layer until the factors are known."""
+    """Memory of a pass beside parameters and sum: activations, and what the book keeps of each layer until the factors are known.
+
+    Half of the latter: inputs are kept for the backward pass anyhow, and activations are freed while it goes on.
+    """
     kept = 0.0
     for layer in shapes.layers:
         rows = layer.rows * k
         kept += min(rows * (layer.inputs + layer.outputs), layer.inputs * layer.outputs)
-    return int(4 * patients * (shapes.activations * k + kept))
+    return int(4 * patients * (shapes.activations * k + kept / 2))
 
 
 def _products(shapes: Shapes, k: int, patients: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from pathfed_client.training.compute import Compute
 from pathfed_common.objectives.objective import Draws
@@ -43,8 +44,11 @@ class Passes:
                 stack.enter_context(torch.autocast(tiles_NCHW.device.type, dtype=torch.bfloat16))
             if checkpointing:
                 stack.enter_context(checkpointed(self._objective))
-            compiled = len(tiles_NCHW) == self._tiles and checkpointing == compute.activation_checkpointing
+            compiled = self._tiles is not None and len(tiles_NCHW) == self._tiles and checkpointing == compute.activation_checkpointing
             function = self._compiled_method(method) if compiled else getattr(self._objective, method)
+            if compiled:
+                # Merging equal operations would merge the notes of equal uses of a layer, and lose one (`engines.taps`).
+                stack.enter_context(functorch.patch(cse=False))
             loss: Tensor = function(tiles_NCHW, *rest)
         return loss
 

@@ -16,10 +16,11 @@ that has one after all was used outside its layer: a fault that `engines.book_ke
 **Rows.** A layer's leading axis must be the tiles, or crops of them, those of one patient lying together. `book_keeping`'s rehearsal
 compares norms with the serial engine's, and refuses an objective that orders them otherwise.
 
-**Why this holds under torch.compile, checkpointing and autocast.** A compiler sees a tap as ordinary operations and one opaque operation,
-`pathfed::note`, which gives the gradient of a leaf that every tap has as input, so that it is neither dropped nor taken twice; what it
-notes is copied there, because a compiler uses memory again. Checkpointed blocks run forward twice and backward once, and only the backward
-notes. Under autocast a tap casts its inputs as autocast would, before the autograd function, so that what is noted is what was multiplied.
+**Why this holds under torch.compile, checkpointing and autocast.** A compiler sees a tap as ordinary operations and one opaque one,
+`pathfed::note`, which gives the gradient of a leaf that every tap has as input, so that it is not dropped; merging equal operations is
+off (`engines.passes`); what it notes is copied there, because a compiler uses memory again. Checkpointed blocks run forward twice and
+backward once, and only the backward notes. Under autocast a tap casts its inputs as autocast would, before the autograd function, so
+that what is noted is what was multiplied.
 
 Legend of shape suffixes: N rows of a layer's input (tiles or crops of tiles), L patches, I inputs and O outputs of a layer, D width.
 """
@@ -50,7 +51,7 @@ ROWS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-@torch.library.custom_op("pathfed::note", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op("pathfed::note", mutates_args=())
 def _note_op(tensors: Sequence[Tensor], number: int, place: int) -> Tensor:
     # A compiler uses the memory of these tensors again once this has returned.
     books.book(number).note(place, [tensor.clone() for tensor in tensors])

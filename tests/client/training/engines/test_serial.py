@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, check_objective, trainable
-from pathfed_client.training.engines.serial import add_patient, gradient_norm, patient_gradient
+from pathfed_client.training.engines.serial import SerialEngine, add_patient, gradient_norm, patient_gradient
 from pathfed_common.objectives.objective import Draws
 
 PATIENT = PatientTiles(torch.ones(2, 3), {})
@@ -165,3 +165,80 @@ def test_norm_of_nothing_is_zero_and_of_bf16_is_taken_in_fp32() -> None:
 
 def test_the_sensitive_sum_does_not_print_itself() -> None:
     assert repr(JointSum(trainable(Toy()))) == "JointSum(<sensitive>)"
+
+
+class Separable(nn.Module):
+    """Loss = mean over tiles of (w . x)^2: the gradient of a part is not that of the whole."""
+
+    separable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+        self.most = 100
+        self.sizes: list[int] = []
+
+    def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
+        self.sizes.append(len(tiles))
+        if len(tiles) > self.most:
+            raise torch.OutOfMemoryError
+        return ((tiles @ self.w) ** 2).mean()
+
+
+FIVE = PatientTiles(torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), {})
+
+
+@pytest.mark.parametrize("most", [5, 4, 2, 1])
+def test_a_microbatch_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(most: int) -> None:
+    model = Separable()
+    value, norm, gradients = patient_gradient(model, trainable(model), FIVE)
+    whole = gradients["w"].clone()
+    model.most = most
+    parted = patient_gradient(model, trainable(model), FIVE)
+    assert parted[:2] == pytest.approx((value, norm), rel=1e-12)
+    assert torch.allclose(parted[2]["w"], whole, rtol=1e-12)
+    assert max(model.sizes[-2:]) <= most
+
+
+def test_a_patient_that_fits_in_no_part_contributes_zero(mechanism) -> None:
+    model = Separable()
+    model.most = 0
+    total = JointSum(trainable(model))
+    assert SerialEngine(model, trainable(model), mechanism()).add([FIVE], total) == ["OutOfMemoryError"]
+    assert (total.patients, float(total.gradients["w"].abs().sum())) == (0, 0.0)
+
+
+def test_an_error_that_is_no_want_of_memory_is_not_tried_again() -> None:
+    class Broken(Separable):
+        def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
+            self.sizes.append(len(tiles))
+            raise ValueError("shape")
+
+    model = Broken()
+    with pytest.raises(ValueError, match="shape"):
+        patient_gradient(model, trainable(model), FIVE)
+    assert model.sizes == [5]
+
+
+def test_tiles_at_once_are_for_separable_objectives(mechanism) -> None:
+    model = Separable()
+    SerialEngine(model, trainable(model), mechanism(), tiles_at_once=2).rehearse([FIVE])
+    assert model.sizes == [2, 2, 1]
+    with pytest.raises(ValueError, match="not separable"):
+        SerialEngine(Toy(), trainable(Toy()), mechanism(), tiles_at_once=2)
+
+
+def test_a_frozen_parameter_that_changes_is_noticed() -> None:
+    class Following(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+        def loss(self, tiles: Tensor, draws: Draws) -> Tensor:
+            with torch.no_grad():
+                self.teacher.lerp_(self.w, 0.1)
+            return super().loss(tiles, draws)
+
+    model = Following()
+    with pytest.raises(NotContributed, match="a parameter changed"):
+        patient_gradient(model, trainable(model), PATIENT)
