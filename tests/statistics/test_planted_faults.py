@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import FORMS, unlike_its_start
 from scipy import stats
 
 from pathfed_client.training import local_round, private_step
-from pathfed_client.training.engines import serial
+from pathfed_client.training.compute import Compute
+from pathfed_client.training.engines import book_keeping, serial
+from pathfed_client.training.engines.book import Book
+from pathfed_client.training.engines.book_keeping import BookKeepingEngine
+from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import PatientTiles, trainable
+from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -32,6 +38,8 @@ class Bench:
     cohort: Callable[..., Any]
     tiles: Any
     mechanism: Callable[..., PatientMechanism]
+    compute: Compute = Compute()
+    clip: float = CLIP
 
     def joint(self, gradients: dict[str, torch.Tensor], figures: Any, steps: int = 1) -> np.ndarray:
         """The released vector as it stood in the joint ball: gradients times B, then the two figures at their scale."""
@@ -42,7 +50,9 @@ class Bench:
     def step(self, patients: list[Callable[[], PatientTiles]], key: int = 0) -> np.ndarray:
         """One private step over exactly these patients."""
         random = KeyedRandom(bytes(32), {"key": key})
-        release = private_step.private_step(self.objective, trainable(self.objective), patients, self.mechanism(), random)
+        parameters, m = trainable(self.objective), self.mechanism()
+        engine = make_engine(self.objective, parameters, m, self.compute, tiles_per_patient=4, tile_px=self.objective.spec.img_size)
+        release = private_step.private_step(self.objective, parameters, patients, m, random, engine=engine)
         return self.joint(release.gradients, release.figures)
 
     def round(self, number: int, *tile_counts: int, rate: float = 1.0, tiles: Any = None) -> tuple[np.ndarray, int]:
@@ -63,7 +73,8 @@ class Bench:
     def patient(self, seed: int, tiles: int = 4, scale: float = 1.0) -> Callable[[], PatientTiles]:
         def load() -> PatientTiles:
             random = KeyedRandom(bytes(32), {"patient": seed})
-            pixels = torch.from_numpy(random.normals(tiles * 3 * 16 * 16)).reshape(tiles, 3, 16, 16) * scale
+            side = self.objective.spec.img_size
+            pixels = torch.from_numpy(random.normals(tiles * 3 * side**2)).reshape(tiles, 3, side, side) * scale
             return PatientTiles(pixels, self.objective.draw(tiles, random))
 
         return load
@@ -81,15 +92,15 @@ def check_empty_release(bench: Bench) -> None:
     """An empty step releases N(0, (sigma C)^2) in every coordinate: std within 4 standard errors, shape by Kolmogorov-Smirnov."""
     released = bench.step([])
     n = len(released)
-    assert released.std() == pytest.approx(SIGMA * CLIP, rel=4 / math.sqrt(2 * n))
-    assert abs(released.mean()) < 5 * SIGMA * CLIP / math.sqrt(n)
-    assert stats.kstest(released / (SIGMA * CLIP), "norm").pvalue > 1e-4
+    assert released.std() == pytest.approx(SIGMA * bench.clip, rel=4 / math.sqrt(2 * n))
+    assert abs(released.mean()) < 5 * SIGMA * bench.clip / math.sqrt(n)
+    assert stats.kstest(released / (SIGMA * bench.clip), "norm").pvalue > 1e-4
 
 
 def check_figures_noise(bench: Bench) -> None:
     """The two figures carry the same noise: over 120 empty steps their std lies within 4 standard errors."""
     figures = np.concatenate([bench.step([], key)[-2:] for key in range(120)])
-    assert figures.std() == pytest.approx(SIGMA * CLIP, rel=4 / math.sqrt(2 * len(figures)))
+    assert figures.std() == pytest.approx(SIGMA * bench.clip, rel=4 / math.sqrt(2 * len(figures)))
 
 
 def check_removal(bench: Bench) -> None:
@@ -103,8 +114,8 @@ def check_removal(bench: Bench) -> None:
     ]
     whole = bench.step(patients)
     shifts = [float(np.linalg.norm(whole - bench.step(patients[:i] + patients[i + 1 :]))) for i in range(len(patients))]
-    assert max(shifts) <= CLIP * (1 + 1e-3)
-    assert min(shifts) > 0.2 * CLIP
+    assert max(shifts) <= bench.clip * (1 + 1e-3)
+    assert min(shifts) > 0.2 * bench.clip
 
 
 def check_rounds_independent(bench: Bench) -> None:
@@ -304,6 +315,78 @@ def test_a_planted_fault_is_caught(
     for check in catchers:
         with pytest.raises(caught):
             check(bench)
+
+
+# Every engine, number type and objective: what an engine decides is the sensitivity, and what happens when something goes wrong.
+
+COMPUTES = {
+    f"{engine}-{precision}": Compute(engine=engine, precision=precision, patients_at_once=3 if engine == "book_keeping" else None)
+    for engine in ("serial", "book_keeping")
+    for precision in ("float32", "bfloat16")
+}
+#: Two objectives, of the two kinds, are enough to show that the checks can fail.
+FAULTY_FORMS = ("mae", "dino-sinkhorn-kde")
+SMALL_CLIP = 0.02
+ENGINE_CHECKS = [check_empty_release, check_removal, check_non_finite, check_failure_releases]
+
+
+@pytest.fixture(params=[(compute, form) for compute in COMPUTES for form in FORMS], ids="-".join)
+def any_bench(request, cohort, tiles, mechanism) -> Bench:
+    compute, form = request.param
+    model = unlike_its_start(FORMS[form]())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def small(**changes: float) -> PatientMechanism:
+        # Below every patient's norm and loss, so that a bound that does not hold shows.
+        return mechanism(noise_multiplier=SIGMA, clip_norm=SMALL_CLIP, loss_bound=0.2, **changes)
+
+    return Bench(model, state, cohort, tiles, small, COMPUTES[compute], SMALL_CLIP)
+
+
+@pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
+def test_every_engine_objective_and_number_type_passes(check: Callable[[Bench], None], any_bench: Bench) -> None:
+    check(any_bench)
+
+
+def tile_as_any_engines_unit(patch: pytest.MonkeyPatch) -> None:
+    for kind in (SerialEngine, BookKeepingEngine):
+
+        def add(self, patients, total, whole=kind.add):
+            whole(self, [patient.part(tile, tile + 1) for patient in patients for tile in range(len(patient.tiles))], total)
+            return [None] * len(patients)
+
+        patch.setattr(kind, "add", add)
+
+
+def non_finite_let_in_by_any_engine(patch: pytest.MonkeyPatch) -> None:
+    for module in (serial, book_keeping):
+        patch.setattr(module, "contributes", lambda loss, norm: True)
+    patch.setattr(PatientMechanism, "clip_factor", lambda self, norm: 1.0)
+    patch.setattr(PatientMechanism, "loss_share", lambda self, loss: 1.0)
+
+
+def norms_of_half_the_size(patch: pytest.MonkeyPatch) -> None:
+    fine = Book.squared_norms
+    patch.setattr(Book, "squared_norms", lambda self: fine(self) / 4)
+    norm = serial.joint_norm
+    patch.setattr(serial, "joint_norm", lambda gradients: norm(gradients) / 2)
+
+
+ENGINE_FAULTS = [
+    (no_clipping, check_removal),
+    (loss_not_clamped, check_removal),
+    (tile_as_any_engines_unit, check_removal),
+    (norms_of_half_the_size, check_removal),
+    (non_finite_let_in_by_any_engine, check_non_finite),
+]
+
+
+@pytest.mark.parametrize("any_bench", [(compute, form) for compute in COMPUTES for form in FAULTY_FORMS], ids="-".join, indirect=True)
+@pytest.mark.parametrize(("plant", "check"), [pytest.param(plant, check, id=plant.__name__) for plant, check in ENGINE_FAULTS])
+def test_a_fault_planted_in_any_engine_is_caught(plant, check, any_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(any_bench)
 
 
 def test_every_check_catches_some_fault() -> None:
