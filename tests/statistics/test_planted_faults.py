@@ -22,11 +22,13 @@ from pathfed_client.training.engines.book import Book
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import PatientTiles, trainable
+from pathfed_client.training.engines.norms import joint_norm
 from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 SIGMA, CLIP, BATCH = 4.0, 1.0, 4.0
+PLAIN = Compute()
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Bench:
     cohort: Callable[..., Any]
     tiles: Any
     mechanism: Callable[..., PatientMechanism]
-    compute: Compute = Compute()
+    compute: Compute = PLAIN
     clip: float = CLIP
 
     def joint(self, gradients: dict[str, torch.Tensor], figures: Any, steps: int = 1) -> np.ndarray:
@@ -368,7 +370,7 @@ def non_finite_let_in_by_any_engine(patch: pytest.MonkeyPatch) -> None:
 def norms_of_half_the_size(patch: pytest.MonkeyPatch) -> None:
     fine = Book.squared_norms
     patch.setattr(Book, "squared_norms", lambda self: fine(self) / 4)
-    norm = serial.joint_norm
+    norm = joint_norm
     patch.setattr(serial, "joint_norm", lambda gradients: norm(gradients) / 2)
 
 

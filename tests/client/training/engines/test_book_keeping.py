@@ -17,6 +17,7 @@ from pathfed_client.training.engines.book import Book
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import decide
 from pathfed_client.training.engines.engine import EngineUnfitError, JointSum, NotContributed, PatientTiles, trainable
+from pathfed_client.training.engines.norms import squared_norms
 from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.encoder.stochastic_depth import drop_path_factors
@@ -49,6 +50,10 @@ class Twice(nn.Module):
         whole, part = self.encoder(tiles, drop_ND=draws["drop"]), self.encoder(small)
         losses = self.head(whole).sin().flatten(1).mean(1) + (self.head(part[:, 0]) ** 2).mean(1)
         return torch.stack([of_patient.mean() for of_patient in losses.split(list(counts))])
+
+
+def moved(model: Any) -> Any:
+    return unlike_its_start(model)
 
 
 def patients(model: Any, counts: list[int], dtype: torch.dtype = torch.float64) -> list[PatientTiles]:
@@ -137,7 +142,7 @@ def test_a_layer_used_twice_has_cross_terms_in_its_norm(planted: bool, mechanism
     monkeypatch.setattr(book, "gram_is_cheaper", WAYS["always Gram"])
     if planted:
         monkeypatch.setattr(book.MatrixEntry, "squared_norms", independent)
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
     figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)._pass(drawn)
@@ -169,7 +174,7 @@ def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     def coarse(self: Book) -> Tensor:
         total = torch.zeros(self.patients, dtype=torch.bfloat16)
         for rows in self.rows.values():
-            total += book.squared_norms(rows).bfloat16()
+            total += squared_norms(rows).bfloat16()
         for entry in self.entries:
             if isinstance(entry, book.MatrixEntry) and (entry.uses or entry.whole is not None):
                 total += entry.squared_norms().bfloat16()
@@ -191,7 +196,7 @@ def residual_gradients_scaled_in_place(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("plant", [gram_on_wrong_axes, a_factor_for_each_tile, stale_norm, residual_gradients_scaled_in_place])
 def test_a_planted_fault_is_refused_at_the_rehearsal(plant, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
     engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
     engine.rehearse(drawn)
@@ -207,7 +212,7 @@ def rehearse_twice(engine: BookKeepingEngine, drawn: list[PatientTiles]) -> None
 
 @pytest.mark.parametrize("planted", [False, True])
 def test_norms_are_fine_enough_to_find_one_taken_in_bfloat16(planted: bool, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2] * 6, torch.float32)
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
     if planted:
@@ -219,7 +224,7 @@ def test_norms_are_fine_enough_to_find_one_taken_in_bfloat16(planted: bool, mech
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_patient_that_is_not_finite_leaves_no_trace_in_a_pass(value: float, mechanism) -> None:
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2, 2, 2], torch.float32)
     poison = PatientTiles(torch.full_like(drawn[0].tiles, value), drawn[0].draws)
     engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=4)
@@ -232,7 +237,7 @@ def test_a_patient_that_is_not_finite_leaves_no_trace_in_a_pass(value: float, me
 
 
 def test_a_pass_that_fails_is_taken_patient_by_patient(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
     engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
     total, expected = JointSum(trainable(model)), JointSum(trainable(model))
@@ -283,7 +288,7 @@ def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal(mechani
             mean = (both[: len(tiles)] + 2 * both[len(tiles) :]) / 2
             return torch.stack([of_patient.mean() for of_patient in mean.split(list(counts))])
 
-    model = unlike_its_start(CropsFirst())
+    model = moved(CropsFirst())
     engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=3)
     with pytest.raises((EngineUnfitError, NotContributed)):
         engine.rehearse(patients(model, [1, 1, 1], torch.float32))
@@ -364,7 +369,7 @@ def test_norms_never_come_out_too_small_where_terms_cancel() -> None:
 
 
 def test_both_engines_sums_differ_by_one_patient_by_at_most_the_bound(mechanism) -> None:
-    model = unlike_its_start(Twice())
+    model = moved(Twice())
     drawn = patients(model, [2, 2, 2, 2], torch.float32)
     m = mechanism(clip_norm=0.01)
     engine = BookKeepingEngine(model, trainable(model), m, patients=4)
@@ -374,5 +379,5 @@ def test_both_engines_sums_differ_by_one_patient_by_at_most_the_bound(mechanism)
         engine.add([patient for place, patient in enumerate(drawn) if place != leaving], total)
         sums.append(total)
     for left, right in pairwise([sums[1], sums[0], sums[2]]):
-        moved = norm_of({name: left.gradients[name].double() - right.gradients[name].double() for name in left.gradients})
-        assert 0.9 * m.gradient_bound < moved <= m.gradient_bound * (1 + 1e-6)
+        shift = norm_of({name: left.gradients[name].double() - right.gradients[name].double() for name in left.gradients})
+        assert 0.9 * m.gradient_bound < shift <= m.gradient_bound * (1 + 1e-6)

@@ -3,7 +3,7 @@
 import pytest
 from objectives import SIDE, mae
 
-from pathfed_client.training.compute import Compute
+from pathfed_client.training.compute import Compute, EngineName
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import (
     TILES_IN_A_PASS,
@@ -53,7 +53,8 @@ def test_shapes_are_those_of_the_layers() -> None:
 
 def test_the_plans_engine_is_taken_and_what_is_decided_keys_the_randomness(mechanism) -> None:
     model = mae()
-    for name, kind in (("serial", SerialEngine), ("book_keeping", BookKeepingEngine)):
+    kinds: dict[EngineName, type] = {"serial": SerialEngine, "book_keeping": BookKeepingEngine}
+    for name, kind in kinds.items():
         decided = decide(model, Compute(engine=name), tiles_per_patient=2, tile_px=SIDE)
         assert decided.decided
         assert decided.context()["engine"] == name
