@@ -50,7 +50,7 @@ class RoundComputer:
         self._compute = Compute()
         self._at_once: int | None = None
         self._model: nn.Module | None = None
-        self._engine: Engine | None = None
+        self._engine: tuple[PatientMechanism, Engine] | None = None
         self._group: RankGroup | None = None
 
     def prepare(self, plan: Plan, mechanism: PatientMechanism, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ class RoundComputer:
         places = self._look()
         if self._plan != plan.digest:
             self.close()
-            self._plan, self._model = None, None
+            self._plan, self._model, self._engine = None, None, None
             try:
                 self._decide(plan, places)
             except (MemoryError, RuntimeError) as error:
@@ -74,16 +74,19 @@ class RoundComputer:
             self._prepare_ranks(plan, places, state)
         elif self._model is not None:
             px, k = plan.cohort.tile_px, plan.cohort.tiles_per_patient
-            self._engine = make_engine(
-                self._model,
-                trainable(self._model),
-                mechanism,
-                self._compute,
-                tiles_per_patient=k,
-                tile_px=px,
-                tiles_at_once=self._at_once,
-            )
-            try_base_state(objective=self._model, base_state=state, tile_px=px, tiles_per_patient=k, engine=self._engine)
+            if self._engine is None or self._engine[0] != mechanism:
+                # Kept from round to round: what it compiled would be compiled again in every one.
+                made = make_engine(
+                    self._model,
+                    trainable(self._model),
+                    mechanism,
+                    self._compute,
+                    tiles_per_patient=k,
+                    tile_px=px,
+                    tiles_at_once=self._at_once,
+                )
+                self._engine = mechanism, made
+            try_base_state(objective=self._model, base_state=state, tile_px=px, tiles_per_patient=k, engine=self._engine[1])
         self._plan = plan.digest
 
     def context(self, plan: Plan) -> dict[str, str | int]:
@@ -118,7 +121,8 @@ class RoundComputer:
         Raises:
             HostError: PF911, a rank failed. Nothing was released.
         """
-        way = partial(run_round_on_ranks, self._running()) if self._model is None else partial(_here, self._model, self._engine)
+        engine = None if self._engine is None else self._engine[1]
+        way = partial(run_round_on_ranks, self._running()) if self._model is None else partial(_here, self._model, engine)
         return way(
             base_state=base_state,
             cohort=cohort,

@@ -8,3 +8,6 @@ Mpp = NewType("Mpp", float)
 Level0Px = NewType("Level0Px", int)
 #: Seconds since 1970-01-01T00:00:00Z.
 UtcSeconds = NewType("UtcSeconds", float)
+
+#: What machines' clocks differ by at worst, seconds.
+CLOCK_SKEW_S = 300.0

@@ -22,12 +22,12 @@ from pathfed_common.errors import ErrorCode, HostError, PlanError
 from pathfed_common.model import encoder_spec
 from pathfed_common.plan import Plan
 from pathfed_server.home import ServerHome
+from pathfed_server.rounds.admission import read_chunks
 
 #: As the encoder of a release is written: importing a release gives the digest of its own file.
 _METADATA = {"format": "pt"}
 _PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NAMED = 12
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ def stored_encoder(home: ServerHome, plan: Plan) -> StoredEncoder | None:
         return None
     path = home.checkpoint(digest.parse(plan.encoder.init_from))
     try:
-        with path.open("rb") as file:
-            found = digest.of_chunks(iter(lambda: file.read(_CHUNK), b""))
+        found = digest.of_chunks(read_chunks(path))
     except OSError as error:
         raise _unusable(plan, f"the server does not have this checkpoint: {error.strerror}", path, _import_again(plan)) from None
     if not digest.equal(found, plan.encoder.init_from):

@@ -105,10 +105,9 @@ def _database(home: ServerHome) -> str:
 
 
 def _encoder_parameters(plan: Plan) -> int:
-    from pathfed_common.model import state_shapes
+    from pathfed_common.model import encoder_spec
 
-    shapes = state_shapes(plan)
-    return int(sum(np.prod(shape) for name, shape in shapes.items() if name.startswith("encoder.")))
+    return encoder_spec(plan).parameters
 
 
 def _verdict(home: ServerHome, store: SqlStore, record: Path) -> Verdict:

@@ -31,6 +31,7 @@ from tests.benchmarks._harness import arguments, finish, tell
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import JointSum, PatientTiles, trainable
+from pathfed_client.training.engines.passes import Passes
 from pathfed_common.encoder.spec import EncoderSpec, preset
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -98,7 +99,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
     engine = make_engine(objective, parameters, MECHANISM, compute, tiles_per_patient=tiles, tile_px=spec.img_size)
     total = JointSum(parameters)
     # The plain step accumulates in the parameters' own gradients; it runs through the same pass (autocast, compiling, checkpointing).
-    loss = plain_loss(objective, compute, device)
+    passes = Passes(objective, compute, tiles=tiles)
 
     def private() -> None:
         for _ in range(patients):
@@ -106,7 +107,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
 
     def plain() -> None:
         for _ in range(patients):
-            loss(batch).backward()
+            passes.loss(batch.tiles, batch.draws).backward()
 
     for work in (private, plain):
         work()
@@ -122,18 +123,6 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
         objective.zero_grad(set_to_none=True)
     rate = {name: patients * tiles / statistics.median(values) for name, values in times.items()}
     return Measured(rate["private"], rate["plain"], peak, mae_step_flops(spec, **MAE))
-
-
-def plain_loss(objective: MaskedAutoencoder, compute: Compute, device: torch.device) -> Callable[[PatientTiles], torch.Tensor]:
-    """The loss as the engines compute it, without privacy."""
-    function = torch.compile(objective.loss) if compute.compile else objective.loss
-
-    def loss(batch: PatientTiles) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute.precision == "bfloat16"):
-            result: torch.Tensor = function(batch.tiles, batch.draws)
-        return result
-
-    return loss
 
 
 def on_paper() -> dict[str, float]:

@@ -19,6 +19,7 @@ from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome
 from pathfed_client.io.rank_group import RankGroup
 from pathfed_client.io.rank_round import run_round_on_ranks
+from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.local_round import RoundOutcome, run_round
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, HostError
@@ -125,6 +126,23 @@ def test_a_limit_of_memory_chooses_how_many_tiles_the_cpu_takes_at_once(prepared
     tight = prepared(faulty_ranks.small, device_memory_gb=2e-4).context(prepared.plan)["tiles_at_once"]
     assert free == 8
     assert 1 <= tight < 8
+
+
+def test_an_engine_is_kept_from_round_to_round_and_made_anew_for_another_mechanism(prepared, monkeypatch) -> None:
+    """What an engine compiled would otherwise be compiled again in every round."""
+    made: list[object] = []
+
+    def make(*given: Any, **named: Any) -> object:
+        made.append(given)
+        return make_engine(*given, **named)
+
+    monkeypatch.setattr(computing, "make_engine", make)
+    computer, plan = prepared(faulty_ranks.small), prepared.plan
+    state = faulty_ranks.small(plan).state_dict()
+    computer.prepare(plan, plan.mechanism(4), state)
+    assert len(made) == 1
+    computer.prepare(plan, plan.mechanism(5), state)
+    assert len(made) == 2
 
 
 def test_a_model_that_fits_no_device_is_sharded_and_another_is_not(world, policy) -> None:

@@ -16,10 +16,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, PrivacyError, ProvenanceError
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import VerifyKey
-from pathfed_common.units import UtcSeconds
-
-#: Clocks may be put right by so much, seconds; the same as offers may lie in the future.
-CLOCK_SKEW_S = 300.0
+from pathfed_common.units import CLOCK_SKEW_S, UtcSeconds
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from pathfed_common.plan import RoundsPlan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance.dsse import open_envelope
 from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.units import CLOCK_SKEW_S
 
-#: How far, in seconds, an offer may lie in the future by the site's clock: what machines' clocks differ by at worst.
-CLOCK_SKEW_S = 300.0
 #: What a deadline may be off by, seconds, for rounding.
 _DEADLINE_SLACK_S = 1.0
 

@@ -4,7 +4,6 @@ This process draws patients and tiles and reads the tiles; the ranks compute. A 
 fp32 numbers are added: the same patients, tiles, masks and noise, bit for bit, whatever the number of ranks.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +15,12 @@ from torch import Tensor
 from pathfed_client.cohort.cohort import Cohort, TileRef
 from pathfed_client.io.rank_group import OutOfStepError, RankGroup, failures
 from pathfed_client.training.augmentation import NO_AUGMENTATION, Augmentation
-from pathfed_client.training.engines.engine import NotContributed
+from pathfed_client.training.engines.engine import why_not
 from pathfed_client.training.local_round import RoundOutcome, TileSource, check_finite, draw_step, random_of_step, read_tiles, untrainable
 from pathfed_client.training.private_step import ReleasedFigures, SiteNotes
 from pathfed_client.training.ranks.tasks import Begin, Done, EndStep, Outcome, Patient, StepDone, Try
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
-
-_LOG = logging.getLogger(__name__)
 
 
 def try_base_state_on_ranks(group: RankGroup, base_state: Mapping[str, Tensor]) -> None:
@@ -132,21 +129,14 @@ class _HandOut:
         if not self.waiting[slot]:
             del self.waiting[slot]
         if first and isinstance(outcome, Done) and outcome.failure is not None:
-            self._note(outcome.failure)
+            self.notes.fail(outcome.failure)
 
     def _read(self, refs: tuple[TileRef, ...]) -> NDArray[np.uint8] | None:
         try:
             return read_tiles(refs, self.tiles)
-        except NotContributed as reason:
-            self._note(str(reason))
-        except Exception as error:
-            # Aborts are releases: nothing that one patient causes may pass. The type alone is kept: the text could name a slide.
-            self._note(type(error).__name__)
+        except Exception as error:  # aborts are releases
+            self.notes.fail(why_not(error))
         return None
-
-    def _note(self, failure: str) -> None:
-        self.notes.failures.append(failure)
-        _LOG.info("a drawn patient contributes zero: %s", failure)
 
 
 def _put(group: RankGroup, base_state: Mapping[str, Tensor]) -> None:

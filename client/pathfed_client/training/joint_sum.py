@@ -111,18 +111,6 @@ class JointSum:
                 piece.add_(room.view(torch.int32).sub_(_MAGIC_BITS))
         self._count(share)
 
-    def add_together(self, sums: Mapping[str, Tensor], *, losses: list[float]) -> None:
-        """Add several patients whose clipped gradients are already summed in float32: rounded to the lattice once for all of them.
-
-        Which patients are summed together MUST NOT depend on other patients; the callers (`engines.book_keeping`) see to it.
-        """
-        shares = [self._mechanism.loss_share(loss) for loss in losses]
-        for name, total in sums.items():
-            for piece, values in _pieces(self.integers[name], total):
-                piece.add_(values.double().div_(self.unit).round_().to(torch.int64).to(torch.int32))
-        for share in shares:
-            self._count(share)
-
     def release(self, name: str, normals: Iterable[Tensor]) -> Tensor:
         """One parameter's noised sum divided by the public B, float32, in the memory of the sum, which is gone afterwards.
 

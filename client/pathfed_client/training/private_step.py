@@ -21,7 +21,7 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from pathfed_client.training.engines.engine import Engine, JointSum, NotContributed, PatientLoader, PatientTiles, check_objective
+from pathfed_client.training.engines.engine import Engine, JointSum, PatientLoader, PatientTiles, check_objective, why_not
 from pathfed_client.training.engines.serial import SerialEngine, clear_gradients
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -79,6 +79,11 @@ class SiteNotes:
     patients_drawn: int = 0
     failures: list[str] = field(default_factory=list)
 
+    def fail(self, why: str) -> None:
+        """Note, and log at the site, that a drawn patient contributes zero."""
+        self.failures.append(why)
+        _log.info("a drawn patient contributes zero: %s", why)
+
 
 def private_step(
     objective: nn.Module,
@@ -112,8 +117,7 @@ def private_step(
     while batch := list(islice(loaders, engine.patients)):
         notes.patients_drawn += len(batch)
         for failure in _contribute(engine, batch, total):
-            notes.failures.append(failure)
-            _log.info("a drawn patient contributes zero: %s", failure)
+            notes.fail(failure)
     clear_gradients(parameters)
     return _release(total, mechanism, random)
 
@@ -124,12 +128,8 @@ def _contribute(engine: Engine, batch: list[PatientLoader], total: JointSum) -> 
     for load in batch:
         try:
             loaded.append(load())
-        except NotContributed as reason:
-            yield str(reason)
-        except Exception as error:
-            # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
-            # The type alone is kept: the text could name a slide.
-            yield type(error).__name__
+        except Exception as error:  # aborts are releases
+            yield why_not(error)
     yield from (failure for failure in engine.add(loaded, total) if failure is not None)
 
 

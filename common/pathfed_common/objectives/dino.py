@@ -1,8 +1,8 @@
 """Self-distillation in the manner of DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
 
-A student learns to say of a crop of a tile what its
-teacher, the mean of past students, says of another crop of it (DINO, Caron et al. 2021, arXiv:2104.14294), and of masked patches what the
-teacher says seeing them (iBOT, Zhou et al. 2022, arXiv:2111.07832); a third term keeps the tiles' features apart (`spread`).
+A student learns to say of a crop of a tile what its teacher, the mean of past students, says of another crop of it (DINO, Caron et al.
+2021, arXiv:2104.14294), and of masked patches what the teacher says seeing them (iBOT, Zhou et al. 2022, arXiv:2111.07832); a third term
+keeps the tiles' features apart (`spread`).
 
 Guarantees:
     - **A patient's loss depends on that patient's tiles, what was drawn for them, and the weights alone.** Centring and Sinkhorn

@@ -21,9 +21,9 @@ from pathfed_common.provenance.documents import seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
 from pathfed_common.units import UtcSeconds
+from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.state import Candidate, Participation, ParticipationState, RoundResult
 
-_CHUNK = 2**20
 _ABSENT = {
     "refused": ParticipationState.REFUSED,
     "silent": ParticipationState.SILENT,
@@ -182,7 +182,7 @@ class Recorder:
         except OSError:
             # Another file system, or one without links. A full disk shows again below, with its code.
             part.unlink(missing_ok=True)
-            files.write_atomic(path, _read_chunks(source))
+            files.write_atomic(path, read_chunks(source))
         return entry
 
     def _there(self, entry: FileEntry) -> bool:
@@ -249,12 +249,7 @@ def _encoder_bytes(state: Path, prefix: str) -> Iterator[bytes]:
 
 
 def _entry(place: str, path: Path) -> FileEntry:
-    return FileEntry(path=place, digest=digest.of_chunks(_read_chunks(path)), size=path.stat().st_size)
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from iter(lambda: file.read(_CHUNK), b"")
+    return FileEntry(path=place, digest=digest.of_chunks(read_chunks(path)), size=path.stat().st_size)
 
 
 def _merged(earlier: Sequence[FileEntry], later: Sequence[FileEntry]) -> tuple[FileEntry, ...]:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import pytest
 
 from pathfed_client.budget import ledger as budget
-from pathfed_client.budget.chain import CLOCK_SKEW_S
 from pathfed_client.budget.entry import LEDGER_TYPE, LedgerEntry
 from pathfed_client.budget.ledger import Ledger
 from pathfed_client.budget.witness import SeenHead
@@ -20,6 +19,7 @@ from pathfed_common.privacy import accounting
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.units import CLOCK_SKEW_S
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC).timestamp()
 DELTA, PLAN_DELTA = 1e-6, 1e-5

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfed_client.gate.offer import CLOCK_SKEW_S, check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
+from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import RunName, SiteName
@@ -12,6 +12,7 @@ from pathfed_common.plan import RoundsPlan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.units import CLOCK_SKEW_S
 
 KEY = SigningKey.generate()
 STATE = b"base state"

@@ -130,8 +130,7 @@ class BookKeepingEngine:
         except Exception as error:
             return [type(error).__name__] * len(patients)
         for share in shares:
-            total.loss_shares += share
-        total.patients += len(patients)
+            total.count(share)
         return [None] * len(patients)
 
     def _pass(self, patients: list[PatientTiles]) -> list[tuple[float, float]]:

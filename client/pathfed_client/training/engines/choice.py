@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.book import gram_is_cheaper
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
-from pathfed_client.training.engines.engine import Engine, EngineUnfitError
+from pathfed_client.training.engines.engine import Engine, EngineUnfitError, trainable
 from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_client.training.engines.taps import tapped
 from pathfed_common.objectives.objective import Objective
@@ -85,9 +85,8 @@ def decide(objective: nn.Module, compute: Compute, *, tiles_per_patient: int, ti
     """
     if compute.decided:
         return compute
-    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     try:
-        tapped(objective, parameters)
+        tapped(objective, trainable(objective))
     except EngineUnfitError:
         if compute.engine == "book_keeping":
             raise

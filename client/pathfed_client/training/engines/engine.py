@@ -46,6 +46,15 @@ class NotContributed(Exception):  # noqa: N818  an outcome, not a fault
     """This patient contributes zero; the text says why and never leaves the site."""
 
 
+def why_not(error: Exception) -> str:
+    """What is noted of an error that one patient caused: the reason of a `NotContributed`, else the error's type alone.
+
+    Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass. A text
+    could name a slide, and a traceback would keep the patient's gradient in memory.
+    """
+    return str(error) if isinstance(error, NotContributed) else type(error).__name__
+
+
 class EngineUnfitError(ValueError):
     """An engine cannot compute this objective's patient gradients. Depends on the code and the plan alone."""
 
@@ -72,6 +81,18 @@ class JointSum:
 
     def __repr__(self) -> str:
         return "JointSum(<sensitive>)"
+
+    def add(self, gradients: Mapping[str, Tensor], *, factor: float, share: float) -> None:
+        """Add one patient: a clip factor times the gradient, by name, and the loss as a share of loss_bound."""
+        if gradients:
+            names = sorted(gradients)
+            torch._foreach_add_([self.gradients[name] for name in names], [gradients[name] for name in names], alpha=factor)
+        self.count(share)
+
+    def count(self, share: float) -> None:
+        """Add one patient's figures."""
+        self.loss_shares += share
+        self.patients += 1
 
 
 def trainable(objective: nn.Module) -> dict[str, nn.Parameter]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.compute import Compute
-from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, contributes
+from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, contributes, why_not
 from pathfed_client.training.engines.guard import StateGuard, unchanged_buffers
 from pathfed_client.training.engines.norms import joint_norm
 from pathfed_client.training.engines.passes import Passes, can_checkpoint
@@ -176,12 +176,8 @@ class SerialEngine:
     def _add(self, patient: PatientTiles, total: JointSum) -> str | None:
         try:
             add_patient(self._objective, self._parameters, patient, self._mechanism, total, gradients_of=self._gradients)
-        except NotContributed as reason:
-            return str(reason)
-        except Exception as error:
-            # Aborts are releases: whether a step answers must not depend on a patient's tiles, so nothing that one patient causes may pass.
-            # The type alone is kept: the text could name a slide, and the traceback would keep the patient's gradient in memory.
-            return type(error).__name__
+        except Exception as error:  # aborts are releases
+            return why_not(error)
         finally:
             clear_gradients(self._parameters)
         return None
@@ -210,12 +206,7 @@ def add_patient(
     """
     gradients_of = PatientGradients(objective, parameters) if gradients_of is None else gradients_of
     value, norm, gradients = gradients_of(patient)
-    factor, share = mechanism.clip_factor(norm), mechanism.loss_share(value)
-    if gradients:
-        names = sorted(gradients)
-        torch._foreach_add_([total.gradients[name] for name in names], [gradients[name] for name in names], alpha=factor)
-    total.loss_shares += share
-    total.patients += 1
+    total.add(gradients, factor=mechanism.clip_factor(norm), share=mechanism.loss_share(value))
 
 
 def gradient_norm(gradients: Mapping[str, Tensor]) -> float:

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathfed_client.training.engines.choice import make_engine
-from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles, check_objective, trainable
+from pathfed_client.training.engines.engine import (
+    JointSum,
+    NotContributed,
+    PatientLoader,
+    PatientTiles,
+    check_objective,
+    trainable,
+    why_not,
+)
 from pathfed_client.training.engines.serial import clear_gradients
 from pathfed_client.training.local_round import patient_tiles, random_of_patient, random_of_step, synthetic_patients
 from pathfed_client.training.private_step import ReleasedFigures, add_noise, release_figures
@@ -93,11 +101,8 @@ class _Replicated:
     def add(self, load: PatientLoader, total: JointSum) -> str | None:
         try:
             patient = load()
-        except NotContributed as reason:
-            return str(reason)
-        except Exception as error:
-            # Nothing that one patient causes may pass; the type alone is kept, as in the private step.
-            return type(error).__name__
+        except Exception as error:  # aborts are releases
+            return why_not(error)
         return self._engine.add([patient], total)[0]
 
     def attempt(self, load: PatientLoader) -> None:

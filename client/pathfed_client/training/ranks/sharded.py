@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.compute import Compute
-from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles
+from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles, contributes, why_not
 from pathfed_client.training.engines.guard import StateGuard
 from pathfed_client.training.engines.passes import Passes
 from pathfed_client.training.engines.serial import clear_gradients, gradient_norm
@@ -121,11 +121,7 @@ class ShardedEngine:
         except NotContributed as reason:
             return str(reason)
         else:
-            factor, share = self._mechanism.clip_factor(norm), self._mechanism.loss_share(value)
-            for name, gradient in gradients.items():
-                total.gradients[name].add_(gradient, alpha=factor)
-            total.loss_shares += share
-            total.patients += 1
+            total.add(gradients, factor=self._mechanism.clip_factor(norm), share=self._mechanism.loss_share(value))
             return None
         finally:
             clear_gradients(self._parameters)
@@ -156,11 +152,8 @@ class ShardedEngine:
         patient, failure = None, "not ready on another rank"
         try:
             patient = load()
-        except NotContributed as reason:
-            failure = str(reason)
-        except Exception as error:
-            # Nothing that one patient causes may pass; the type alone is kept, as in the private step.
-            failure = type(error).__name__
+        except Exception as error:  # aborts are releases
+            failure = why_not(error)
         everywhere = bool(self._ranks.every([float(patient is not None)]).min())
         if patient is None or not everywhere:
             raise NotContributed(failure)
@@ -207,6 +200,6 @@ class ShardedEngine:
         if not bool(told[:, 0].min()):
             raise NotContributed(failure or "failed on another rank")
         loss, norm = float(told[:, 1].sum()), math.sqrt(float(told[:, 2].sum()) + gradient_norm(wholes) ** 2)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not contributes(loss, norm):
             raise NotContributed("loss or gradient is not finite")
         return loss, norm, gradients
