@@ -5,7 +5,8 @@ never after it. What was decided is part of the context that keys a round's rand
 other last bits of the sum, and therefore gets noise of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -29,11 +30,14 @@ from pathfed_client.training.local_round import RoundOutcome, TileSource, run_ro
 from pathfed_client.training.memory import DoesNotFit, fit_microbatch, one_pass, tiles_within
 from pathfed_client.training.ranks.tasks import Mode
 from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, PrivacyError
 from pathfed_common.model import build_model, state_shapes, update_shapes
 from pathfed_common.objectives.objective import ObjectiveModule
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
+
+_log = logging.getLogger(__name__)
 
 #: Patients whose tiles are in memory: those that are computed, and those read ahead.
 _AHEAD = 3
@@ -50,7 +54,10 @@ class RoundComputer:
         self._compute = Compute()
         self._at_once: int | None = None
         self._model: nn.Module | None = None
-        self._engine: tuple[PatientMechanism, Engine] | None = None
+        #: What this round is computed with: `_compute`, or the serial engine instead.
+        self._chosen = self._compute
+        # Kept from round to round: what an engine compiled would be compiled again in every one.
+        self._engines: dict[tuple[Compute, PatientMechanism], Engine] = {}
         self._group: RankGroup | None = None
 
     def prepare(self, plan: Plan, mechanism: PatientMechanism, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +70,7 @@ class RoundComputer:
         places = self._look()
         if self._plan != plan.digest:
             self.close()
-            self._plan, self._model, self._engine = None, None, None
+            self._plan, self._model, self._engines = None, None, {}
             try:
                 self._decide(plan, places)
             except (MemoryError, RuntimeError) as error:
@@ -73,20 +80,7 @@ class RoundComputer:
         if len(places) > 1:
             self._prepare_ranks(plan, places, state)
         elif self._model is not None:
-            px, k = plan.cohort.tile_px, plan.cohort.tiles_per_patient
-            if self._engine is None or self._engine[0] != mechanism:
-                # Kept from round to round: what it compiled would be compiled again in every one.
-                made = make_engine(
-                    self._model,
-                    trainable(self._model),
-                    mechanism,
-                    self._compute,
-                    tiles_per_patient=k,
-                    tile_px=px,
-                    tiles_at_once=self._at_once,
-                )
-                self._engine = mechanism, made
-            try_base_state(objective=self._model, base_state=state, tile_px=px, tiles_per_patient=k, engine=self._engine[1])
+            self._try(self._model, plan, mechanism, state)
         self._plan = plan.digest
 
     def context(self, plan: Plan) -> dict[str, str | int]:
@@ -94,7 +88,7 @@ class RoundComputer:
         places = self._look()
         mode = "single" if len(places) == 1 else self._mode(plan)
         at_once = self._at_once or plan.cohort.tiles_per_patient
-        return {**self._compute.context(), "device": places[0].type, "ranks": len(places), "mode": mode, "tiles_at_once": at_once}
+        return {**self._chosen.context(), "device": places[0].type, "ranks": len(places), "mode": mode, "tiles_at_once": at_once}
 
     def run(
         self,
@@ -121,8 +115,10 @@ class RoundComputer:
         Raises:
             HostError: PF911, a rank failed. Nothing was released.
         """
-        engine = None if self._engine is None else self._engine[1]
-        way = partial(run_round_on_ranks, self._running()) if self._model is None else partial(_here, self._model, engine)
+        if self._model is None:
+            way: Callable[..., RoundOutcome] = partial(run_round_on_ranks, self._running())
+        else:
+            way = partial(_here, self._model, self._engine(self._model, plan, mechanism))
         return way(
             base_state=base_state,
             cohort=cohort,
@@ -158,6 +154,7 @@ class RoundComputer:
             self._compute = decide(model, asked if alone else replace(asked, engine="serial"), tiles_per_patient=k, tile_px=px)
         except EngineUnfitError as error:
             raise unfit_engine(error) from None
+        self._chosen = self._compute
         shared = len(places) if not alone and self._mode(plan) == "sharded" else 1
         self._at_once = None
         if self._compute.engine == "serial" and model.separable:
@@ -167,6 +164,41 @@ class RoundComputer:
                     self._at_once = fit_microbatch(partial(one_pass, model, self._compute, px), self._at_once)
                 except DoesNotFit:
                     self._at_once = 1  # the engine still has checkpointed blocks to try; then it is PF912
+
+    def _try(self, model: nn.Module, plan: Plan, mechanism: PatientMechanism, state: Mapping[str, Tensor]) -> None:
+        """Try the base state with the engine that was decided; where that does not agree with the serial one, this round is the latter's.
+
+        On weights that noise has carried far, a tile of one colour can have a gradient whose fp32 digits depend on the size of the pass:
+        the engines then differ by more than the rehearsal allows, though neither is wrong. Decided by plan and base state alone, so that a
+        round that is computed again is computed alike.
+        """
+        px, k = plan.cohort.tile_px, plan.cohort.tiles_per_patient
+        self._chosen = self._compute
+        try:
+            engine = self._engine(model, plan, mechanism)
+            try_base_state(objective=model, base_state=state, tile_px=px, tiles_per_patient=k, engine=engine)
+        except PrivacyError as error:
+            if error.code is not ErrorCode.ENGINE_UNFIT or plan.compute.engine != "auto":
+                raise
+            _log.info("the book-keeping engine does not agree with the serial one on this base state; the serial one takes the round")
+            self._chosen = replace(self._compute, engine="serial", patients_at_once=None)
+            engine = self._engine(model, plan, mechanism)
+            try_base_state(objective=model, base_state=state, tile_px=px, tiles_per_patient=k, engine=engine)
+
+    def _engine(self, model: nn.Module, plan: Plan, mechanism: PatientMechanism) -> Engine:
+        """This round's engine."""
+        key = self._chosen, mechanism
+        if key not in self._engines:
+            self._engines[key] = make_engine(
+                model,
+                trainable(model),
+                mechanism,
+                self._chosen,
+                tiles_per_patient=plan.cohort.tiles_per_patient,
+                tile_px=plan.cohort.tile_px,
+                tiles_at_once=self._at_once,
+            )
+        return self._engines[key]
 
     def _first_guess(self, model: ObjectiveModule, tile_px: int, own: int, places: Sequence[torch.device], shared: int) -> int:
         """Tiles a pass takes at once: all a device has of a patient, or on the CPU as many as the policy's limit allows by estimate."""
@@ -227,7 +259,7 @@ class RoundComputer:
         return self._group
 
 
-def _here(objective: nn.Module, engine: Engine | None, *, secret: bytes, context: Mapping[str, str | int], **given: Any) -> RoundOutcome:
+def _here(objective: nn.Module, engine: Engine, *, secret: bytes, context: Mapping[str, str | int], **given: Any) -> RoundOutcome:
     """A round in this process, on the model's device; the update is on the CPU."""
     outcome = run_round(objective=objective, random=KeyedRandom(secret, context), engine=engine, **given)
     return replace(outcome, update={name: tensor.cpu() for name, tensor in outcome.update.items()})

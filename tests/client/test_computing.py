@@ -19,10 +19,11 @@ from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome
 from pathfed_client.io.rank_group import RankGroup
 from pathfed_client.io.rank_round import run_round_on_ranks
+from pathfed_client.training.engines import book_keeping
 from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.local_round import RoundOutcome, run_round
 from pathfed_common.encoder import weights
-from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.model import build_model
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -143,6 +144,41 @@ def test_an_engine_is_kept_from_round_to_round_and_made_anew_for_another_mechani
     assert len(made) == 1
     computer.prepare(plan, plan.mechanism(5), state)
     assert len(made) == 2
+
+
+def few_tiles(plan: Any, **compute: str) -> Any:
+    """The plan with so few tiles a patient that book-keeping is the cheaper engine."""
+    cohort = plan.cohort.model_copy(update={"tiles_per_patient": 2, "tile_px": 96})
+    return plan.model_copy(update={"cohort": cohort, "compute": plan.compute.model_copy(update=compute)})
+
+
+def carried_far(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights after a round of much noise, N(0, 1) on each: the gradient of a tile of one colour then hangs on its last digits."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: tensor + torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+
+
+def test_weights_that_noise_has_carried_far_do_not_end_a_run_that_leaves_the_engine_open(world, policy) -> None:
+    plan, computer = few_tiles(world.plan), RoundComputer(policy())
+    mechanism, first = plan.mechanism(4), build_model(plan).state_dict()
+    computer.prepare(plan, mechanism, first)
+    assert computer.context(plan)["engine"] == "book_keeping"
+    computer.prepare(plan, mechanism, carried_far(first))
+    computer.prepare(plan, mechanism, first)
+    assert computer.context(plan)["engine"] == "book_keeping"
+
+
+def test_an_engine_that_does_not_agree_is_replaced_where_the_plan_leaves_it_open_and_refused_where_it_names_it(
+    world, policy, monkeypatch
+) -> None:
+    monkeypatch.setattr(book_keeping, "_agree", lambda *_: False)
+    plan, computer = few_tiles(world.plan), RoundComputer(policy())
+    computer.prepare(plan, plan.mechanism(4), build_model(plan).state_dict())
+    assert computer.context(plan)["engine"] == "serial"
+    named = few_tiles(world.plan, engine="book_keeping")
+    with pytest.raises(PrivacyError) as caught:
+        computer.prepare(named, named.mechanism(4), build_model(named).state_dict())
+    assert caught.value.code is ErrorCode.ENGINE_UNFIT
 
 
 def test_a_model_that_fits_no_device_is_sharded_and_another_is_not(world, policy) -> None:
