@@ -7,6 +7,7 @@
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/
 #   make check                lint, docs and test
+#   make protocol             the protobuf messages, from common/pathfed_common/protocol/*.proto
 #
 # Settings: PYTHON=python3.12  ARGS='--rounds 5' (more options for the demo)  T='tests/client -k ledger' (which tests)
 #           PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' (a CPU build of torch where the index would give a CUDA one)
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 # A test file runs in one process from its first test to its last; two files run beside each other (tests/conftest.py).
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo bench test lint format docs reference check clean distclean
+.PHONY: help demo bench test lint format docs reference protocol check clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -54,6 +55,10 @@ docs: $(VENV)/.installed-dev
 reference: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 
+# The installation makes them as well; this is for whoever edits a .proto file.
+protocol: $(VENV)/.installed-dev
+	$(BIN)/python common/build_protocol.py
+
 check: lint docs test
 
 clean:
@@ -64,7 +69,7 @@ distclean: clean
 	rm -rf $(VENV)
 
 # The virtual environment, made once and made again when what it holds changes. The demo needs less than the tests.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt common/pathfed_common/protocol/control.proto
 	@test -n '$(PYTHON)' || { echo 'pathfed needs Python 3.11, 3.12 or 3.13; name one with make PYTHON=/path/to/python3.11' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing pathfed into $(VENV) (some minutes the first time)'
