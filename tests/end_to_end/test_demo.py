@@ -159,7 +159,9 @@ def test_no_slide_name_path_or_patient_is_in_anything_that_left_a_site(demo, hos
 def test_self_distillation_runs_from_slides_to_a_verified_teacher(tmp_path, hospitals, leaves_no_process) -> None:
     """`pathfed demo --objective dino` with its ready plan; without time slots, which would be most of its time."""
     out = tmp_path / "out"
-    done = _run("pathfed", "demo", "--objective", "dino", "--out", out, "--slides", hospitals, "--sites", 2, "--rounds", 2, "--no-reply-slots")
+    done = _run(
+        "pathfed", "demo", "--objective", "dino", "--out", out, "--slides", hospitals, "--sites", 2, "--rounds", 2, "--no-reply-slots"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert load_plan((out / "plan.toml").read_text(), where="plan.toml").objective.name == "dino"
     verified = _run("pathfed", "verify", out, "--trust", out / "trust.json", "--json")

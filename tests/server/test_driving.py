@@ -26,7 +26,7 @@ from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import EncoderSpec, preset
 from pathfed_common.encoder.vit import VisionTransformer
 from pathfed_common.errors import ErrorCode, PathfedError
-from pathfed_common.ids import RunName, SiteName
+from pathfed_common.ids import RunName
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.protocol import wire
@@ -188,7 +188,9 @@ class Started:
 def started(here: None, server_home: ServerHome, plan_file: Path, member: Callable[[str], Any], tmp_path: Path) -> Started:
     """A run of two rounds and two sites, from an encoder that was imported from a file."""
     spec = preset(PRESET, img_size=32)
-    start = {name: tensor.detach() for name, tensor in VisionTransformer(spec, generator=torch.Generator().manual_seed(9)).state_dict().items()}
+    start = {
+        name: tensor.detach() for name, tensor in VisionTransformer(spec, generator=torch.Generator().manual_seed(9)).state_dict().items()
+    }
     file = tmp_path / "published.safetensors"
     file.write_bytes(weights.dump(start, {"from": "elsewhere"}))
     named = import_checkpoint(server_home, file, spec).digest

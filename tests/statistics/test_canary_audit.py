@@ -4,10 +4,15 @@ A coin says of each canary, a patient whom the attacker made, whether it is in t
 canary a score, and guesses the surest. A bound above the claim proves a fault. It is one-sided: it misses half the noise and a repeated
 seed, which is why test_planted_faults.py checks those directly.
 
-    | audit | objective | engines x number types | what runs | planted faults that it must catch |
-    | --- | --- | --- | --- | --- |
-    | one coordinate each | linear, made so that no canary hides another | serial, book-keeping; float32 | whole rounds, with the real sampling | no noise, no clipping, tile as the unit, everybody drawn |
-    | real objectives | MAE, DINO | serial, book-keeping x float32, bfloat16 | private steps over all who are in | no noise (float32), no clipping, tile as the unit (float32) |
+    | audit | one coordinate each | real objectives |
+    | --- | --- | --- |
+    | objective | linear, made so that no canary hides another | MAE, DINO |
+    | engines | serial, book-keeping | serial, book-keeping |
+    | number types | float32 | float32, bfloat16 |
+    | what runs | whole rounds, with the real sampling | private steps over all who are in |
+    | no noise, tile as the unit | refuted | refuted (float32) |
+    | no clipping | refuted | refuted (both types) |
+    | everybody drawn | refuted | - |
 
 The real objectives' canaries are eight patients in each of many independent steps. Their gradients are not orthogonal, so the attacker
 solves for them (least squares), once for the contributions of an honest step and once for those of a step whose unit is the tile.
@@ -195,9 +200,7 @@ def test_the_attacker_refutes_broken_rounds(
 # Real objectives, through private steps.
 
 TOGETHER, STEPS, SHOWN = 8, 32, 5
-WHOLE = PatientMechanism(
-    sampling_rate=1.0, noise_multiplier=3.0, clip_norm=0.05, expected_patients=4.0, figure_share=0.1, loss_bound=2.0
-)
+WHOLE = PatientMechanism(sampling_rate=1.0, noise_multiplier=3.0, clip_norm=0.05, expected_patients=4.0, figure_share=0.1, loss_bound=2.0)
 SPEC = EncoderSpec(name="audited", img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2)
 
 

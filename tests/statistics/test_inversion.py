@@ -128,4 +128,3 @@ def test_without_noise_a_clipped_update_gives_the_tile_away(
     assert min(attack(model, compute, seed, 1.0)[0] for seed in range(3)) > 35
     with pytest.raises(AssertionError):
         check_grey(model, compute, 1.0)
-

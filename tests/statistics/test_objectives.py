@@ -186,22 +186,21 @@ def test_statistics_over_several_patients_are_caught(fault, check):
 # The same in the engines: a pass over several patients, and what is remembered from one to the next.
 
 
-class BatchNormed(MaskedAutoencoder):
-    """Normalises pixels over all tiles of a pass, as a batch-norm layer does."""
+class BatchCentredMae(MaskedAutoencoder):
+    """Takes off pixels what all tiles of a pass have in common, as a batch-norm layer does, and more, so that little data shows it."""
 
-    def patient_losses(self, tiles_NCHW: Tensor, draws: Draws, counts: Sequence[int]) -> Tensor:
-        centred = tiles_NCHW - tiles_NCHW.mean(0)
-        return super().patient_losses(centred / (centred.square().mean(0).sqrt() + 0.1), draws, counts)
+    def tile_losses(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
+        return super().tile_losses(tiles_NCHW - tiles_NCHW.sum(0), draws)
 
 
-class RunningMean(MaskedAutoencoder):
-    """Takes off the mean of the tiles it has seen, as a batch-norm layer in evaluation does."""
+class RunningCentreMae(MaskedAutoencoder):
+    """Takes off what it remembers of the tiles it has seen, as a batch-norm layer in evaluation does."""
 
     seen: Tensor | float = 0.0
 
-    def patient_losses(self, tiles_NCHW: Tensor, draws: Draws, counts: Sequence[int]) -> Tensor:
-        mean, self.seen = self.seen, self.seen * 0.5 + tiles_NCHW.mean(0) * 0.5
-        return super().patient_losses(tiles_NCHW - mean, draws, counts)
+    def tile_losses(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
+        centre, self.seen = self.seen, self.seen * 0.5 + tiles_NCHW.sum(0)
+        return super().tile_losses(tiles_NCHW - centre, draws)
 
 
 def coupled_mae(kind: type[MaskedAutoencoder]) -> ObjectiveModule:
@@ -215,8 +214,8 @@ def coupled_dino(kind: type[SelfDistillation]) -> ObjectiveModule:
 COUPLED: list[tuple[ObjectiveModule, ObjectiveModule, Compute]] = [
     *((coupled_dino(kind), coupled_dino(SelfDistillation), BOOK_KEEPING) for kind in (BatchCentre, BatchSinkhorn, BatchKde)),
     (coupled_dino(RunningCentre), coupled_dino(SelfDistillation), SERIAL),
-    (coupled_mae(BatchNormed), coupled_mae(MaskedAutoencoder), BOOK_KEEPING),
-    (coupled_mae(RunningMean), coupled_mae(MaskedAutoencoder), SERIAL),
+    (coupled_mae(BatchCentredMae), coupled_mae(MaskedAutoencoder), BOOK_KEEPING),
+    (coupled_mae(RunningCentreMae), coupled_mae(MaskedAutoencoder), SERIAL),
 ]
 
 

@@ -3,8 +3,8 @@
 Every check looks only at what leaves the site: releases of the real code path, with a real objective. Every fault is planted in that
 path by replacing one function or value of it. A check that cannot fail is no check; the table `FAULTS` says which one catches what.
 
-What runs on what. *Both* engines are serial and book-keeping, *both* types float32 and bfloat16, *forms* MAE and DINO with each centring and
-each spread term, *MAE, DINO* one form of each.
+What runs on what. *Both* engines are serial and book-keeping, *both* types float32 and bfloat16, *forms* MAE and DINO with each centring
+and each spread term, *MAE, DINO* one form of each.
 
     | check | engines | types | objectives | and its faults are planted in |
     | --- | --- | --- | --- | --- |

@@ -1,11 +1,11 @@
 """Whether a run started where its plan says: state 0 against the checkpoint that the plan names, and against its public seed.
 
-    - **Weights that the plan names** (`encoder.init_from`) are checked by digest. An encoder's file has one canonical form, so the tensors
-      of the state give the very bytes that an import stored, and the digest of these is what the plan names. A teacher starts as a copy
-      of the encoder, and is checked likewise. Nothing but the record is needed.
-    - **Weights drawn from the seed** (all others, `encoder.init_seed`) are drawn again and compared. That takes as much memory as the model,
-      once. Releases of torch and processors may round a draw differently, so tensors count as drawn when they agree within `ROUNDING` of
-      the largest number of the tensor, and the verdict tells that they are not equal. The draw is the same for torch 2.11 to 2.13.
+- **Weights that the plan names** (`encoder.init_from`) are checked by digest. An encoder's file has one canonical form, so the tensors
+  of the state give the very bytes that an import stored, and the digest of these is what the plan names. A teacher starts as a copy
+  of the encoder, and is checked likewise. Nothing but the record is needed.
+- **Weights drawn from the seed** (all others, `encoder.init_seed`) are drawn again and compared. That takes as much memory as the model,
+  once. Releases of torch and processors may round a draw differently, so tensors count as drawn when they agree within `ROUNDING` of
+  the largest number of the tensor, and the verdict tells that they are not equal. The draw is the same for torch 2.11 to 2.13.
 """
 
 from collections.abc import Iterator

@@ -37,7 +37,9 @@ def seeded(request: pytest.FixtureRequest, scene: Any) -> Any:
 def started(seeded: Any) -> Any:
     """A run that starts from an imported encoder."""
     spec = model.encoder_spec(seeded.plan)
-    start = {name: tensor.detach() for name, tensor in VisionTransformer(spec, generator=torch.Generator().manual_seed(9)).state_dict().items()}
+    start = {
+        name: tensor.detach() for name, tensor in VisionTransformer(spec, generator=torch.Generator().manual_seed(9)).state_dict().items()
+    }
     named = digest.of_chunks(weights.encoder_chunks(spec.shapes(), start.__getitem__))
     encoder = seeded.plan.encoder.model_copy(update={"init_from": named})
     return replace(seeded, plan=seeded.plan.model_copy(update={"encoder": encoder}), start=start)
