@@ -647,10 +647,11 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
     ),
     Code.FIRST_STATE: CatalogEntry(
         "The run did not start where its plan says",
-        "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not those "
-        "that `encoder.init_seed` gives. The sites approved another start than the one they trained from. No patient is less private for it.",
-        "Where random weights differ, verify again with the torch release that the server ran. If they still differ, or the checkpoint does, do "
-        "not use the encoder, and ask the operator.",
+        "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "
+        "those that `encoder.init_seed` gives. The sites approved another start than the one they trained from. No patient is less "
+        "private for it.",
+        "Where random weights differ, verify again with the torch release that the server ran. If they still differ, or the "
+        "checkpoint does, do not use the encoder, and ask the operator.",
         "both",
     ),
 }

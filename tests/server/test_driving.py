@@ -123,7 +123,7 @@ class Site:
         )
         self.last = statement.to_envelope(self.member.key)
         bulk = Array(dtype="uint8", shape=(len(data),), stype=wire.BULK_STYPE, data=data)
-        replied = {
+        replied: dict[str, Any] = {
             wire.REPLY: ConfigRecord({wire.CODE: "", wire.ENVELOPE: self.last}),
             wire.BULK: ArrayRecord({wire.BYTES: bulk}),
         }

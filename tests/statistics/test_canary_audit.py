@@ -20,7 +20,7 @@ solves for them (least squares), once for the contributions of an honest step an
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, SlideTiles, TileRef
 from pathfed_client.training import local_round
-from pathfed_client.training.compute import Compute
+from pathfed_client.training.compute import Compute, Precision
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import PatientTiles, trainable
@@ -48,8 +48,8 @@ from pathfed_common.privacy.randomness import KeyedRandom
 
 DELTA = 1e-5
 ENGINES = {
-    "serial": {"engine": "serial"},
-    "book_keeping": {"engine": "book_keeping", "patients_at_once": 8},
+    "serial": Compute(engine="serial"),
+    "book_keeping": Compute(engine="book_keeping", patients_at_once=8),
 }
 
 
@@ -185,7 +185,7 @@ def claim_of_rounds() -> float:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_attackers_bound_on_rounds_stays_below_the_claim(engine: str, claim_of_rounds: float) -> None:
-    assert audit_of_rounds(Compute(**ENGINES[engine])) <= claim_of_rounds
+    assert audit_of_rounds(ENGINES[engine]) <= claim_of_rounds
 
 
 @pytest.mark.parametrize("plant", [no_noise, no_clipping, tile_as_the_unit, everybody_drawn], ids=lambda plant: plant.__name__)
@@ -194,7 +194,7 @@ def test_the_attacker_refutes_broken_rounds(
     engine: str, plant: Callable[[pytest.MonkeyPatch], None], claim_of_rounds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    assert audit_of_rounds(Compute(**ENGINES[engine])) > claim_of_rounds
+    assert audit_of_rounds(ENGINES[engine]) > claim_of_rounds
 
 
 # Real objectives, through private steps.
@@ -275,9 +275,9 @@ def audit_of_steps(made: Canaries, compute: Compute) -> float:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_attackers_bound_on_real_objectives_stays_below_the_claim(
-    engine: str, precision: str, canaries: Canaries, claim_of_a_step: float
+    engine: str, precision: Precision, canaries: Canaries, claim_of_a_step: float
 ) -> None:
-    assert audit_of_steps(canaries, Compute(**ENGINES[engine], precision=precision)) <= claim_of_a_step
+    assert audit_of_steps(canaries, replace(ENGINES[engine], precision=precision)) <= claim_of_a_step
 
 
 @pytest.mark.parametrize(
@@ -294,10 +294,10 @@ def test_the_attackers_bound_on_real_objectives_stays_below_the_claim(
 def test_the_attacker_refutes_a_broken_step_of_real_objectives(
     engine: str,
     plant: Callable[[pytest.MonkeyPatch], None],
-    precision: str,
+    precision: Precision,
     canaries: Canaries,
     claim_of_a_step: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch)
-    assert audit_of_steps(canaries, Compute(**ENGINES[engine], precision=precision)) > claim_of_a_step
+    assert audit_of_steps(canaries, replace(ENGINES[engine], precision=precision)) > claim_of_a_step

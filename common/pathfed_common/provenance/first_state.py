@@ -79,9 +79,8 @@ def _imported_faults(state: Path, plan: Plan) -> Iterator[ProvenanceError]:
     wanted = plan.encoder.init_from
     if not wanted:
         return
-    read, shapes = weights.reader(state), model.encoder_spec(plan).shapes()
     for prefix in _encoder_prefixes(plan):
-        found = digest.of_chunks(weights.encoder_chunks(shapes, lambda name, prefix=prefix: read(prefix + name)))
+        found = _encoder_digest(state, plan, prefix)
         if not digest.equal(found, wanted):
             yield ProvenanceError(
                 ErrorCode.FIRST_STATE,
@@ -89,6 +88,12 @@ def _imported_faults(state: Path, plan: Plan) -> Iterator[ProvenanceError]:
                 where=_WHERE,
                 value=f"{found}, plan {wanted}",
             )
+
+
+def _encoder_digest(state: Path, plan: Plan, prefix: str) -> digest.Digest:
+    """Digest of the file that holds an encoder alone, made of the state's tensors whose names start with `prefix`."""
+    read = weights.reader(state)
+    return digest.of_chunks(weights.encoder_chunks(model.encoder_spec(plan).shapes(), lambda name: read(prefix + name)))
 
 
 def _drawn(plan: Plan) -> dict[str, Tensor]:
