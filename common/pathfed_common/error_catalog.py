@@ -645,6 +645,15 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "Copy the whole folder again. A run that is still going has no complete record yet.",
         "both",
     ),
+    Code.FIRST_STATE: CatalogEntry(
+        "The run did not start where its plan says",
+        "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "
+        "those that `encoder.init_seed` gives. The sites approved another start than the one they trained from. No patient is less "
+        "private for it.",
+        "Where random weights differ, verify again with the torch release that the server ran. If they still differ, or the "
+        "checkpoint does, do not use the encoder, and ask the operator.",
+        "both",
+    ),
 }
 
 _HOST: dict[Code, CatalogEntry] = {

@@ -24,8 +24,6 @@ from pathfed_common.plan import Plan
 from pathfed_server.home import ServerHome
 from pathfed_server.rounds.admission import read_chunks
 
-#: As the encoder of a release is written: importing a release gives the digest of its own file.
-_METADATA = {"format": "pt"}
 _PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NAMED = 12
 
@@ -181,11 +179,10 @@ def _converted(spec: EncoderSpec, finding: Finding, tensor: Tensor, file: Path) 
 
 
 def _stored(home: ServerHome, spec: EncoderSpec, tensor: Callable[[str], Tensor], matched: Match) -> Imported:
-    layout = {name: (torch.float32, shape) for name, shape in spec.shapes().items()}
     state = sha256()
 
     def noted() -> Iterator[bytes]:
-        for chunk in weights.chunks(layout, tensor, _METADATA):
+        for chunk in weights.encoder_chunks(spec.shapes(), tensor):
             state.update(chunk)
             yield chunk
 

@@ -15,6 +15,7 @@ from planted import found_in, mark, planted_words
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import preset
 from pathfed_common.encoder.vit import VisionTransformer
+from pathfed_common.plan import load_plan
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
@@ -153,6 +154,31 @@ def test_no_slide_name_path_or_patient_is_in_anything_that_left_a_site(demo, hos
         # In every form: all words in small files and heads, one of each kind in large ones, which would take minutes.
         few = {mark("ImageDescription"), mark("AperioBarcode"), mark("ColumnName")}
         assert found_in(data[: 1 << 16], words) | found_in(data if file.suffix != ".safetensors" else b"", few) == set(), file
+
+
+def test_self_distillation_runs_from_slides_to_a_verified_teacher(tmp_path, hospitals, leaves_no_process) -> None:
+    """`pathfed demo --objective dino` with its ready plan; without time slots, which would be most of its time."""
+    out = tmp_path / "out"
+    done = _run(
+        "pathfed", "demo", "--objective", "dino", "--out", out, "--slides", hospitals, "--sites", 2, "--rounds", 2, "--no-reply-slots"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load_plan((out / "plan.toml").read_text(), where="plan.toml").objective.name == "dino"
+    verified = _run("pathfed", "verify", out, "--trust", out / "trust.json", "--json")
+    said = json.loads(verified.stdout)
+    assert (verified.returncode, said["identities_proven"], said["rounds"]) == (0, True, 2)
+    assert [site["rounds"] for site in said["sites"].values()] == [2, 2]
+    # What is released is the teacher, which follows the student and was trained by nobody.
+    record = out / "record"
+    encoder = weights.load((record / "encoder" / "model.safetensors").read_bytes())
+    first, last = (weights.load((record / "states" / f"round-{index:04d}.safetensors").read_bytes()) for index in (0, 2))
+    for name, tensor in encoder.items():
+        assert torch.equal(tensor, last[f"teacher.encoder.{name}"])
+        assert torch.isfinite(tensor).all()
+    for student in ("encoder.", "teacher.encoder."):
+        assert any(not torch.equal(last[student + name], first[student + name]) for name in encoder), student
+    assert any(not torch.equal(tensor, last[f"encoder.{name}"]) for name, tensor in encoder.items())
+    VisionTransformer(preset("vit_tiny_patch16_224", img_size=128)).load_state_dict(encoder)
 
 
 def test_mixed_real_slides_are_scanned_and_named_and_the_run_goes_on(tmp_path, plan_file, real_data, leaves_no_process) -> None:

@@ -9,9 +9,12 @@ import torch
 from objectives import FORMS, SPEC, Source, dino_settings, joined, some_tiles, unlike_its_start
 from torch import Tensor
 
+from pathfed_client.training.compute import Compute
+from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import PatientTiles, trainable
 from pathfed_client.training.private_step import private_step
 from pathfed_common.objectives.dino import SelfDistillation
+from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.objectives.objective import Draws, ObjectiveModule
 from pathfed_common.objectives.spread import kde
 from pathfed_common.objectives.teacher_targets import plain, sinkhorn
@@ -19,6 +22,9 @@ from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 COUNTS = (3, 1, 4, 2)
+#: Patients with equally many tiles share a pass of the book-keeping engine.
+EQUAL_COUNTS = (2, 2, 2, 2)
+SERIAL, BOOK_KEEPING = Compute(engine="serial"), Compute(engine="book_keeping", patients_at_once=4)
 CLIP = 0.05
 MECHANISM = PatientMechanism(
     sampling_rate=1.0, noise_multiplier=1.0, clip_norm=CLIP, expected_patients=1.0, figure_share=0.3, loss_bound=3.0
@@ -27,11 +33,11 @@ MECHANISM = PatientMechanism(
 Patient = tuple[Tensor, Draws]
 
 
-def patients_for(model: ObjectiveModule, seed: int = 0) -> list[Patient]:
+def patients_for(model: ObjectiveModule, seed: int = 0, counts: Sequence[int] = COUNTS) -> list[Patient]:
     dtype = next(model.parameters()).dtype
     return [
         (some_tiles(count, seed=10 * seed + number).to(dtype), model.draw(count, Source(seed, number)))
-        for number, count in enumerate(COUNTS)
+        for number, count in enumerate(counts)
     ]
 
 
@@ -83,13 +89,14 @@ def check_removal_in_one_pass(model: ObjectiveModule) -> None:
     check_shifts(joint(patients), [joint(without) for without in all_but_one(patients)])
 
 
-def check_removal_in_the_step(model: ObjectiveModule) -> None:
+def check_removal_in_the_step(model: ObjectiveModule, compute: Compute = SERIAL, counts: Sequence[int] = COUNTS) -> None:
     """The private step as sites take it, with the same noise: removing any patient moves what is released by <= C."""
-    patients, parameters = patients_for(model), trainable(model)
+    patients, parameters = patients_for(model, counts=counts), trainable(model)
+    engine = make_engine(model, parameters, MECHANISM, compute, tiles_per_patient=max(counts), tile_px=SPEC.img_size)
 
     def released(chosen: Sequence[Patient]) -> np.ndarray[Any, Any]:
         loaders = [lambda tiles=tiles, draws=draws: PatientTiles(tiles, draws) for tiles, draws in chosen]
-        release = private_step(model, parameters, loaders, MECHANISM, KeyedRandom(bytes(32), {"test": "removal"}))
+        release = private_step(model, parameters, loaders, MECHANISM, KeyedRandom(bytes(32), {"test": "removal"}), engine=engine)
         figures = release.figures
         shares = [figures.loss_sum / MECHANISM.loss_bound * MECHANISM.figure_scale, figures.patients * MECHANISM.figure_scale]
         return np.concatenate([*(gradient.flatten().double().numpy() for gradient in release.gradients.values()), shares])
@@ -174,3 +181,46 @@ def test_statistics_over_several_patients_are_caught(fault, check):
     model = unlike_its_start(fault(SPEC, dino_settings(teacher_temperature=0.02, ibot_weight=0.1)))
     with pytest.raises(AssertionError):
         check(model)
+
+
+# The same in the engines: a pass over several patients, and what is remembered from one to the next.
+
+
+class BatchCentredMae(MaskedAutoencoder):
+    """Takes off pixels what all tiles of a pass have in common, as a batch-norm layer does, and more, so that little data shows it."""
+
+    def tile_losses(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
+        return super().tile_losses(tiles_NCHW - tiles_NCHW.sum(0), draws)
+
+
+class RunningCentreMae(MaskedAutoencoder):
+    """Takes off what it remembers of the tiles it has seen, as a batch-norm layer in evaluation does."""
+
+    seen: Tensor | float = 0.0
+
+    def tile_losses(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
+        centre, self.seen = self.seen, self.seen * 0.5 + tiles_NCHW.sum(0)
+        return super().tile_losses(tiles_NCHW - centre, draws)
+
+
+def coupled_mae(kind: type[MaskedAutoencoder]) -> ObjectiveModule:
+    return kind(SPEC, mask_ratio=0.5, decoder_dim=16, decoder_depth=1, decoder_heads=2, normalise_target=False)
+
+
+def coupled_dino(kind: type[SelfDistillation]) -> ObjectiveModule:
+    return kind(SPEC, dino_settings(teacher_temperature=0.02, ibot_weight=0.1, local_crops=0))
+
+
+COUPLED: list[tuple[ObjectiveModule, ObjectiveModule, Compute]] = [
+    *((coupled_dino(kind), coupled_dino(SelfDistillation), BOOK_KEEPING) for kind in (BatchCentre, BatchSinkhorn, BatchKde)),
+    (coupled_dino(RunningCentre), coupled_dino(SelfDistillation), SERIAL),
+    (coupled_mae(BatchCentredMae), coupled_mae(MaskedAutoencoder), BOOK_KEEPING),
+    (coupled_mae(RunningCentreMae), coupled_mae(MaskedAutoencoder), SERIAL),
+]
+
+
+@pytest.mark.parametrize(("fault", "sound", "compute"), COUPLED, ids=lambda value: getattr(value, "engine", type(value).__name__))
+def test_patients_coupled_in_an_engine_are_caught_and_those_of_a_sound_objective_pass(fault, sound, compute: Compute) -> None:
+    check_removal_in_the_step(unlike_its_start(sound), compute, EQUAL_COUNTS)
+    with pytest.raises(AssertionError):
+        check_removal_in_the_step(unlike_its_start(fault), compute, EQUAL_COUNTS)

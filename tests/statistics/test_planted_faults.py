@@ -2,11 +2,28 @@
 
 Every check looks only at what leaves the site: releases of the real code path, with a real objective. Every fault is planted in that
 path by replacing one function or value of it. A check that cannot fail is no check; the table `FAULTS` says which one catches what.
+
+What runs on what. *Both* engines are serial and book-keeping, *both* types float32 and bfloat16, *forms* MAE and DINO with each centring
+and each spread term, *MAE, DINO* one form of each.
+
+    | check | engines | types | objectives | and its faults are planted in |
+    | --- | --- | --- | --- | --- |
+    | noise of an empty step: size, mean, shape | both | both | forms | both engines x both types x MAE, DINO |
+    | removal | both | both | forms | the same: no clipping, norms too small, loss not clamped, tile as the unit |
+    | coupled patients (`test_objectives`) | both | float32 | forms | both engines x MAE, DINO |
+    | not finite | both | both | forms | both engines x both types x MAE, DINO |
+    | a failure releases | both | both | forms | both engines x both types x MAE, DINO |
+    | rounds independent | both | both | MAE, DINO | both engines x both types x MAE, DINO |
+    | sampling law | both | float32 | MAE | both engines |
+    | figures' noise; figures inside the ball; divisor | serial | float32 | MAE | serial (what follows the sum is one code for all) |
+    | an attacker's bound (`test_canary_audit`) | both | both | MAE, DINO | both engines x both objectives |
+    | inversion (`test_inversion`) | both | both | MAE, DINO | both engines x both types x both objectives |
+    | several processes (`tests/client/training/ranks`) | serial | float32 | MAE, DINO | there |
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +38,7 @@ from pathfed_client.training.engines import book_keeping, serial
 from pathfed_client.training.engines.book import Book
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import make_engine
-from pathfed_client.training.engines.engine import PatientTiles, trainable
+from pathfed_client.training.engines.engine import Engine, PatientTiles, trainable
 from pathfed_client.training.engines.norms import joint_norm
 from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -42,6 +59,15 @@ class Bench:
     mechanism: Callable[..., PatientMechanism]
     compute: Compute = PLAIN
     clip: float = CLIP
+    engines: dict[PatientMechanism, Engine] = field(default_factory=dict)
+
+    def engine(self, mechanism: PatientMechanism) -> Engine:
+        """The engine that `compute` names, made once."""
+        if mechanism not in self.engines:
+            side, parameters = self.objective.spec.img_size, trainable(self.objective)
+            made = make_engine(self.objective, parameters, mechanism, self.compute, tiles_per_patient=4, tile_px=side)
+            self.engines[mechanism] = made
+        return self.engines[mechanism]
 
     def joint(self, gradients: dict[str, torch.Tensor], figures: Any, steps: int = 1) -> np.ndarray:
         """The released vector as it stood in the joint ball: gradients times B, then the two figures at their scale."""
@@ -53,22 +79,23 @@ class Bench:
         """One private step over exactly these patients."""
         random = KeyedRandom(bytes(32), {"key": key})
         parameters, m = trainable(self.objective), self.mechanism()
-        engine = make_engine(self.objective, parameters, m, self.compute, tiles_per_patient=4, tile_px=self.objective.spec.img_size)
-        release = private_step.private_step(self.objective, parameters, patients, m, random, engine=engine)
+        release = private_step.private_step(self.objective, parameters, patients, m, random, engine=self.engine(m))
         return self.joint(release.gradients, release.figures)
 
     def round(self, number: int, *tile_counts: int, rate: float = 1.0, tiles: Any = None) -> tuple[np.ndarray, int]:
         """One round of one step over a cohort; also how many patients were drawn, which a test may look at."""
+        mechanism = self.mechanism(sampling_rate=rate)
         outcome = local_round.run_round(
             objective=self.objective,
             base_state=self.base_state,
             cohort=self.cohort(*tile_counts, slides=1),
             tiles=self.tiles if tiles is None else tiles,
-            mechanism=self.mechanism(sampling_rate=rate),
+            mechanism=mechanism,
             tiles_per_patient=4,
             steps=1,
             local_learning_rate=0.1,
             random=KeyedRandom(bytes(32), {"round": number}),
+            engine=self.engine(mechanism),
         )
         return self.joint(outcome.update, outcome.figures), outcome.notes.patients_drawn
 
@@ -345,6 +372,33 @@ def any_bench(request, cohort, tiles, mechanism) -> Bench:
     return Bench(model, state, cohort, tiles, small, COMPUTES[compute], SMALL_CLIP)
 
 
+def round_bench(compute: str, form: str, cohort: Any, tiles: Any, mechanism: Any) -> Bench:
+    model = unlike_its_start(FORMS[form]())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = {"noise_multiplier": SIGMA, "clip_norm": CLIP}
+    return Bench(model, state, cohort, tiles, lambda **changes: mechanism(**changed, **changes), COMPUTES[compute])
+
+
+@pytest.mark.parametrize("form", FAULTY_FORMS)
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_rounds_of_every_engine_are_independent_and_a_repeated_seed_is_caught(
+    compute: str, form: str, cohort, tiles, mechanism, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = round_bench(compute, form, cohort, tiles, mechanism)
+    check_rounds_independent(made)
+    same_seed_each_round(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_rounds_independent(made)
+
+
+def test_book_keeping_draws_as_poisson_sampling_says_and_another_law_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.compute = COMPUTES["book_keeping-float32"]
+    check_poisson(bench)
+    batch_of_fixed_size(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_poisson(bench)
+
+
 @pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
 def test_every_engine_objective_and_number_type_passes(check: Callable[[Bench], None], any_bench: Bench) -> None:
     check(any_bench)
@@ -374,7 +428,44 @@ def norms_of_half_the_size(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(serial, "joint_norm", lambda gradients: norm(gradients) / 2)
 
 
+def half_the_noise(patch: pytest.MonkeyPatch) -> None:
+    noise_times(0.5)(patch)
+
+
+def no_noise(patch: pytest.MonkeyPatch) -> None:
+    noise_times(0.0)(patch)
+
+
+def half_as_much_noise_again(patch: pytest.MonkeyPatch) -> None:
+    noise_times(1.5)(patch)
+
+
+def failures_leave_a_trace(patch: pytest.MonkeyPatch) -> None:
+    """A patient who failed has left something in the sum: a blank tile's gradient."""
+    fine = private_step._contribute
+
+    def contribute(engine, batch, total):
+        def safe(load):
+            def loaded():
+                try:
+                    return load()
+                except MemoryError:
+                    random = KeyedRandom(bytes(32), {"blank": 0})
+                    side = engine._objective.spec.img_size
+                    return PatientTiles(torch.zeros(1, 3, side, side), engine._objective.draw(1, random))
+
+            return loaded
+
+        return fine(engine, [safe(load) for load in batch], total)
+
+    patch.setattr(private_step, "_contribute", contribute)
+
+
 ENGINE_FAULTS = [
+    (no_noise, check_empty_release),
+    (half_the_noise, check_empty_release),
+    (half_as_much_noise_again, check_empty_release),
+    (failures_leave_a_trace, check_failure_releases),
     (no_clipping, check_removal),
     (loss_not_clamped, check_removal),
     (tile_as_any_engines_unit, check_removal),

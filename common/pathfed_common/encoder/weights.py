@@ -70,6 +70,21 @@ def chunks(
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def encoder_chunks(shapes: Mapping[str, Shape], tensor: Callable[[str], Tensor]) -> Iterator[bytes]:
+    """The one file of an encoder alone, in pieces: float32 tensors by timm's names, as imports store it and releases hold it.
+
+    Its digest is what a plan's `encoder.init_from` names. Metadata "format" is what timm and others look for.
+
+    Args:
+        shapes: of the encoder's tensors.
+        tensor: gives the tensor of a name; called once a name, in the order of the names.
+
+    Raises:
+        ValueError: as `chunks`.
+    """
+    return chunks({name: (torch.float32, shape) for name, shape in shapes.items()}, tensor, {"format": "pt"})
+
+
 def load(data: bytes) -> dict[str, Tensor]:
     """Every tensor of a file, in the order of the names. The tensors own their memory.
 

@@ -6,6 +6,8 @@ What holds when a record verifies:
     - The plan is the one every admitted site approved, by its digest.
     - Each admitted update was stated by its site for this run, round, plan and base state, with the plan's privacy event; statements,
       round records and base states follow each other without a break.
+    - The first state is the plan's: the encoder that `encoder.init_from` names, by its digest, and all else drawn from the plan's seed
+      (`first_state`; the drawing can be left out, which the verdict then notes).
     - No site states a smaller epsilon for the plan than its recorded releases cost.
     - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one.
 
@@ -15,7 +17,7 @@ What does not follow:
     - That the states are the aggregate of the updates: recomputing them needs the updates. The verdict says `aggregation_proven = False`.
     - That these are all rounds: the record as it stood after an earlier round is consistent, too. Compare the number of rounds.
 
-This module and `record_reader` read files, through pathlib and `encoder.weights`; nothing else of `provenance` does.
+This module, `first_state` and `record_reader` read files, through pathlib and `encoder.weights`; nothing else of `provenance` does.
 """
 
 import json
@@ -33,6 +35,7 @@ from pathfed_common.ids import RunName, SiteName, site_name
 from pathfed_common.provenance import consistency, record
 from pathfed_common.provenance.consistency import Contents
 from pathfed_common.provenance.documents import SiteCard
+from pathfed_common.provenance.first_state import FirstState, check_first_state
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.record import Manifest
 from pathfed_common.provenance.record_reader import RecordReader, TrustedKeys, check_trusted, file_faults, read
@@ -137,12 +140,13 @@ def read_trust(text: str, *, where: object) -> TrustedKeys:
         ) from None
 
 
-def verify_record(folder: Path, trusted: TrustedKeys | None = None) -> Verdict:
+def verify_record(folder: Path, trusted: TrustedKeys | None = None, *, redraw: bool = True) -> Verdict:
     """Check the record in a folder.
 
     Args:
         folder: the record.
         trusted: the keys you know; None for none.
+        redraw: draw the first state's random weights again from the plan's seed, which takes as much memory as the model.
 
     Returns:
         The verdict. Faults of the record are findings in it, never exceptions.
@@ -163,12 +167,20 @@ def verify_record(folder: Path, trusted: TrustedKeys | None = None) -> Verdict:
         contents = reader.contents()
     except ProvenanceError as error:
         return replace(verdict, findings=(error,))
-    findings = (*_content_faults(contents), *_tensor_faults(folder, contents), *_retained_faults(contents))
+    misshaped = tuple(_shape_faults(folder, contents))
+    first = FirstState(()) if misshaped else check_first_state(folder / record.state_path(0), contents.plan, redraw=redraw)
+    findings = (
+        *_content_faults(contents),
+        *misshaped,
+        *first.faults,
+        *_exported_faults(folder, contents),
+        *_retained_faults(contents),
+    )
     sites = () if findings else _site_verdicts(contents, reader.cards, trusted)
     return replace(
         verdict,
         findings=findings,
-        notes=tuple(_notes(folder, contents)),
+        notes=(*_notes(folder, contents), *((first.note,) if first.note else ())),
         identities_proven=not findings and trusted.server is not None and all(site.key_trusted for site in sites),
         delta=contents.plan.privacy.delta,
         sites=sites,
@@ -183,7 +195,7 @@ def _content_faults(contents: Contents) -> Iterator[ProvenanceError]:
     yield from faults or consistency.check_epsilons(contents)
 
 
-def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
+def _shape_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
     shapes = model.state_shapes(contents.plan)
     expected = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
     listed = {entry.path for entry in contents.manifest.files}
@@ -193,6 +205,10 @@ def _tensor_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError
             yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "a round's state is missing", where=path)
         elif _header(folder / path) != expected:
             yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
+
+
+def _exported_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    listed = {entry.path for entry in contents.manifest.files}
     exported = listed & {record.ENCODER, record.ENCODER_CONFIG}
     if len(exported) == 1:
         yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "weights or configuration of the exported encoder is missing", where="encoder")

@@ -83,16 +83,19 @@ def _where(out: Path) -> None:
 def verify(
     folder: Annotated[Path, typer.Argument(help="A run's record, or the folder of a demo.")],
     trust: Annotated[Path | None, typer.Option(help="JSON file with the keys you got by another way; `pathfed demo` writes one.")] = None,
+    redraw: Annotated[
+        bool, typer.Option(help="Draw the first state's random weights again from the plan's seed; takes as much memory as the model.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Check a run's record offline: every byte, signature, chain and epsilon.
+    """Check a run's record offline: every byte, signature, chain and epsilon, and that it started where its plan says.
 
     Exit status 0: proven. 3: consistent, but without --trust nobody's identity is proven. 16: something does not verify.
     """
     from pathfed_common.provenance.verify import verify_record
     from pathfed_local.verifying import find_record, summary, trusted_keys
 
-    verdict = verify_record(find_record(folder), trusted_keys(trust))
+    verdict = verify_record(find_record(folder), trusted_keys(trust), redraw=redraw)
     if verdict.findings:
         for finding in verdict.findings[1:]:
             console.show_error(finding)

@@ -243,9 +243,9 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
 
 
 def _encoder_bytes(state: Path, prefix: str) -> Iterator[bytes]:
-    """The exported encoder's file in pieces, one tensor in memory at a time. Metadata "format" is what timm and others look for."""
-    layout = {name.removeprefix(prefix): kind for name, kind in weights.header(state).items() if name.startswith(prefix)}
-    return weights.chunks(layout, lambda name: weights.read_tensor(state, prefix + name), {"format": "pt"})
+    """The exported encoder's file in pieces, one tensor in memory at a time."""
+    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in weights.header(state).items() if name.startswith(prefix)}
+    return weights.encoder_chunks(shapes, lambda name: weights.read_tensor(state, prefix + name))
 
 
 def _entry(place: str, path: Path) -> FileEntry:

@@ -88,6 +88,8 @@ class Scene:
     plan: Plan
     server: SigningKey = field(default_factory=SigningKey.generate)
     keys: dict[str, SigningKey] = field(default_factory=lambda: {site: SigningKey.generate() for site in SITES})
+    #: The weights that the plan's `encoder.init_from` names, where it names some.
+    start: dict[str, Tensor] | None = None
 
     @property
     def trusted(self) -> TrustedKeys:
@@ -145,6 +147,8 @@ class Scene:
         return made
 
     def _state(self, index: int) -> dict[str, Tensor]:
+        if index == 0:
+            return model.initial_state(self.plan, self.start)
         generator = torch.Generator().manual_seed(index)
         return {name: torch.randn(shape, generator=generator) for name, shape in model.state_shapes(self.plan).items()}
 
