@@ -49,7 +49,7 @@ def check_first_state(state: Path, plan: Plan, *, redraw: bool) -> FirstState:
         redraw: also draw again what the seed gives.
 
     Returns:
-        What was found: PF606 for weights that are not the plan's.
+        What was found: PF630 for weights that are not the plan's.
     """
     faults = list(_imported_faults(state, plan))
     if not redraw:
