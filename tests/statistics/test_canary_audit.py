@@ -86,7 +86,7 @@ def claim() -> float:
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PatientMechanism, "noise_std", property(lambda self: 0.0))
+    patch.setattr(PatientMechanism, "noise_std", property(lambda self: 1e-9))
 
 
 def no_clipping(patch: pytest.MonkeyPatch) -> None:
