@@ -34,8 +34,9 @@ from tests.benchmarks._harness import Target, arguments, finish, interleaved, ma
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import TILES_IN_A_PASS, decide, make_engine
-from pathfed_client.training.engines.engine import Engine, JointSum, PatientTiles, trainable
+from pathfed_client.training.engines.engine import Engine, PatientTiles, trainable
 from pathfed_client.training.engines.serial import SerialEngine
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.encoder.spec import EncoderSpec, preset
 from pathfed_common.encoder.vit import VisionTransformer
 from pathfed_common.objectives.mae import MaskedAutoencoder
@@ -146,7 +147,7 @@ def make_step(engine: str, setting: Setting) -> Callable[[], None]:
         made = BookKeepingEngine(objective, parameters, MECHANISM, compute, patients=at_once, tiles_per_patient=setting.k)
 
     def step() -> None:
-        total = JointSum(parameters)
+        total = JointSum(parameters, MECHANISM)
         for start in range(0, len(patients), made.patients):
             failed = [outcome for outcome in made.add(patients[start : start + made.patients], total) if outcome is not None]
             if failed:

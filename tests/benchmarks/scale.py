@@ -30,8 +30,9 @@ from tests.benchmarks._harness import arguments, finish, tell
 
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines.choice import make_engine
-from pathfed_client.training.engines.engine import JointSum, PatientTiles, trainable
+from pathfed_client.training.engines.engine import PatientTiles, trainable
 from pathfed_client.training.engines.passes import Passes
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.encoder.spec import EncoderSpec, preset
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -97,7 +98,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
         {name: drawn.to(device) for name, drawn in draws.items()},
     )
     engine = make_engine(objective, parameters, MECHANISM, compute, tiles_per_patient=tiles, tile_px=spec.img_size)
-    total = JointSum(parameters)
+    total = JointSum(parameters, MECHANISM)
     # The plain step accumulates in the parameters' own gradients; it runs through the same pass (autocast, compiling, checkpointing).
     passes = Passes(objective, compute, tiles=tiles)
 

@@ -90,7 +90,7 @@ def coins(count: int) -> NDArray[np.bool_]:
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PatientMechanism, "noise_std", property(lambda self: 0.0))
+    patch.setattr(PatientMechanism, "noise_std", property(lambda self: 1e-9))
 
 
 def no_clipping(patch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.io import rank_process
-from pathfed_client.training.engines.engine import JointSum
 from pathfed_client.training.engines.serial import gradient_norm
-from pathfed_client.training.private_step import add_noise
+from pathfed_client.training.joint_sum import JointSum, release
 from pathfed_client.training.ranks import program, replicated, sharded, shards
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.tasks import Done, Outcome
@@ -27,6 +26,7 @@ from pathfed_common.objectives.dino import DinoSettings, SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.objectives.objective import Draws, ObjectiveModule
 from pathfed_common.plan import Plan
+from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 SIDE = 16
@@ -128,14 +128,15 @@ class Plant:
 
 def _own_noise(total: JointSum, ranks: Ranks) -> dict[str, shards.Piece]:
     """Each rank adds noise of its own to its partial sum."""
-    for gradient in total.gradients.values():
-        gradient.add_(torch.randn(gradient.shape, generator=torch.Generator().manual_seed(ranks.rank)), alpha=4.0)
+    for integers in total.integers.values():
+        noise = torch.randn(integers.shape, generator=torch.Generator().manual_seed(ranks.rank)) * (4.0 / total.unit)
+        integers.add_(noise.to(torch.int32))
     return replicated.joined(total, ranks)
 
 
-def _same_noise(values: Tensor, std: float, random: KeyedRandom, *, start: int) -> None:
+def _same_noise(integers: Tensor, mechanism: PatientMechanism, random: KeyedRandom, *, start: int) -> Tensor:
     """Every piece gets the first elements of its parameter's stream."""
-    add_noise(values, std, random)
+    return release(integers, mechanism, random)
 
 
 _joined = sharded.ShardedEngine._joined
@@ -185,7 +186,7 @@ def _raise() -> None:
 
 _FAULTS: dict[str, Callable[[], Any]] = {
     "own noise": lambda: mock.patch.object(program, "joined", _own_noise),
-    "same noise": lambda: mock.patch.object(program, "add_noise", _same_noise),
+    "same noise": lambda: mock.patch.object(program, "release", _same_noise),
     "local norm": lambda: mock.patch.object(sharded.ShardedEngine, "_joined", _local_norm),
     "counted often": lambda: mock.patch.object(sharded.ShardedEngine, "_joined", _counted_often),
     "equal weights": lambda: mock.patch.object(sharded, "passes", _equal_weights),

@@ -1,7 +1,8 @@
 """A site's round on several ranks: the same draws, the same order, the same noise as `training.local_round.run_round`.
 
-This process draws patients and tiles and reads the tiles; the ranks compute. A release is the single process's but for the order in which
-fp32 numbers are added: the same patients, tiles, masks and noise, bit for bit, whatever the number of ranks.
+This process draws patients and tiles and reads the tiles; the ranks compute. Patients, tiles, masks and noise are the single process's, and
+the sum over patients has no order: a release is the single process's, bit for bit, where patients' gradients are. They are where each rank
+takes patients of its own; where all share a patient's tiles, a gradient is summed over the ranks, and its last digits depend on how many.
 """
 
 from collections.abc import Mapping

@@ -6,12 +6,13 @@ to the lattice of multiples of `unit` = C * 2^-21 before it is added, and the su
 
 Guarantees:
     - **Sensitivity is exact.** The sum with a patient differs from the sum without by exactly that patient's own lattice vector, whose
-      L2 norm is at most C (`PatientMechanism.gradient_bound` for the gradient), whatever the number, order and grouping of the others.
+      L2 norm is at most C (`PatientMechanism.gradient_bound` for the gradient), whatever the number and order of the others. That an
+      engine makes this vector of that patient alone is the engine's to promise (`engines.engine`).
     - **Rounding is inside the bound.** Rounding d coordinates to the nearest multiple moves a vector by at most sqrt(d) * unit / 2, and the
       clip aims lower by as much: 0.6% of C for 630 million parameters, 1% for 1.9 billion.
-    - **The noised sum lies on the same lattice.** With S on the lattice, rounding S + Z to it gives S + round(Z): what is released is a
-      post-processing of the continuous Gaussian mechanism, and which lattice points can come out does not depend on S. The attack on
-      floating-point Gaussians (Mironov, CCS 2012), which reads S off the gaps between the numbers that can come out, has no gaps to read.
+    - **The noised sum lies on a coarse public grid** of whole lattice units (`release`): what is released is a post-processing of the
+      continuous Gaussian mechanism on an exact sum, and which numbers can come out does not depend on the sum. The attack on
+      floating-point Gaussians (Mironov, CCS 2012), which reads the sum off the gaps between them, has no gaps to read.
     - **Overflow is harmless.** Integers wrap around modulo 2^32 (a coordinate beyond 1024 C): the release is then the noised sum modulo a
       public number, which is post-processing again.
     - Memory: one 32-bit number a parameter, as for a float32 sum.
@@ -28,12 +29,13 @@ Legend: d is the number of trained parameters, unit the lattice constant, both p
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
 
 #: The lattice constant as a share of C.
 UNIT_SHARE = 2.0**-21
@@ -42,6 +44,8 @@ _MAGIC = 1.5 * 2.0**23
 _MAGIC_BITS = int(torch.tensor(_MAGIC, dtype=torch.float32).view(torch.int32))
 #: Numbers handled at once: two buffers of this size stay in a processor's cache; a GPU wants fewer, larger calls.
 _PIECE_CPU, _PIECE_GPU = 1 << 18, 1 << 26
+#: Tensors smaller than a piece by this factor are put together.
+_SMALL = 32
 #: The largest share of the bound that rounding may take; beyond it the lattice is too coarse for so many parameters.
 _LARGEST_ROUNDING = 0.1
 
@@ -51,11 +55,13 @@ class JointSum:
 
     Attributes:
         integers: name to int32 tensor, in multiples of `unit`; the same bits whatever the order in which the patients came.
-        unit: the lattice constant.
+        loss_units: sum of the clamped losses, in multiples of `unit`.
         patients: patients who contributed.
+        unit: the lattice constant.
+        target: the largest norm of a gradient before it is rounded.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, *, dimension: int | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], mechanism: PatientMechanism, *, dimension: int | None = None) -> None:
         """Start at zero.
 
         Args:
@@ -66,18 +72,17 @@ class JointSum:
         Raises:
             ValueError: so many parameters that rounding to the lattice would take more than a tenth of the bound.
         """
-        self.unit = mechanism.clip_norm * UNIT_SHARE
+        self.unit = unit_of(mechanism)
         self._mechanism = mechanism
         count = sum(parameter.numel() for parameter in parameters.values()) if dimension is None else dimension
         rounding = math.sqrt(count) * self.unit / 2
         if rounding > _LARGEST_ROUNDING * mechanism.gradient_bound:
             raise ValueError(f"{count} parameters are too many for a lattice of {UNIT_SHARE:g} C")
-        #: The largest norm of a gradient before it is rounded.
         self.target = mechanism.clip_target - rounding
         self.integers = {name: torch.zeros(p.shape, dtype=torch.int32, device=p.device) for name, p in sorted(parameters.items())}
+        self.loss_units = 0
         self.patients = 0
-        self._loss_units = 0
-        self._room: dict[torch.device, Tensor] = {}
+        self._rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
         return "JointSum(<sensitive>)"
@@ -88,15 +93,15 @@ class JointSum:
         Raises:
             ValueError: the norm is negative or not finite; such a patient contributes zero and is never clipped.
         """
-        if not 0 <= norm < math.inf:
-            raise ValueError(f"gradient norm must be finite and not negative, got {norm}")
-        return 1.0 if norm <= self.target else self.target / norm
+        # The mechanism clips to its own target; a norm larger by as much as ours is lower gets our factor.
+        return self._mechanism.clip_factor(norm * (self._mechanism.clip_target / self.target))
 
-    def add(self, gradients: Mapping[str, Tensor], *, norm: float, loss: float) -> None:
+    def add(self, gradients: Iterable[tuple[str, Tensor]], *, norm: float, loss: float) -> None:
         """Add one patient.
 
         Args:
-            gradients: name to float32 gradient; a name that is missing counts as zero.
+            gradients: pairs of a name and the gradient of that parameter or shard, each name once at most; one that is missing counts
+                as zero. They are asked for one after the other, so that all need not be in memory.
             norm: L2 norm of the patient's whole gradient.
             loss: the patient's loss.
 
@@ -104,70 +109,97 @@ class JointSum:
             ValueError: norm or loss is not finite. Nothing was added.
         """
         scale, share = self.clip_factor(norm) / self.unit, self._mechanism.loss_share(loss)
-        for name, gradient in gradients.items():
-            for piece, values in _pieces(self.integers[name], gradient):
-                room = self._room_for(values)
-                torch.add(_magic(values.device), values, alpha=scale, out=room)
-                piece.add_(room.view(torch.int32).sub_(_MAGIC_BITS))
-        self._count(share)
-
-    def release(self, name: str, normals: Iterable[Tensor]) -> Tensor:
-        """One parameter's noised sum divided by the public B, float32, in the memory of the sum, which is gone afterwards.
-
-        The noise is rounded to the lattice, sum and noise are added as integers modulo 2^32, and the result is rounded once to float32.
-
-        Args:
-            name: the parameter.
-            normals: as many independent standard normal numbers as the parameter has, float64, in pieces, in order.
-        """
-        shape = self.integers[name].shape
-        integers = self.integers.pop(name).view(-1)
-        released = integers.view(torch.float32)
-        start = 0
-        for chunk in normals:
-            part = slice(start, start + len(chunk))
-            noise = chunk.to(integers.device).mul(self._mechanism.noise_std / self.unit).round_().to(torch.int64)
-            noised = noise.add_(integers[part]).to(torch.int32)
-            released[part] = noised.double().mul_(self.unit).div_(self._mechanism.expected_patients)
-            start += len(chunk)
-        if start != len(integers):
-            raise ValueError(f"parameter {name!r} has {len(integers)} numbers, noise was given for {start}")
-        return released.view(shape)
+        for batch in _batches((self.integers[name], gradient) for name, gradient in gradients):
+            self._add_rounded(batch, scale)
+        # Rounded down, as a whole figure is: neither is larger than the mechanism's.
+        self.loss_units += math.floor(share * self._figure_units)
+        self.patients += 1
 
     def gradient(self, name: str) -> Tensor:
         """The sum of one parameter's clipped gradients, float64, without noise; for tests."""
         return self.integers[name].double().mul_(self.unit)
 
-    def release_figures(self, normals: tuple[float, float]) -> tuple[float, float]:
-        """Noised sum of the clamped losses, and noised number of patients, by two independent standard normal numbers."""
-        mechanism = self._mechanism
-        noise = [round(normal * mechanism.noise_std / self.unit) for normal in normals]
-        loss_units, patient_units = self._loss_units + noise[0], self.patients * self._figure_units + noise[1]
-        one = mechanism.figure_scale / self.unit
-        return loss_units / one * mechanism.loss_bound, patient_units / one
+    def release_figures(self, random: KeyedRandom) -> tuple[float, float]:
+        """Noised sum of the clamped losses, and noised number of patients.
+
+        Args:
+            random: a source for this alone.
+        """
+        figures = torch.tensor([self.loss_units, self.patients * self._figure_units], dtype=torch.float64)
+        random.add_normals(figures, self._mechanism.noise_std / self.unit)
+        loss_units, patient_units = figures.round_().tolist()
+        one = self._mechanism.figure_scale / self.unit
+        return loss_units / one * self._mechanism.loss_bound, patient_units / one
 
     @property
     def _figure_units(self) -> int:
-        # Rounded down: a whole figure is then no larger than the mechanism's.
         return math.floor(self._mechanism.figure_scale / self.unit)
 
-    def _room_for(self, values: Tensor) -> Tensor:
-        """A buffer like `values`, used again and again: fresh memory for every piece would cost more than the arithmetic."""
-        room = self._room.get(values.device)
-        if room is None or len(room) < len(values):
-            room = self._room[values.device] = torch.empty_like(values)
-        return room[: len(values)]
+    def _add_rounded(self, batch: Sequence[tuple[Tensor, Tensor]], scale: float) -> None:
+        """To whole numbers add scale * values, rounded, which are below 2^22; all on one device, a buffer's size at most."""
+        values = batch[0][1] if len(batch) == 1 else torch.cat([part for _, part in batch])
+        magic, room = self._room(values.device)
+        rounded = room[: values.numel()]
+        torch.add(magic, values, alpha=scale, out=rounded)
+        whole = rounded.view(torch.int32).sub_(_MAGIC_BITS)
+        if len(batch) == 1:
+            batch[0][0].add_(whole)
+        else:
+            torch._foreach_add_([piece for piece, _ in batch], torch.split_with_sizes(whole, [part.numel() for _, part in batch]))
 
-    def _count(self, share: float) -> None:
-        self._loss_units += math.floor(share * self._figure_units)
-        self.patients += 1
+    def _room(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """1.5 * 2^23, and a buffer, used again and again: fresh memory for every piece would cost more than the arithmetic."""
+        if device not in self._rooms:
+            numbers = min(_piece_size(device), sum(integers.numel() for integers in self.integers.values()))
+            self._rooms[device] = torch.tensor(_MAGIC, device=device), torch.empty(numbers, dtype=torch.float32, device=device)
+        return self._rooms[device]
 
 
-def _pieces(integers: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    size = _PIECE_CPU if integers.device.type == "cpu" else _PIECE_GPU
-    values = gradient.detach().to(torch.float32).reshape(-1)
-    return zip(integers.view(-1).split(size), values.split(size), strict=True)
+def _batches(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Whole numbers and what is added to them, flat: large tensors cut to pieces, and small ones put together, for calls cost time too."""
+    small: list[tuple[Tensor, Tensor]] = []
+    held = 0
+    for integers, gradient in pairs:
+        flat, values = integers.view(-1), gradient.detach().reshape(-1).float()
+        numbers, size = values.numel(), _piece_size(values.device)
+        if numbers > size:
+            yield from ([pair] for pair in zip(flat.split(size), values.split(size), strict=True))
+        elif numbers > size // _SMALL:
+            yield [(flat, values)]
+        else:
+            if held + numbers > size:
+                yield small
+                small, held = [], 0
+            small.append((flat, values))
+            held += numbers
+    if small:
+        yield small
 
 
-def _magic(device: torch.device) -> Tensor:
-    return torch.tensor(_MAGIC, dtype=torch.float32, device=device)
+def _piece_size(device: torch.device) -> int:
+    return _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
+
+
+def unit_of(mechanism: PatientMechanism) -> float:
+    """The lattice constant."""
+    return mechanism.clip_norm * UNIT_SHARE
+
+
+def release(integers: Tensor, mechanism: PatientMechanism, random: KeyedRandom, *, start: int = 0) -> Tensor:
+    """Noised sum divided by the public B, float32, in the memory of the sum, which is gone afterwards.
+
+    Noise of std sigma * C is added in float64, the sum is rounded to a whole number of public cells, the power of two of lattice units from
+    std / 256 up to std / 128 but one unit at least, modulo 2^32 (`KeyedRandom.add_normals`), and then once to float32.
+
+    Args:
+        integers: a parameter's sum, or a contiguous shard of it, in multiples of the lattice constant.
+        mechanism: the public constants.
+        random: the parameter's own source.
+        start: place of the shard's first number in the flattened parameter: shards together get the noise of the whole.
+    """
+    flat = integers.view(-1)
+    random.add_normals(flat, mechanism.noise_std / unit_of(mechanism), start=start)
+    released = flat.view(torch.float32)
+    for noised, out in zip(flat.split(_PIECE_CPU), released.split(_PIECE_CPU), strict=True):
+        out.copy_(noised.double().mul_(unit_of(mechanism) / mechanism.expected_patients))
+    return released.view(integers.shape)

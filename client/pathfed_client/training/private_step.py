@@ -9,8 +9,9 @@ Guarantees:
     - An empty step releases noise.
     - Noise is keyed by the parameter's name: it depends on `random`, the name and the shape, never on data or order.
     - The sum is divided by the public B. The actual number of patients appears in no divisor, length or key.
-    - Noise is added in fp64 and the sum rounded once to fp32.
-    - Peak memory beside the activations: one gradient, one fp32 accumulator, one chunk of noise.
+    - The sum is exact and does not depend on the order of patients; with noise it is rounded to a coarse public grid, then once to fp32
+      (`training.joint_sum`).
+    - Peak memory beside the activations: one gradient, one 32-bit accumulator, one chunk of noise.
 """
 
 import logging
@@ -21,8 +22,9 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from pathfed_client.training.engines.engine import Engine, JointSum, PatientLoader, PatientTiles, check_objective, why_not
+from pathfed_client.training.engines.engine import Engine, PatientLoader, PatientTiles, check_objective, why_not
 from pathfed_client.training.engines.serial import SerialEngine, clear_gradients
+from pathfed_client.training.joint_sum import JointSum, release
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
@@ -107,12 +109,12 @@ def private_step(
         notes: filled in with what stays at the site.
 
     Raises:
-        ValueError: the objective would couple patients (`engines.engine.check_objective`).
+        ValueError: the objective would couple patients (`engines.engine.check_objective`), or has too many parameters for the lattice.
     """
     check_objective(objective, parameters)
     notes = SiteNotes() if notes is None else notes
     engine = SerialEngine(objective, parameters, mechanism) if engine is None else engine
-    total = JointSum(parameters)
+    total = JointSum(parameters, mechanism)
     loaders = iter(drawn)
     while batch := list(islice(loaders, engine.patients)):
         notes.patients_drawn += len(batch)
@@ -134,34 +136,17 @@ def _contribute(engine: Engine, batch: list[PatientLoader], total: JointSum) -> 
 
 
 def _release(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> Release:
-    """Noise on every coordinate of the joint sum; its gradients are turned into the release in place."""
-    for name in sorted(total.gradients):
-        add_noise(total.gradients[name], mechanism.noise_std, random.child("noise", name))
-        total.gradients[name].div_(mechanism.expected_patients)
-    return Release(gradients=total.gradients, figures=release_figures(total, mechanism, random))
+    """Noise on every coordinate of the joint sum, whose memory becomes the release's."""
+    gradients = {name: release(integers, mechanism, noise_source(random, name)) for name, integers in total.integers.items()}
+    return Release(gradients=gradients, figures=released_figures(total, mechanism, random))
 
 
-def release_figures(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> ReleasedFigures:
+def noise_source(random: KeyedRandom, name: str) -> KeyedRandom:
+    """The source of a parameter's noise in a step: the number at place i of the flattened parameter gets normal i of its range."""
+    return random.child("noise", name)
+
+
+def released_figures(total: JointSum, mechanism: PatientMechanism, random: KeyedRandom) -> ReleasedFigures:
     """Noise on the two figures of the joint sum."""
-    noise = next(random.child("figure noise").normal_chunks(2)) * mechanism.noise_std
-    loss_joint = total.loss_shares * mechanism.figure_scale + float(noise[0])
-    patients_joint = total.patients * mechanism.figure_scale + float(noise[1])
-    return ReleasedFigures(
-        loss_sum=loss_joint / mechanism.figure_scale * mechanism.loss_bound,
-        loss_sum_std=mechanism.loss_sum_std,
-        patients=patients_joint / mechanism.figure_scale,
-        patients_std=mechanism.patients_std,
-    )
-
-
-def add_noise(values: Tensor, std: float, random: KeyedRandom, *, start: int = 0) -> None:
-    """Add N(0, std^2) to every number of an fp32 tensor in place, each sum computed in fp64 and rounded once.
-
-    The number at place i gets normal `start` + i of the source: a process that holds a piece of a parameter, from `start` on, adds exactly
-    what a process that holds all of it would add there.
-    """
-    flat, place = values.view(-1), 0
-    for normals in random.normal_range(start, start + len(flat), device=flat.device):
-        part = flat[place : place + len(normals)]
-        part.copy_(normals.mul_(std).add_(part))
-        place += len(normals)
+    loss_sum, patients = total.release_figures(random.child("figure noise"))
+    return ReleasedFigures(loss_sum=loss_sum, loss_sum_std=mechanism.loss_sum_std, patients=patients, patients_std=mechanism.patients_std)

@@ -91,12 +91,12 @@ class GaussianStream:
 
         Raises:
             ValueError: values are not a flat, contiguous tensor of fp32, fp64 or int32, or std is not within 2^-100 to 2^100
-                (2^32 for int32).
+                (2^36 for int32, whose grid must divide 2^32).
         """
         if values.dim() != 1 or not values.is_contiguous() or values.dtype not in _DTYPES:
             raise ValueError(f"values must be flat, contiguous and fp32, fp64 or int32, got {values.dtype} of shape {tuple(values.shape)}")
-        if values.dtype == torch.int32 and std > 2.0**32:
-            raise ValueError(f"std must be at most 2^32 for whole numbers modulo 2^32, got {std}")
+        if values.dtype == torch.int32 and std > 2.0**36:
+            raise ValueError(f"std must be at most 2^36 for whole numbers modulo 2^32, got {std}")
         unit = grid(std) if values.dtype.is_floating_point else max(grid(std), 1.0)
         # Adding and taking away 1.5 * 2^52 units leaves the nearest multiple of the unit, ties to even: fp64 holds nothing finer there.
         shift = 1.5 * 2.0**52 * unit

@@ -14,8 +14,7 @@ Guarantees:
     - Dividing by the public B and scaling figures back are post-processing; the actual count is never used.
     - The std of each released figure is a public constant of the mechanism.
 
-Known limit: the sum is kept in fp32, and rounding in a long sum can move by a little more than one patient's vector when a patient leaves
-(Casacuberta et al., CCS 2022): at most about n^2 * 2^-24 * C for n patients, which a sum over thousands of patients should weigh.
+The sum is the client's to make exactly (`pathfed_client.training.joint_sum`); who rounds a patient's vector first clips it to less.
 
     | patient | contributes |
     | --- | --- |

@@ -23,7 +23,7 @@ Guarantees:
 
 Known limits. Bitwise equality holds on one machine with one set of libraries (numpy's log and cosine may differ in the last bit
 elsewhere). Python cannot promise that a key is wiped from memory. Floating-point Gaussian noise is not the real-valued one (Mironov,
-CCS 2012): `add_normals` adds in fp64 and rounds the *sum* to a coarse public grid. (`private_step.add_noise` rounds it to fp32 alone.)
+CCS 2012): `add_normals`, which all releases take their noise from, adds in fp64 and rounds the *sum* to a coarse public grid.
 
 An object is a stream with a position and belongs to one thread.
 """

@@ -35,7 +35,7 @@ def run(objective, base_state, cohort, tiles, mechanism, random):
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PatientMechanism, "noise_std", property(lambda self: 0.0))
+    monkeypatch.setattr(PatientMechanism, "noise_std", property(lambda self: 1e-9))
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""The book: what a backward pass leaves of each layer, from which patient norms and the clipped sum are computed without patient gradients.
+"""The book: what a backward pass leaves of each layer: patients' norms come of it first, and their gradients, layer by layer, afterwards.
 
 A linear layer's gradient for a patient is G^T A, with A the inputs and G the output gradients of the patient's S rows (tiles times tokens).
 Book-keeping (Bu et al. 2023, arXiv:2210.00038, "Differentially Private Optimization on Large Model at Small Cost") computes the norms first
-and then one weighted product for all patients. For the norm there are two ways (ghost norm: Li et al. 2022, arXiv:2110.05679, section 4):
+and then one weighted product for all patients. Here the second part is a product for each patient, of one layer at a time: only a patient's
+own numbers can be rounded so that the sum changes by them alone when the patient leaves (`training.joint_sum`). It is as many
+multiplications. For the norm there are two ways (ghost norm: Li et al. 2022, arXiv:2110.05679, section 4):
 
     | way | while | cost | what is kept until the clip factors are known |
     | --- | --- | --- | --- |
@@ -23,7 +25,7 @@ Legend of shape suffixes: N rows of a layer's input (tiles, or crops of tiles), 
 O outputs of a layer, n numbers of a parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from weakref import WeakValueDictionary
@@ -33,6 +35,9 @@ from torch import Tensor
 
 from pathfed_client.training.engines.engine import EngineUnfitError
 from pathfed_client.training.engines.norms import fine, squared_norms
+
+#: Whole numbers with as many bytes as a number.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _numbers = count()
 #: Books in use by number: a compiled graph can carry a number, not an object.
@@ -87,20 +92,17 @@ class MatrixEntry:
             torch.cat(gradients, 1) if len(gradients) > 1 else gradients[0]
         )
 
-    def add(self, factors_P: Tensor, total_OI: Tensor) -> None:
-        """Add the sum over patients of factor times gradient."""
+    def gradient(self, place: int) -> Tensor:
+        """The gradient (O, I) of the patient at that place."""
         if self.whole is not None:
-            _add_rows(self.whole, factors_P, total_OI)
-            return
-        inputs_PSI, gradients_PSO = self.joined()
-        factors_P11 = factors_P.to(inputs_PSI.dtype).view(-1, 1, 1)
-        # Out of place: the tensors are shared with the residual stream. The narrower of the two is scaled.
-        if inputs_PSI.shape[2] <= gradients_PSO.shape[2]:
-            inputs_PSI = inputs_PSI * factors_P11
-        else:
-            gradients_PSO = gradients_PSO * factors_P11
-        left, right = gradients_PSO.flatten(0, 1).to(total_OI.dtype), inputs_PSI.flatten(0, 1).to(total_OI.dtype)
-        total_OI.addmm_(left.t(), right)
+            return self.whole[place]
+        inputs_SI, gradients_SO = (fine(torch.cat([use[side][place] for use in self.uses])) for side in (0, 1))
+        return gradients_SO.t() @ inputs_SI
+
+    @property
+    def noted(self) -> list[Tensor]:
+        """What there is of each patient: tensors (P, ...)."""
+        return [tensor for use in self.uses for tensor in use] if self.whole is None else [self.whole]
 
 
 @dataclass
@@ -169,24 +171,29 @@ class Book:
     def squared_norms(self) -> Tensor:
         """Squared norm of each patient's whole gradient, fp64 (P,); never too small, see above."""
         parts = [squared_norms(rows) for rows in self.rows.values()]
-        parts += [
-            entry.squared_norms() for entry in self.entries if isinstance(entry, MatrixEntry) and (entry.uses or entry.whole is not None)
-        ]
+        parts += [entry.squared_norms() for entry in self._used()]
         return torch.stack(parts).sum(0) if parts else torch.zeros(self.patients, dtype=torch.float64)
 
-    def add(self, factors_P: Tensor, totals: Mapping[str, Tensor]) -> None:
-        """Add the sum over patients of factor times gradient to each parameter's total.
+    def gradients(self, place: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of one patient's parameters, computed one after the other, as their numbers lie in the parameter.
 
         Args:
-            factors_P: each patient's factor.
-            totals: name to what is added to, of the parameter's shape.
+            place: the patient's among those of the pass.
         """
         for name, rows_Pn in self.rows.items():
-            _add_rows(rows_Pn, factors_P, totals[name])
-        for entry in self.entries:
-            if isinstance(entry, MatrixEntry) and entry.weight is not None and (entry.uses or entry.whole is not None):
-                total = totals[entry.weight]
-                entry.add(factors_P, total.view(total.shape[0], -1))
+            yield name, rows_Pn[place]
+        for entry in self._used():
+            if entry.weight is not None:
+                yield entry.weight, entry.gradient(place)
+
+    def fingerprints(self) -> Tensor:
+        """Sums of the bits of what was noted of each patient, int64 (n, P): the same where the same was noted, bit for bit."""
+        noted = [*self.rows.values(), *(tensor for entry in self._used() for tensor in entry.noted)]
+        return torch.stack([tensor.contiguous().view(_BITS[tensor.element_size()]).flatten(1).sum(1) for tensor in noted])
+
+    def _used(self) -> Iterator[MatrixEntry]:
+        """The linear layers of which something was noted."""
+        return (entry for entry in self.entries if isinstance(entry, MatrixEntry) and entry.noted)
 
     def _by_patient(self, tensor: Tensor) -> Tensor:
         """(N, ...) as (P, N / P, ...): tiles of one patient lie together."""
@@ -212,8 +219,3 @@ def book(number: int) -> Book:
 
 def _product(inputs_PSI: Tensor, gradients_PSO: Tensor) -> Tensor:
     return torch.bmm(fine(gradients_PSO).transpose(1, 2), fine(inputs_PSI))
-
-
-def _add_rows(rows: Tensor, factors_P: Tensor, total: Tensor) -> None:
-    rows_Pn = rows.flatten(1).to(total.dtype)
-    total.view(-1).addmv_(rows_Pn.t(), factors_P.to(total.dtype))

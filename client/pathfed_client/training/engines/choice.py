@@ -6,7 +6,7 @@ The cost of a patient is counted in multiply-adds, with memory traffic and the c
                      times 1 + R / rows, with rows = S for the serial engine and P S for a pass over P patients
     serial           5 transfers of each parameter (gradient written, read for the norm, read and added to the sum)
     book-keeping     a layer's Gram matrices S^2 (I + O), or its gradient written, read for the norm and read for the sum
-                     (3 transfers); and 3 transfers of each parameter for each pass, shared by P patients
+                     (3 transfers); and 3 transfers of each parameter (gradient written, read and added to the sum)
     both             a fixed cost for each layer and pass, shared by P patients
 
 S are a patient's rows in a layer, I and O its widths. The constants are fitted to `tests/benchmarks/private_step.py` on CPUs; see
@@ -138,7 +138,7 @@ def serial_cost(shapes: Shapes, k: int) -> float:
 
 def book_keeping_cost(shapes: Shapes, k: int, patients: int) -> float:
     """Cost of a patient with k tiles in a pass over that many patients of the book-keeping engine, in multiply-adds."""
-    cost = _products(shapes, k, patients) + (3 * _TRANSFER * shapes.parameters + 1.5 * _CALL * len(shapes.layers)) / patients
+    cost = _products(shapes, k, patients) + 3 * _TRANSFER * shapes.parameters + 1.5 * _CALL * len(shapes.layers) / patients
     for layer in shapes.layers:
         rows = layer.rows * k
         if gram_is_cheaper(int(rows), layer.inputs, layer.outputs):

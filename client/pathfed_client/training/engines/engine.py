@@ -4,6 +4,9 @@ An engine turns patients' tiles into clipped gradients in the sum. Guarantees of
 
     - A patient adds a vector of norm at most C to the sum, whatever the objective computes; if adding stops half-way, what was added is
       that vector with some coordinates left out, whose norm is no larger.
+    - **That vector is made of that patient alone**: of the patient's tiles and draws, in passes whose shape no other patient has a part in.
+      The sum is exact (`training.joint_sum`), so that it differs by just that vector when the patient leaves. `engines.book_keeping` says
+      what this supposes of torch.
     - What happens to one patient (an error, a number that is not finite) leaves no trace in another's contribution.
     - What would couple patients is refused before the first one (`check_objective`): layers with statistics over a batch (BatchNorm,
       InstanceNorm with running statistics), layers that draw from torch's global generator (dropout), parameters that are tied or not
@@ -15,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.objectives.objective import Draws
 
 
@@ -62,37 +65,6 @@ class EngineUnfitError(ValueError):
 def contributes(loss: float, norm: float) -> bool:
     """Whether a patient with this loss and gradient norm contributes: both must be finite."""
     return math.isfinite(loss) and math.isfinite(norm)
-
-
-class JointSum:
-    """The sum over patients of their whole vectors, before noise. Sensitive: it never leaves the private step.
-
-    Attributes:
-        gradients: name to the fp32 sum of clipped gradients.
-        loss_shares: sum of the clamped losses, each as a share of loss_bound.
-        patients: patients who contributed.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        """Start at zero, in the shapes of these."""
-        self.gradients = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in sorted(parameters.items())}
-        self.loss_shares = 0.0
-        self.patients = 0
-
-    def __repr__(self) -> str:
-        return "JointSum(<sensitive>)"
-
-    def add(self, gradients: Mapping[str, Tensor], *, factor: float, share: float) -> None:
-        """Add one patient: a clip factor times the gradient, by name, and the loss as a share of loss_bound."""
-        if gradients:
-            names = sorted(gradients)
-            torch._foreach_add_([self.gradients[name] for name in names], [gradients[name] for name in names], alpha=factor)
-        self.count(share)
-
-    def count(self, share: float) -> None:
-        """Add one patient's figures."""
-        self.loss_shares += share
-        self.patients += 1
 
 
 def trainable(objective: nn.Module) -> dict[str, nn.Parameter]:

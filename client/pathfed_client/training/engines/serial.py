@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.compute import Compute
-from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientTiles, contributes, why_not
+from pathfed_client.training.engines.engine import NotContributed, PatientTiles, contributes, why_not
 from pathfed_client.training.engines.guard import StateGuard, unchanged_buffers
 from pathfed_client.training.engines.norms import joint_norm
 from pathfed_client.training.engines.passes import Passes, can_checkpoint
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.privacy.mechanism import PatientMechanism
 
 __all__ = ["PatientGradients", "SerialEngine", "add_patient", "clear_gradients", "gradient_norm", "patient_gradient", "unchanged_buffers"]
@@ -206,7 +207,7 @@ def add_patient(
     """
     gradients_of = PatientGradients(objective, parameters) if gradients_of is None else gradients_of
     value, norm, gradients = gradients_of(patient)
-    total.add(gradients, factor=mechanism.clip_factor(norm), share=mechanism.loss_share(value))
+    total.add(gradients.items(), norm=norm, loss=value)
 
 
 def gradient_norm(gradients: Mapping[str, Tensor]) -> float:

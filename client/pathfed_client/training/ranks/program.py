@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pathfed_client.training.engines.choice import make_engine
 from pathfed_client.training.engines.engine import (
-    JointSum,
     NotContributed,
     PatientLoader,
     PatientTiles,
@@ -20,8 +19,9 @@ from pathfed_client.training.engines.engine import (
     why_not,
 )
 from pathfed_client.training.engines.serial import clear_gradients
+from pathfed_client.training.joint_sum import JointSum, release
 from pathfed_client.training.local_round import patient_tiles, random_of_patient, random_of_step, synthetic_patients
-from pathfed_client.training.private_step import ReleasedFigures, add_noise, release_figures
+from pathfed_client.training.private_step import ReleasedFigures, noise_source, released_figures
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.replicated import joined
 from pathfed_client.training.ranks.sharded import ShardedEngine
@@ -86,17 +86,17 @@ class _Sharded:
     def summed(self, total: JointSum) -> dict[str, Piece]:
         """What every rank holds whole is rank 0's to release."""
         pieces = self._engine.pieces.items()
-        return {name: Piece(total.gradients[name], held.start, held.whole) for name, held in pieces if self._first or not held.whole}
+        return {name: Piece(total.integers[name], held.start, held.whole) for name, held in pieces if self._first or not held.whole}
 
 
 class _Replicated:
     def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, job: Join, ranks: Ranks):
-        self._parameters, self._ranks = parameters, ranks
+        self._parameters, self._mechanism, self._ranks = parameters, mechanism, ranks
         k, px, at_once = job.tiles_per_patient, job.tile_px, job.tiles_at_once
         self._engine = make_engine(objective, parameters, mechanism, job.compute, tiles_per_patient=k, tile_px=px, tiles_at_once=at_once)
 
     def empty_sum(self) -> JointSum:
-        return JointSum(self._parameters)
+        return JointSum(self._parameters, self._mechanism)
 
     def add(self, load: PatientLoader, total: JointSum) -> str | None:
         try:
@@ -172,10 +172,9 @@ class RankProgram:
         clear_gradients(self._parameters)
         pieces = here.way.summed(here.total)
         for name, held in pieces.items():
-            flat = held.values.view(-1)
-            add_noise(flat, mechanism.noise_std, here.step_random.child("noise", name), start=held.start)
-            self._shared.update[name][held.start : held.stop].copy_(flat.div_(mechanism.expected_patients))
-        figures = release_figures(here.total, mechanism, here.step_random)
+            released = release(held.values, mechanism, noise_source(here.step_random, name), start=held.start)
+            self._shared.update[name][held.start : held.stop].copy_(released.view(-1))
+        figures = released_figures(here.total, mechanism, here.step_random)
         self._meet()
         here.step += 1
         if here.begin.steps > 1:

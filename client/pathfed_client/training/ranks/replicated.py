@@ -1,13 +1,13 @@
 """Replicated: every rank has a whole copy of the model and takes drawn patients r, r + R, r + 2R, ...
 
-Each rank sums its own patients' clipped vectors. At the end of a step the partial sums are added in the order of the ranks; each rank takes
-an even run of every parameter, adds that run's noise, and writes it where all can read it. The sum equals a single process's up to the
-order of fp32 additions; for the same R it is the same, bit for bit, every time. The noise is the same bits whatever R is.
+Each rank sums its own patients' clipped vectors. At the end of a step the partial sums are added up; each rank takes an even run of every
+parameter, adds that run's noise, and writes it where all can read it. Sums are whole numbers, so that the result is a single process's, bit
+for bit, whatever R is, where each computes a patient's gradient to the same bits (one kind of device, one number of threads).
 """
 
 from torch import Tensor
 
-from pathfed_client.training.engines.engine import JointSum
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.shards import Piece, even_run
 
@@ -16,15 +16,16 @@ def joined(total: JointSum, ranks: Ranks) -> dict[str, Piece]:
     """Add the ranks' partial sums, figures included, and keep this rank's run of each parameter. The partial sum becomes useless.
 
     Args:
-        total: this rank's partial sum; afterwards its figures are those of all ranks, and its gradients are used up.
+        total: this rank's partial sum; afterwards its figures are those of all ranks, and its integers are used up.
         ranks: this process among the others.
 
     Returns:
-        The whole sum's numbers from `Piece.start` on, by parameter.
+        The whole sum's integers from `Piece.start` on, by parameter.
     """
-    told = ranks.every([total.loss_shares, total.patients])
-    total.loss_shares, total.patients = float(told[:, 0].sum()), int(told[:, 1].sum())
-    return {name: _own_run(gradient.view(-1), ranks) for name, gradient in sorted(total.gradients.items())}
+    # Whole numbers below 2^53, which float64 holds.
+    told = ranks.every([total.loss_units, total.patients])
+    total.loss_units, total.patients = int(told[:, 0].sum()), int(told[:, 1].sum())
+    return {name: _own_run(integers.view(-1), ranks) for name, integers in sorted(total.integers.items())}
 
 
 def _own_run(flat: Tensor, ranks: Ranks) -> Piece:

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.compute import Compute
-from pathfed_client.training.engines.engine import JointSum, NotContributed, PatientLoader, PatientTiles, contributes, why_not
+from pathfed_client.training.engines.engine import NotContributed, PatientLoader, PatientTiles, contributes, why_not
 from pathfed_client.training.engines.guard import StateGuard
 from pathfed_client.training.engines.passes import Passes
 from pathfed_client.training.engines.serial import clear_gradients, gradient_norm
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_client.training.ranks.group import AcrossRanks, Ranks
 from pathfed_client.training.ranks.shards import piece
 from pathfed_common.objectives.objective import Objective
@@ -107,8 +108,9 @@ class ShardedEngine:
         self.pieces = {name: piece(parameter, ranks.rank, ranks.size) for name, parameter in parameters.items()}
 
     def empty_sum(self) -> JointSum:
-        """A sum over this rank's pieces, at zero."""
-        return JointSum({name: held.values for name, held in self.pieces.items()})
+        """A sum over this rank's pieces, at zero. Its clip leaves room for the rounding of all ranks' numbers."""
+        dimension = sum(parameter.numel() for parameter in self._parameters.values())
+        return JointSum({name: held.values for name, held in self.pieces.items()}, self._mechanism, dimension=dimension)
 
     def add(self, load: PatientLoader, total: JointSum) -> str | None:
         """Add a patient's vector to the sum; why the patient contributes zero, or None. The same on every rank.
@@ -121,7 +123,7 @@ class ShardedEngine:
         except NotContributed as reason:
             return str(reason)
         else:
-            total.add(gradients, factor=self._mechanism.clip_factor(norm), share=self._mechanism.loss_share(value))
+            total.add(gradients.items(), norm=norm, loss=value)
             return None
         finally:
             clear_gradients(self._parameters)

@@ -2,7 +2,7 @@
 
 FSDP2 cuts a parameter along its first axis into R pieces of ceil(n / R) rows, the last ones shorter or empty, so that a piece is a run of
 the flattened parameter. Noise is one stream for each parameter, keyed by its name: the number at place i gets normal i of that stream,
-whoever holds it (`private_step.add_noise`). Pieces of one parameter therefore get independent noise, all of them together the noise that a
+whoever holds it (`joint_sum.release`). Pieces of one parameter therefore get independent noise, all of them together the noise that a
 single process would add, and R has no part in it.
 """
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -11,14 +10,16 @@ from objectives import FORMS, SIDE, Source, some_tiles, unlike_its_start
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pathfed_client.training import joint_sum
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.engines import book, passes, taps
 from pathfed_client.training.engines.book import Book
 from pathfed_client.training.engines.book_keeping import BookKeepingEngine
 from pathfed_client.training.engines.choice import decide
-from pathfed_client.training.engines.engine import EngineUnfitError, JointSum, NotContributed, PatientTiles, trainable
+from pathfed_client.training.engines.engine import EngineUnfitError, NotContributed, PatientTiles, trainable
 from pathfed_client.training.engines.norms import squared_norms
 from pathfed_client.training.engines.serial import SerialEngine
+from pathfed_client.training.joint_sum import JointSum
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.encoder.stochastic_depth import drop_path_factors
 from pathfed_common.encoder.vit import VisionTransformer, initialise_layers, linear
@@ -78,11 +79,13 @@ def norm_of(gradients: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
 
 
-def fine_sum(model: nn.Module) -> JointSum:
-    """A sum in fp64, so that no rounding hides a fault."""
-    total = JointSum(trainable(model))
-    total.gradients = {name: gradient.double() for name, gradient in total.gradients.items()}
-    return total
+def gradients_of(total: JointSum) -> dict[str, Tensor]:
+    return {name: total.gradient(name) for name in total.integers}
+
+
+def same_bits(left: JointSum, right: JointSum) -> bool:
+    figures = (left.patients, left.loss_units) == (right.patients, right.loss_units)
+    return figures and all(torch.equal(left.integers[name], right.integers[name]) for name in right.integers)
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -113,20 +116,25 @@ def test_norms_and_the_clipped_sum_are_those_of_brute_force(name, way, mechanism
     each = brute(model, drawn)
     norms = [norm_of(gradients) for gradients in each]
     m = mechanism(clip_norm=sorted(norms)[2])
-    engine = BookKeepingEngine(model, trainable(model), m, patients=5)
+    engine = BookKeepingEngine(model, trainable(model), m, patients=5, tiles_per_patient=2)
     same_count = [drawn[place] for place in (0, 1, 3)]
     found = [norm for _, norm in engine._pass(same_count)]
     assert found == pytest.approx([norms[place] for place in (0, 1, 3)], rel=tolerance)
-    total = fine_sum(model)
+    # Each patient's own gradient, in fp64, before anything is rounded to the sum's lattice.
+    for place, exact in enumerate([each[place] for place in (0, 1, 3)]):
+        noted = {parameter: gradient.reshape(exact[parameter].shape) for parameter, gradient in engine._book.gradients(place)}
+        assert noted.keys() == exact.keys()
+        assert distance(noted, exact) < tolerance
+    total = JointSum(trainable(model), m)
     assert engine.add(drawn, total) == [None] * 5
-    factors = [m.clip_factor(norm) for norm in norms]
+    factors = [total.clip_factor(norm) for norm in norms]
     assert min(factors) < 1 == max(factors)
     expected = {
         parameter: sum(factor * gradients[parameter] for factor, gradients in zip(factors, each, strict=True) if parameter in gradients)
         for parameter in set().union(*each)
     }
-    # Factors are handed over in fp32.
-    assert distance(total.gradients, expected) < max(tolerance, 1e-6)
+    off = max(float((total.gradient(parameter) - expected[parameter]).abs().max()) for parameter in expected)
+    assert off <= 5 * total.unit * 0.51 + tolerance * m.clip_norm
     assert total.patients == 5
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -145,7 +153,7 @@ def test_a_layer_used_twice_has_cross_terms_in_its_norm(planted: bool, mechanism
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
-    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)._pass(drawn)
+    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)._pass(drawn)
     close = [norm == pytest.approx(exact, rel=1e-4) for (_, norm), exact in zip(figures, true, strict=True)]
     assert all(close) is not planted
 
@@ -198,7 +206,7 @@ def residual_gradients_scaled_in_place(patch: pytest.MonkeyPatch) -> None:
 def test_a_planted_fault_is_refused_at_the_rehearsal(plant, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
     engine.rehearse(drawn)
     plant(monkeypatch)
     with pytest.raises((EngineUnfitError, RuntimeError)):
@@ -217,7 +225,7 @@ def test_norms_are_fine_enough_to_find_one_taken_in_bfloat16(planted: bool, mech
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
     if planted:
         norm_in_bfloat16(monkeypatch)
-    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=6)._pass(drawn)
+    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=6, tiles_per_patient=2)._pass(drawn)
     errors = [norm / exact - 1 for (_, norm), exact in zip(figures, true, strict=True)]
     assert (min(errors) > -1e-5 and max(errors) < 1e-4) is not planted
 
@@ -227,20 +235,20 @@ def test_a_patient_that_is_not_finite_leaves_no_trace_in_a_pass(value: float, me
     model = moved(Twice())
     drawn = patients(model, [2, 2, 2], torch.float32)
     poison = PatientTiles(torch.full_like(drawn[0].tiles, value), drawn[0].draws)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=4)
-    with_it, without = JointSum(trainable(model)), JointSum(trainable(model))
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=4, tiles_per_patient=2)
+    with_it, without = (JointSum(trainable(model), mechanism()) for _ in range(2))
     outcomes = engine.add([drawn[0], poison, drawn[1], drawn[2]], with_it)
     engine.add(drawn, without)
     assert outcomes == [None, "loss or gradient is not finite", None, None]
-    assert all(torch.equal(with_it.gradients[name], without.gradients[name]) for name in without.gradients)
-    assert (with_it.patients, with_it.loss_shares) == (without.patients, without.loss_shares)
+    assert same_bits(with_it, without)
+    assert without.patients == 3
 
 
 def test_a_pass_that_fails_is_taken_patient_by_patient(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
-    total, expected = JointSum(trainable(model)), JointSum(trainable(model))
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    total, expected = (JointSum(trainable(model), mechanism()) for _ in range(2))
     SerialEngine(model, trainable(model), mechanism()).add(drawn, expected)
 
     def exhausted(*args: Any) -> Tensor:
@@ -248,7 +256,7 @@ def test_a_pass_that_fails_is_taken_patient_by_patient(mechanism, monkeypatch: p
 
     monkeypatch.setattr(engine._twin, "patient_losses", exhausted)
     assert engine.add(drawn, total) == [None, None]
-    assert all(torch.equal(total.gradients[name], expected.gradients[name]) for name in expected.gradients)
+    assert same_bits(total, expected)
 
 
 class Scaled(nn.Module):
@@ -264,7 +272,7 @@ def test_an_owner_without_a_rule_is_refused(layer: nn.Module, mechanism) -> None
     model: Any = Twice()
     model.extra = layer
     with pytest.raises(EngineUnfitError, match=r"no rule for the parameter 'extra\."):
-        BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
+        BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
     with pytest.raises(EngineUnfitError):
         decide(model, Compute(engine="book_keeping"), tiles_per_patient=1, tile_px=SIDE)
     assert decide(model, Compute(engine="auto"), tiles_per_patient=1, tile_px=SIDE).engine == "serial"
@@ -276,9 +284,9 @@ def test_a_parameter_used_outside_its_layer_is_refused_at_the_rehearsal(mechanis
             return super().patient_losses(tiles, draws, counts) + self.head.weight.square().sum()
 
     model = Outside()
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
     with pytest.raises(EngineUnfitError, match=r"'head.weight' is used outside its layer"):
-        engine.rehearse(patients(model, [1, 1], torch.float32))
+        engine.rehearse(patients(model, [2, 2], torch.float32))
 
 
 def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal(mechanism) -> None:
@@ -289,7 +297,7 @@ def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal(mechani
             return torch.stack([of_patient.mean() for of_patient in mean.split(list(counts))])
 
     model = moved(CropsFirst())
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=3)
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=3, tiles_per_patient=1)
     with pytest.raises((EngineUnfitError, NotContributed)):
         engine.rehearse(patients(model, [1, 1, 1], torch.float32))
 
@@ -300,15 +308,15 @@ def test_both_engines_agree_under_autocast_and_checkpointing(name, compute: Comp
     model = unlike_its_start(BUILDERS[name]())
     drawn = patients(model, [2, 2, 2], torch.float32)
     m = mechanism(clip_norm=0.3)
-    left, right, plain = (JointSum(trainable(model)) for _ in range(3))
-    engine = BookKeepingEngine(model, trainable(model), m, compute, patients=3)
+    left, right, plain = (JointSum(trainable(model), m) for _ in range(3))
+    engine = BookKeepingEngine(model, trainable(model), m, compute, patients=3, tiles_per_patient=2)
     engine.rehearse(drawn)
     engine.add(drawn, left)
     SerialEngine(model, trainable(model), m, compute).add(drawn, right)
-    assert distance(left.gradients, right.gradients) < (0.02 if compute.precision == "bfloat16" else 1e-4)
+    assert distance(gradients_of(left), gradients_of(right)) < (0.02 if compute.precision == "bfloat16" else 1e-4)
     if compute.activation_checkpointing:
-        BookKeepingEngine(model, trainable(model), m, patients=3).add(drawn, plain)
-        assert all(torch.equal(left.gradients[key], plain.gradients[key]) for key in plain.gradients)
+        BookKeepingEngine(model, trainable(model), m, patients=3, tiles_per_patient=2).add(drawn, plain)
+        assert same_bits(left, plain)
 
 
 @quiet_compiler
@@ -319,13 +327,13 @@ def test_a_compiled_pass_gives_the_same_sum(checkpointing: bool, mechanism, monk
     drawn = patients(model, [2, 2], torch.float32)
     compute = Compute(compile=True, activation_checkpointing=checkpointing)
     engine = BookKeepingEngine(model, trainable(model), mechanism(), compute, patients=2, tiles_per_patient=2)
-    compiled, plain = JointSum(trainable(model)), JointSum(trainable(model))
+    compiled, plain = (JointSum(trainable(model), mechanism()) for _ in range(2))
     # A pass that failed would be taken by the serial engine, and prove nothing.
     monkeypatch.setattr(engine, "_serial", None)
     assert engine.add(drawn, compiled) == [None, None]
     assert engine._passes._compiled
-    BookKeepingEngine(model, trainable(model), mechanism(), patients=2).add(drawn, plain)
-    assert distance(compiled.gradients, plain.gradients) < 1e-5
+    BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2).add(drawn, plain)
+    assert distance(gradients_of(compiled), gradients_of(plain)) < 1e-5
 
 
 @quiet_compiler
@@ -351,8 +359,8 @@ def test_equal_notes_are_taken_as_often_as_they_are_made(monkeypatch: pytest.Mon
 def test_the_objective_is_as_it_was(mechanism) -> None:
     model = Twice()
     before = {name: (type(module), tuple(module.__dict__)) for name, module in model.named_modules()}
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2)
-    engine.add(patients(model, [1, 1], torch.float32), JointSum(trainable(model)))
+    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    engine.add(patients(model, [2, 2], torch.float32), JointSum(trainable(model), mechanism()))
     assert {name: (type(module), tuple(module.__dict__)) for name, module in model.named_modules()} == before
 
 
@@ -368,16 +376,142 @@ def test_norms_never_come_out_too_small_where_terms_cancel() -> None:
     assert (found >= true).all()
 
 
-def test_both_engines_sums_differ_by_one_patient_by_at_most_the_bound(mechanism) -> None:
+# The exact sum
+
+
+def lattice(total: JointSum) -> Tensor:
+    return torch.cat([total.integers[name].flatten() for name in sorted(total.integers)]).to(torch.int64)
+
+
+def both(model: Any, m: Any, compute: Compute = Compute()) -> dict[str, Any]:  # noqa: B008  a frozen value
+    parameters = trainable(model)
+    return {
+        "serial": SerialEngine(model, parameters, m, compute, tiles_per_patient=2),
+        "book-keeping": BookKeepingEngine(model, parameters, m, compute, patients=4, tiles_per_patient=2),
+    }
+
+
+def summed(model: Any, m: Any, engine: Any, chosen: list[PatientTiles]) -> JointSum:
+    """The sum of the patients, handed over as the private step does it."""
+    total = JointSum(trainable(model), m)
+    for start in range(0, len(chosen), engine.patients):
+        engine.add(chosen[start : start + engine.patients], total)
+    return total
+
+
+def is_exact(model: Any, m: Any, engine: Any, drawn: list[PatientTiles]) -> bool:
+    """Whether each patient's leaving moves the sum by that patient's own lattice vector, just that, of norm within the bound."""
+    whole = lattice(summed(model, m, engine, drawn))
+    for place, patient in enumerate(drawn):
+        moved_by = whole - lattice(summed(model, m, engine, drawn[:place] + drawn[place + 1 :]))
+        alone = lattice(summed(model, m, engine, [patient]))
+        if not torch.equal(moved_by, alone) or float(moved_by.double().norm()) * m.clip_norm * joint_sum.UNIT_SHARE > m.gradient_bound:
+            return False
+    return bool(whole.any())
+
+
+EXACT = [Compute(), Compute(precision="bfloat16")]
+#: More than a pass, and patients with fewer tiles among them.
+SOME_COUNTS = [2, 2, 1, 2, 2, 2, 3, 2, 2]
+
+
+@pytest.mark.parametrize("compute", EXACT, ids=lambda compute: compute.precision)
+@pytest.mark.parametrize("engine", ["serial", "book-keeping"])
+@pytest.mark.parametrize("name", ["twice", "mae", "dino-sinkhorn-kde"])
+def test_a_patient_who_leaves_takes_just_that_patients_lattice_vector(name: str, engine: str, compute: Compute, mechanism) -> None:
+    model, m = unlike_its_start(BUILDERS[name]()), mechanism(clip_norm=0.3)
+    drawn = patients(model, SOME_COUNTS, torch.float32)
+    assert is_exact(model, m, both(model, m, compute)[engine], drawn)
+
+
+@pytest.mark.parametrize("engine", ["serial", "book-keeping"])
+@pytest.mark.parametrize("name", ["twice", "mae", "dino-sinkhorn-kde"])
+def test_the_order_of_patients_changes_no_bit_of_the_sum(name: str, engine: str, mechanism) -> None:
+    model, m = unlike_its_start(BUILDERS[name]()), mechanism(clip_norm=0.3)
+    drawn = patients(model, SOME_COUNTS, torch.float32)
+    made = both(model, m)[engine]
+    mixed = [drawn[place] for place in (5, 2, 8, 0, 6, 1, 7, 4, 3)]
+    first = summed(model, m, made, drawn)
+    assert same_bits(first, summed(model, m, made, drawn[::-1]))
+    assert same_bits(first, summed(model, m, made, mixed))
+    assert first.patients == len(drawn)
+
+
+def rounded_once_a_pass(patch: pytest.MonkeyPatch) -> None:
+    """The clipped gradients of a pass are added up in float32 and rounded together."""
+
+    def add(self: BookKeepingEngine, chosen: list[PatientTiles], total: JointSum) -> list[str | None]:
+        figures = self._pass(chosen)
+        sums = {name: torch.zeros(integers.numel()) for name, integers in total.integers.items()}
+        for place, (_, norm) in enumerate(figures):
+            for name, gradient in self._book.gradients(place):
+                sums[name].add_(gradient.flatten(), alpha=total.clip_factor(norm))
+        total.add(sums.items(), norm=0.0, loss=0.0)
+        total.patients += len(chosen) - 1
+        return [None] * len(chosen)
+
+    patch.setattr(BookKeepingEngine, "_add", add)
+
+
+def kept_in_float32(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded to the lattice: float32 sums, whose bits are read as they are."""
+
+    def add(self: JointSum, gradients: Any, *, norm: float, loss: float) -> None:
+        for name, gradient in gradients:
+            self.integers[name].view(torch.float32).view(-1).add_(gradient.flatten(), alpha=self.clip_factor(norm))
+
+    patch.setattr(JointSum, "add", add)
+
+
+def clipped_without_room_for_rounding(patch: pytest.MonkeyPatch) -> None:
+    """On a lattice so coarse that it shows."""
+    patch.setattr(joint_sum, "UNIT_SHARE", 2.0**-12)
+    patch.setattr(joint_sum, "_LARGEST_ROUNDING", 1.0)
+    patch.setattr(JointSum, "clip_factor", lambda self, norm: min(1.0, self._mechanism.gradient_bound / norm))
+
+
+def a_pass_mixes_its_patients(patch: pytest.MonkeyPatch) -> None:
+    """By the last digits alone: each patient's loss is a little larger the further on in the pass the patient is."""
+    original = passes.Passes.patient_losses
+
+    def losses(self: passes.Passes, *arguments: Any) -> Tensor:
+        found = original(self, *arguments)
+        return found * (1 + 1e-6 * torch.arange(len(found)))
+
+    patch.setattr(passes.Passes, "patient_losses", losses)
+
+
+@pytest.mark.parametrize("plant", [rounded_once_a_pass, kept_in_float32, clipped_without_room_for_rounding, a_pass_mixes_its_patients])
+def test_a_fault_planted_in_the_exact_sum_is_caught(plant, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, m = moved(Twice()), mechanism(clip_norm=0.3)
+    drawn = patients(model, [2] * 6, torch.float32)
+    assert is_exact(model, m, both(model, m)["book-keeping"], drawn)
+    plant(monkeypatch)
+    assert not is_exact(model, m, both(model, m)["book-keeping"], drawn)
+
+
+def test_a_pass_has_the_same_shape_whoever_is_in_it(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, m = moved(Twice()), mechanism()
+    engine = both(model, m)["book-keeping"]
+    shapes: list[tuple[int, ...]] = []
+    original = engine._passes.patient_losses
+
+    def seen(tiles: Tensor, draws: Draws, counts: list[int]) -> Tensor:
+        shapes.append((*tiles.shape, *counts))
+        return original(tiles, draws, counts)
+
+    monkeypatch.setattr(engine._passes, "patient_losses", seen)
+    total = summed(model, m, engine, patients(model, SOME_COUNTS, torch.float32))
+    assert total.patients == len(SOME_COUNTS)
+    assert set(shapes) == {(8, 3, SIDE, SIDE, 2, 2, 2, 2)}
+    assert len(shapes) > 1
+
+
+def test_a_pass_in_which_a_patients_place_counts_is_refused_at_the_rehearsal(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
-    drawn = patients(model, [2, 2, 2, 2], torch.float32)
-    m = mechanism(clip_norm=0.01)
-    engine = BookKeepingEngine(model, trainable(model), m, patients=4)
-    sums = []
-    for leaving in (None, 0, 3):
-        total = JointSum(trainable(model))
-        engine.add([patient for place, patient in enumerate(drawn) if place != leaving], total)
-        sums.append(total)
-    for left, right in pairwise([sums[1], sums[0], sums[2]]):
-        shift = norm_of({name: left.gradients[name].double() - right.gradients[name].double() for name in left.gradients})
-        assert 0.9 * m.gradient_bound < shift <= m.gradient_bound * (1 + 1e-6)
+    drawn = patients(model, [2] * 4, torch.float32)
+    engine = both(model, mechanism())["book-keeping"]
+    engine.rehearse(drawn)
+    a_pass_mixes_its_patients(monkeypatch)
+    with pytest.raises(EngineUnfitError, match="depends on who shares the pass"):
+        engine.rehearse(drawn)
