@@ -11,7 +11,7 @@ seed, which is why test_planted_faults.py checks those directly.
     | number types | float32 | float32, bfloat16 |
     | what runs | whole rounds, with the real sampling | private steps over all who are in |
     | no noise, tile as the unit | refuted | refuted (float32) |
-    | no clipping | refuted | refuted (both types) |
+    | clipping to 20 C | refuted | refuted (both types) |
     | everybody drawn | refuted | - |
 
 The real objectives' canaries are eight patients in each of many independent steps. Their gradients are not orthogonal, so the attacker
@@ -93,8 +93,9 @@ def no_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PatientMechanism, "noise_std", property(lambda self: 1e-9))
 
 
-def no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PatientMechanism, "clip_target", property(lambda self: 1e6 * self.clip_norm))
+def loose_clipping(patch: pytest.MonkeyPatch) -> None:
+    # Not without any bound: a coordinate beyond 2 C leaves the range in which the sum's lattice rounds, and what comes out is noise.
+    patch.setattr(PatientMechanism, "clip_target", property(lambda self: 20 * self.clip_norm))
 
 
 def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
@@ -188,7 +189,7 @@ def test_the_attackers_bound_on_rounds_stays_below_the_claim(engine: str, claim_
     assert audit_of_rounds(ENGINES[engine]) <= claim_of_rounds
 
 
-@pytest.mark.parametrize("plant", [no_noise, no_clipping, tile_as_the_unit, everybody_drawn], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [no_noise, loose_clipping, tile_as_the_unit, everybody_drawn], ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_attacker_refutes_broken_rounds(
     engine: str, plant: Callable[[pytest.MonkeyPatch], None], claim_of_rounds: float, monkeypatch: pytest.MonkeyPatch
@@ -284,8 +285,8 @@ def test_the_attackers_bound_on_real_objectives_stays_below_the_claim(
     ("plant", "precision"),
     [
         (no_noise, "float32"),
-        (no_clipping, "float32"),
-        (no_clipping, "bfloat16"),
+        (loose_clipping, "float32"),
+        (loose_clipping, "bfloat16"),
         (tile_as_the_unit, "float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
