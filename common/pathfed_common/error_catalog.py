@@ -476,8 +476,8 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     Code.INVITATION_UNREADABLE: CatalogEntry(
         "The invitation cannot be read",
         "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
-        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the operator "
-        "for another.",
+        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the "
+        "operator for another.",
         "site",
     ),
 }

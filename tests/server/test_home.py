@@ -18,7 +18,7 @@ def made(root, **changes) -> ServerHome:
 
 def test_a_home_reads_back_what_it_was_made_with(tmp_path):
     home = ServerHome(made(tmp_path / "home").root)
-    assert home.settings == ServerSettings(consortium="test", host="server.example", listen="0.0.0.0", **PORTS)
+    assert home.settings == ServerSettings(consortium="test", host="server.example", listen="0.0.0.0", database="", **PORTS)
     assert home.database_url == f"sqlite:///{home.root}/pathfed.db"
     assert made(tmp_path / "other", database="postgresql://u@h/d").database_url == "postgresql://u@h/d"
 
