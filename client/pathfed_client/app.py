@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.control.enrolling import Enrolment
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
@@ -40,8 +41,8 @@ _TICK_S = 0.25
 _RUNNER_PATIENCE_S = 20.0
 
 
-def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
-    """Make the site's home; the database with it.
+def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path | None = None) -> SiteHome:
+    """Make the site's home; the database with it. Without a server card it belongs to no server yet: `enroll` it.
 
     Raises:
         SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
@@ -56,7 +57,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     check_folders([Path(folder) for folder in settings.slides])
     if not Path(settings.patients).is_file():
         raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
-    made = create_home(home, settings, policy, files.read_given(server_card))
+    made = create_home(home, settings, policy, None if server_card is None else files.read_given(server_card))
     try:
         SiteStore(made.database).close()
     except HostError:
@@ -73,6 +74,32 @@ def open_store(home: SiteHome) -> SiteStore:
     """
     home.settings  # noqa: B018 - a database is never made where there is no site
     return SiteStore(home.database)
+
+
+def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]) -> "Enrolment":
+    """Enrol the home with the server that invited it; see `control.enrolling.enroll`.
+
+    Raises:
+        HostError: PF904, another command enrols this home, or rotates its keys.
+    """
+    from pathfed_client.control.enrolling import enroll
+
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    with hold(home, "keys"):
+        return enroll(home, text, wait=wait, tell=tell)
+
+
+def show_keys(home: SiteHome) -> dict[str, Any]:
+    """Fingerprints of the site's keys, to compare by telephone, and of the request that the operator sees."""
+    from pathfed_client.control.enrolling import certificate_times, enrolment_fingerprint
+    from pathfed_client.io.site_keys import fingerprints
+
+    home.settings  # noqa: B018 - a folder that is no home has its own error
+    found: dict[str, Any] = {"site": home.name, "enrolment": enrolment_fingerprint(home)}
+    found |= {kind.value: value for kind, value in fingerprints(home.keys).items()}
+    found["evidence_key"] = home.evidence_key.public.to_text()
+    found["certificate_until_at"] = certificate_times(home.certificate_file.read_bytes())[1] if home.certificate_file.exists() else None
+    return found
 
 
 def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
@@ -399,10 +426,10 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     Raises:
         HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing; PF910, a device is missing.
-        TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
+        TransportError: PF430, the home is not enrolled; PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged; PF308 to PF310, see `open_ledger`.
     """
-    home.settings  # noqa: B018 - nothing is written where there is no site
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
     with hold(home, "site"):
         _start(home, tell)
 

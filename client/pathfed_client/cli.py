@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Show and check what this site's releases have cost.")
 app.add_typer(ledger_app, name="ledger")
+keys_app = typer.Typer(no_args_is_help=True, help="Show and rotate this site's keys.")
+app.add_typer(keys_app, name="keys")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
 PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
@@ -38,7 +40,9 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
     slides: Annotated[list[Path], typer.Option(help="Folder with the slides; it is only ever read. May be given several times.")],
     patients: Annotated[Path, typer.Option(help="CSV export with a slide and a patient column.")],
-    server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
+    server_card: Annotated[
+        Path | None, typer.Option(help="A server card that the operator handed over, for sites without a way to the control plane.")
+    ] = None,
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads training may use.")] = 1,
@@ -60,8 +64,37 @@ def init(
     show(
         {"home": str(made.root), "site_card": str(made.card_file), "evidence_key": made.evidence_key.public.to_text()},
         as_json=as_json,
-        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone.",
+        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone."
+        if server_card
+        else "The site's home is made. Next: `pathfed-site enroll INVITATION`.",
     )
+
+
+@app.command()
+def enroll(
+    invitation: Annotated[str, typer.Argument(help="What `pathfed-server invite` printed; - reads it from standard input.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the operator has decided, or ask once.")] = True,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Enrol with the server that invited this site. Repeat it whenever it was cut short: keys and request stay the same."""
+    from pathfed_client import app as site
+
+    text = sys.stdin.read() if invitation == "-" else invitation
+    found = site.enroll(SiteHome(home), text, wait=wait, tell=console.err.print)
+    show(
+        {"admitted": found.admitted, "fingerprint": found.fingerprint, "certificate_until_at": found.certificate_until},
+        as_json=as_json,
+        title="Enrolled." if found.admitted else "Asked. Tell the operator the fingerprint by telephone, then run the same command again.",
+    )
+
+
+@keys_app.command("show")
+def keys_show(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show fingerprints of the site's keys, to compare by telephone. Nothing here is secret."""
+    from pathfed_client import app as site
+
+    show(site.show_keys(SiteHome(home)), as_json=as_json, title="`enrolment` is what the operator compares before admitting this site.")
 
 
 @app.command()

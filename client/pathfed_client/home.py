@@ -1,7 +1,8 @@
 """A site's home folder: settings, policy, keys, database, sealed updates, logs. Everything of a client's is under it but the slides.
 
-site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db
-keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
+site.toml  policy.toml  site-card.dsse  site.db
+server-card.dsse  ca.pem  site.pem  tls-request.der   (once enrolled: the server, its CA, the site's certificate and what it was asked with)
+keys/      evidence.pem  flower  tls.pem  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are
 logs/      one file per process
@@ -17,15 +18,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, field_validator
 
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.io.ledger_head import HeadFile
 from pathfed_client.io.run_secrets import RunSecrets
+from pathfed_client.io.site_keys import FileKeys, KeyKind, flower_public
 from pathfed_common import files
-from pathfed_common.errors import ErrorCode, HostError
+from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.ids import SiteName, site_name
 from pathfed_common.provenance.documents import ServerCard, SiteCard
 from pathfed_common.provenance.keys import SigningKey
@@ -136,13 +136,33 @@ class SiteHome:
 
     @property
     def ca_file(self) -> Path:
-        """The consortium's CA certificate, pinned at init."""
+        """The consortium's CA certificate, pinned when the home was enrolled."""
         return self.root / "ca.pem"
+
+    @property
+    def certificate_file(self) -> Path:
+        """The site's certificate for the control plane; not there before the site is admitted, or in a home that only has cards."""
+        return self.root / "site.pem"
+
+    @property
+    def server_card_file(self) -> Path:
+        """The server's card; not there before the home is enrolled."""
+        return self.root / "server-card.dsse"
+
+    @property
+    def has_server(self) -> bool:
+        """Whether this home belongs to a server."""
+        return self.server_card_file.exists()
+
+    @property
+    def keys(self) -> FileKeys:
+        """The site's private keys."""
+        return FileKeys(self.root / "keys")
 
     @property
     def flower_key(self) -> Path:
         """Private Flower node key, OpenSSH form."""
-        return self.root / "keys" / "flower"
+        return self.keys.flower_key_file()
 
     @property
     def superexec_secret(self) -> Path:
@@ -152,7 +172,7 @@ class SiteHome:
     @cached_property
     def evidence_key(self) -> SigningKey:
         """The key that signs what this site states."""
-        return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+        return self.keys.evidence_key()
 
     @cached_property
     def pseudonym_key(self) -> bytes:
@@ -161,7 +181,14 @@ class SiteHome:
 
     @cached_property
     def server_card(self) -> ServerCard:
-        """The server this site belongs to, pinned at init."""
+        """The server this site belongs to, pinned when it was enrolled.
+
+        Raises:
+            TransportError: PF430, the home is not enrolled.
+        """
+        self.settings  # noqa: B018 - a folder that is no home has its own error
+        if not self.has_server:
+            raise TransportError(ErrorCode.NOT_ENROLLED, "this home is not enrolled with a server yet", where=self.root)
         return ServerCard.from_bytes(self._read("server-card.dsse"))
 
     @property
@@ -182,15 +209,28 @@ class SiteHome:
             ) from None
 
 
-def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_card: bytes) -> SiteHome:
+def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_card: bytes | None = None) -> SiteHome:
     """Make a site's home with fresh keys; whole or not at all.
+
+    Args:
+        root: the folder.
+        settings: `site.toml`.
+        policy: `policy.toml`.
+        server_card: a card that was handed over, for sites that have no way to the control plane; None: the home is enrolled later.
 
     Raises:
         HostError: PF904, something is there already, or it cannot be written.
         ProvenanceError: PF602, the server card does not verify.
     """
-    card = ServerCard.from_bytes(server_card)
-    files.create_folder(root, lambda part: _fill(part, settings, policy, card, server_card))
+    card = None if server_card is None else ServerCard.from_bytes(server_card)
+
+    def fill(part: Path) -> None:
+        _fill(part, settings, policy)
+        if card is not None and server_card is not None:
+            files.write_atomic(part / "server-card.dsse", server_card)
+            files.write_atomic(part / "ca.pem", card.ca_pem.encode())
+
+    files.create_folder(root, fill)
     return SiteHome(root)
 
 
@@ -231,26 +271,21 @@ def hold(home: SiteHome, what: str, *, patience_s: float = 0.0) -> Iterator[None
         yield
 
 
-def _fill(part: Path, settings: SiteSettings, policy: SitePolicy, card: ServerCard, server_card: bytes) -> None:
+def _fill(part: Path, settings: SiteSettings, policy: SitePolicy) -> None:
     for folder in ("keys", "updates", "logs"):
         (part / folder).mkdir(mode=0o700)
     RunSecrets.create(part / "secrets")
     HeadFile.create(part / "secrets")
-    evidence = SigningKey.generate()
-    flower = ec.generate_private_key(ec.SECP384R1())
-    private = flower.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-    public = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    secrets = {
-        "evidence.pem": evidence.to_pem(),
-        "flower": private,
-        "pseudonym.key": os.urandom(_SECRET_BYTES),
-        "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode(),
-    }
-    for name, data in secrets.items():
+    keys = FileKeys.create(part / "keys")
+    for name, data in {"pseudonym.key": os.urandom(_SECRET_BYTES), "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode()}.items():
         files.write_atomic(part / "keys" / name, data, secret=True)
-    own = SiteCard(site=site_name(settings.name), evidence_key=evidence.public, flower_key=public.decode())
-    files.write_atomic(part / "site-card.dsse", own.to_bytes(evidence))
-    files.write_atomic(part / "server-card.dsse", server_card)
-    files.write_atomic(part / "ca.pem", card.ca_pem.encode())
+    files.write_atomic(part / "site-card.dsse", site_card(keys, site_name(settings.name)))
     files.write_atomic(part / "site.toml", to_toml(settings, "pathfed site; see docs/reference/settings.md").encode())
     files.write_atomic(part / "policy.toml", to_toml(policy, "This hospital's own limits; see docs/reference/settings.md").encode())
+
+
+def site_card(keys: FileKeys, site: SiteName, staged: KeyKind | None = None) -> bytes:
+    """The site's card for its keys, with the staged one of a kind in its place, signed by the evidence key that it names."""
+    evidence = keys.evidence_key(staged=staged is KeyKind.EVIDENCE)
+    flower = flower_public(keys.flower_key_file(staged=staged is KeyKind.FLOWER))
+    return SiteCard(site=site, evidence_key=evidence.public, flower_key=flower).to_bytes(evidence)

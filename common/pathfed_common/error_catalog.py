@@ -545,6 +545,34 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "invitation.",
         "operator",
     ),
+    Code.NOT_ENROLLED: CatalogEntry(
+        "The site is not enrolled",
+        "The home has no server card and no certificate yet: no server knows it, so there is nothing to connect to or to approve.",
+        "Ask the operator for an invitation, then `pathfed-site enroll INVITATION`. If you asked already, the operator has not decided yet:"
+        " tell them the fingerprint that `pathfed-site keys show` prints, and run the same `enroll` again.",
+        "site",
+    ),
+    Code.PIN_DIFFERS: CatalogEntry(
+        "The server is not the one in the invitation",
+        "The certificate authority or the evidence key of the server that answers is not the one that the invitation pins. Another server "
+        "answers at that address, or somebody between intercepts TLS. Nothing was sent but a greeting, and nothing was stored.",
+        "Do not go on. A proxy that opens TLS must let this address through unopened. Compare address and keys with the operator by "
+        "telephone, and ask for a new invitation if the CA was changed since.",
+        "both",
+    ),
+    Code.ENROLMENT_REFUSED: CatalogEntry(
+        "The operator has refused the enrolment",
+        "The operator looked at the request and did not admit the site, because the fingerprint differed or for another reason.",
+        "Ask the operator. A new invitation starts again; the home and its keys can stay.",
+        "site",
+    ),
+    Code.ANSWER_UNUSABLE: CatalogEntry(
+        "The server's answer cannot be used",
+        "The server answered something that a server of this version does not answer: an unknown state or code, a certificate for another "
+        "key or another site, a card that does not verify. Nothing of it was stored.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator.",
+        "both",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {
@@ -837,6 +865,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "Nothing was charged.",
         "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, "
         "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
+        "site",
+    ),
+    Code.ENROLMENT_ELSEWHERE: CatalogEntry(
+        "The home belongs to another server or site",
+        "The invitation names another site than this home, or another server than the one this home belongs to. A home, with its keys and "
+        "its ledger, is one site of one consortium. Nothing was sent.",
+        "Give the right `--home`, or make a new home for the other consortium. Budgets of two consortia do not know of each other: a patient"
+        " in both spends in both.",
         "site",
     ),
 }

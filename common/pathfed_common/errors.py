@@ -95,6 +95,11 @@ class ErrorCode(StrEnum):
     AUTHORITY_STATE = "PF420"
     FINGERPRINT_DIFFERS = "PF421"
 
+    NOT_ENROLLED = "PF430"
+    PIN_DIFFERS = "PF431"
+    ENROLMENT_REFUSED = "PF432"
+    ANSWER_UNUSABLE = "PF433"
+
     SITE_UNKNOWN = "PF501"
     SITE_EXISTS = "PF502"
     QUORUM_LOST = "PF503"
@@ -139,6 +144,7 @@ class ErrorCode(StrEnum):
     DEVICE_MISSING = "PF910"
     RANK_ENDED = "PF911"
     MEMORY_TOO_SMALL = "PF912"
+    ENROLMENT_ELSEWHERE = "PF915"
 
 
 class PathfedError(Exception):
