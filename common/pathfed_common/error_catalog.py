@@ -741,6 +741,22 @@ _HOST: dict[Code, CatalogEntry] = {
         "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
         "site",
     ),
+    Code.EGRESS_RECORD_DAMAGED: CatalogEntry(
+        "The egress record is gone or damaged",
+        "The site's record of what left it cannot be found or read, or an entry of it was changed, dropped, swapped or added. Nothing "
+        "leaves a site that cannot write it down.",
+        "Keep the file as evidence and find out what happened to it. To go on, put an empty file in its place (`touch egress.db`, mode "
+        "0600): a new record begins there. Write down when and why.",
+        "site",
+    ),
+    Code.EGRESS_RECORD_BEHIND: CatalogEntry(
+        "The egress record lacks a head that was noted",
+        "A head of the egress record that was written down before is not in its chain: its end was cut off, it was put back to an earlier "
+        "state, or another record lies in its place.",
+        "Check that the noted head is this site's. If it is, keep the file and ask who had access to this machine since it was noted; the "
+        "firewall's logs of this site's connections show what left meanwhile.",
+        "site",
+    ),
 }
 
 CATALOG: Final[dict[Code, CatalogEntry]] = {**_PLANS, **_SITE_DATA, **_PRIVACY, **_TRANSPORT, **_ROUNDS, **_PROVENANCE, **_HOST}

@@ -124,6 +124,8 @@ class ErrorCode(StrEnum):
     DEVICE_MISSING = "PF910"
     RANK_ENDED = "PF911"
     MEMORY_TOO_SMALL = "PF912"
+    EGRESS_RECORD_DAMAGED = "PF913"
+    EGRESS_RECORD_BEHIND = "PF914"
 
 
 class PathfedError(Exception):
