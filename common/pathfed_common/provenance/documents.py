@@ -20,6 +20,7 @@ from pathfed_common.units import UtcSeconds
 SITE_CARD_TYPE = "application/vnd.pathfed.site-card.v1+json"
 SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
 APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
+CARD_CHANGE_TYPE = "application/vnd.pathfed.site-card-change.v1+json"
 PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
 
 
@@ -65,13 +66,17 @@ class ServerCard(Value):
         name: the consortium's name.
         evidence_key: the public key its plans, offers and round records are signed with.
         ca_pem: the consortium's CA certificate, PEM.
-        fleet_address: HOST:PORT that sites connect to.
+        fleet_address: HOST:PORT of Flower's exchange, for the site's SuperNode.
+        control_address: HOST:PORT of the control service, for the site's agent.
+        enrolment_address: HOST:PORT of the enrolment service, for the first contact.
     """
 
     name: str
     evidence_key: VerifyKey
     ca_pem: str
     fleet_address: str
+    control_address: str
+    enrolment_address: str
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The card, signed by its own evidence key.
@@ -127,6 +132,23 @@ class Approval(Value):
             ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
         """
         return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
+
+
+def seal_card_change(card: bytes, key: SigningKey) -> bytes:
+    """A site's new card, signed again by the evidence key that it keeps: the continuity of a new Flower node key.
+
+    The card's own signature says that who made the card holds its key. This one says that the site means it to replace the card before.
+    """
+    return dsse.seal(card, CARD_CHANGE_TYPE, key)
+
+
+def open_card_change(data: bytes, key: VerifyKey, *, where: str = "card change") -> bytes:
+    """Verify a change of card, and return the new card's bytes.
+
+    Raises:
+        ProvenanceError: PF602, not signed by `key` as a change of card.
+    """
+    return dsse.open_envelope(data, payload_type=CARD_CHANGE_TYPE, keys=key, where=where)
 
 
 def seal_plan(plan: Plan, key: SigningKey) -> bytes:
