@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ def demo(
     from pathfed_local.plans import demo_plan
     from pathfed_local.view import View
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     options = DemoOptions(
         out=out,
         slides=slides,
