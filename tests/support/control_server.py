@@ -165,7 +165,7 @@ class ControlServer:
         methods = {method.name: self._handler(method.name, method.input_type) for method in descriptor.methods}
         return grpc.method_handlers_generic_handler(descriptor.full_name, methods)
 
-    def _handler(self, name: str, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    def _handler(self, name: str, request: Any) -> Any:
         def answer(message: Any, context: Any) -> Any:
             self.calls.append(name)
             self.requests.append(message)
