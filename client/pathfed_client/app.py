@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.site_policy import SitePolicy, check_plan
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_store import SiteStore
-from pathfed_common import files
+from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
 from pathfed_common.provenance.documents import Approval, open_plan
@@ -87,8 +88,8 @@ def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]
     from pathfed_client.control.enrolling import enroll
 
     home.settings  # noqa: B018 - nothing is written where there is no site
-    with hold(home, "keys"):
-        return enroll(home, text, wait=wait, tell=tell)
+    with hold(home, "keys"), open_egress(home) as record:
+        return enroll(home, text, Outlet(record), wait=wait, tell=tell)
 
 
 def show_keys(home: SiteHome) -> dict[str, Any]:
@@ -212,7 +213,9 @@ def plan_epsilon(plan: Plan, declared_patients: int, delta: float) -> float:
 
 
 def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path) -> Approval:
-    """Approve a plan: check it against the policy and the scan, record it, write the signed approval for the operator.
+    """Approve a plan: check it against the policy and the scan, record it, put the signed approval on its way to the server.
+
+    The agent of `pathfed-site start` hands it over; `out` is for operators who take it as a file.
 
     Raises:
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
@@ -222,6 +225,7 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
     from pathfed_client.io import site_cohort
     from pathfed_client.io.site_records import StoredApproval
     from pathfed_common.errors import PrivacyError
+    from pathfed_common.provenance.log_leaves import PlanApproved
 
     data, plan = read_signed_plan(home, signed_plan)
     check_devices(home)
@@ -248,11 +252,13 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
         )
         envelope = approval.to_bytes(home.evidence_key)
         files.write_atomic(out, envelope)
-        store.add_approval(
-            StoredApproval(
-                plan=plan.digest, signed_plan=data, signed_approval=envelope, declared_patients=declared_patients, at=approval.approved_at
-            )
+        stored = StoredApproval(
+            plan=plan.digest, signed_plan=data, signed_approval=envelope, declared_patients=declared_patients, at=approval.approved_at
         )
+        leaf = PlanApproved(site=home.name, plan=plan.digest, approval=digest.of_bytes(envelope))
+        with store.together():
+            store.add_approval(stored)
+            store.add_word(envelope, leaf.to_bytes(), approval.approved_at)
     return approval
 
 
@@ -304,7 +310,9 @@ def status(home: SiteHome) -> dict[str, Any]:
                 }
             )
         withdrawn = [one.kind for one in store.withdrawn()]
+        alarms = store.alarms()
         spent = open_ledger(home, store).spent().epsilon
+        control = _control_state(home, store)
     policy = home.policy
     return {
         "site": home.name,
@@ -314,7 +322,30 @@ def status(home: SiteHome) -> dict[str, Any]:
         "delta": policy.delta,
         "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
         "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
+        "control": control,
+        "alarms": [{"at": alarm.at, "code": alarm.code.value, "about": alarm.subject, "what": alarm.detail} for alarm in alarms],
         "plans": plans,
+    }
+
+
+def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
+    """How the site stands with the control plane."""
+    if not home.enrolled:
+        return {"enrolled": False}
+    from pathfed_client.control.enrolling import certificate_times
+
+    facts, leaves = store.facts(), store.own_leaves()
+    head = home.log_head.read() if home.log_head.exists() else None
+    return {
+        "enrolled": True,
+        "certificate_until_at": certificate_times(home.certificate_file.read_bytes())[1],
+        "answered_at": float(facts["agent_at"]) if "agent_at" in facts else None,
+        "code": facts.get("agent_code") or None,
+        "words_waiting": len(store.words(waiting=True)),
+        "plans_received": len(store.received_plans()),
+        "log_cosigned": 0 if head is None else head.size,
+        "receipts": sum(leaf.receipt is not None for leaf in leaves),
+        "receipts_waiting": sum(leaf.receipt is None for leaf in leaves),
     }
 
 
@@ -447,19 +478,31 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.site_engine import SiteFiles, start_site
-    from pathfed_common.processes import Supervisor
-
     for key in (home.flower_key, home.superexec_secret):
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
-    check_devices(home)
-    _greet(home, tell)
+        check_devices(home)
+        _greet(home, tell)
+        _run_processes(home, store, tell)
+
+
+def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]) -> None:
+    """Start agent, SuperNode and runner, and keep them up until interrupted."""
+    from pathfed_client.control.supervising import AlarmTeller, start_agent
+    from pathfed_client.transport.site_engine import SiteFiles, start_site
+    from pathfed_common.processes import Supervisor
+
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
+    alarms = AlarmTeller(store, tell)
     try:
+        if home.enrolled:
+            start_agent(home, store, supervisor)
+        else:
+            tell("no certificate: plans, approvals and the log go by hand; `pathfed-site enroll` changes that")
+        alarms.look()
         start_site(
             supervisor,
             SiteFiles(
@@ -476,6 +519,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         while True:
             for end in supervisor.poll():
                 _tell_end(end, home, tell)
+            alarms.look()
             time.sleep(_TICK_S)
     except KeyboardInterrupt:
         tell(f"site {home.name}: stopping")

@@ -385,8 +385,11 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         show(found, as_json=True)
         return
-    plans = found.pop("plans")
+    plans, alarms, control = (found.pop(part) for part in ("plans", "alarms", "control"))
+    if alarms:
+        show(alarms, as_json=False, title="ALARM: look at these, and at their codes' pages")
     show(found, as_json=False, title=f"site {found['site']}")
+    show(control, as_json=False, title="control plane")
     for plan in plans:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
 

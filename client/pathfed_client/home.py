@@ -10,6 +10,7 @@ logs/      one file per process
 """
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ from pydantic import Field, field_validator
 
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.io.ledger_head import HeadFile
+from pathfed_client.io.log_head import LogHeadFile
 from pathfed_client.io.run_secrets import RunSecrets
 from pathfed_client.io.site_keys import FileKeys, KeyKind, flower_public
-from pathfed_common import files
+from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.ids import SiteName, site_name
 from pathfed_common.provenance.documents import ServerCard, SiteCard
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.settings import Settings, read_settings, to_toml
 
 _SECRET_BYTES = 32
@@ -150,6 +152,21 @@ class SiteHome:
         return self.root / "site.pem"
 
     @property
+    def next_certificate_file(self) -> Path:
+        """A renewed certificate, between being received and being used."""
+        return self.root / "site.pem.next"
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether the control plane knows this home: it has a certificate."""
+        return self.certificate_file.exists()
+
+    @property
+    def log_head(self) -> LogHeadFile:
+        """What this site has cosigned last of the transparency log."""
+        return LogHeadFile(self.run_secrets)
+
+    @property
     def server_card_file(self) -> Path:
         """The server's card; not there before the home is enrolled."""
         return self.root / "server-card.dsse"
@@ -178,6 +195,31 @@ class SiteHome:
     def evidence_key(self) -> SigningKey:
         """The key that signs what this site states."""
         return self.keys.evidence_key()
+
+    @property
+    def former_keys(self) -> tuple[VerifyKey, ...]:
+        """Public evidence keys this site had before; what they signed stays this site's.
+
+        Raises:
+            HostError: PF906, the file holds something else.
+        """
+        path = self.root / "former-keys.json"
+        if not path.exists():
+            return ()
+        try:
+            return tuple(VerifyKey.from_text(text) for text in json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise HostError(ErrorCode.KEY_FILE, f"not a list of public keys: {error}", where=path) from None
+
+    def add_former_key(self, key: VerifyKey) -> None:
+        """Remember an evidence key that is being replaced; once is enough.
+
+        Raises:
+            HostError: PF901, PF904, it cannot be written; PF906, see `former_keys`.
+        """
+        known = [one.to_text() for one in self.former_keys]
+        if key.to_text() not in known:
+            files.write_atomic(self.root / "former-keys.json", digest.canonical([*known, key.to_text()]))
 
     @cached_property
     def pseudonym_key(self) -> bytes:

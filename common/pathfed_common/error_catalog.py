@@ -573,6 +573,43 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "Compare the versions of pathfed at both ends. If they are the same, tell the operator.",
         "both",
     ),
+    Code.LOG_FORKED: CatalogEntry(
+        "The server's log contradicts what this site has cosigned",
+        "The log is smaller than, or different from, or not shown to continue, the log that this site has cosigned. Two audiences may be "
+        "shown two histories, or the server's database was restored from a backup. The site has not cosigned it; the server's own signed "
+        "checkpoint is kept as evidence.",
+        "Do not go on as if nothing were. Call the other sites and compare the latest checkpoints; ask the operator whether the server was "
+        "restored. `pathfed-site status` shows the alarm for as long as the home exists.",
+        "both",
+    ),
+    Code.LOG_LEAF_MISSING: CatalogEntry(
+        "What the server acknowledged is not in its log",
+        "The server took this site's word, and two minutes later its log does not hold it. The site does not cosign a log without it.",
+        "Ask the operator. The alarm ends when the leaf is in; that it was missing stays on record.",
+        "both",
+    ),
+    Code.LOG_HEAD_LOST: CatalogEntry(
+        "What this site has cosigned last is lost",
+        "The file `secrets/log-head` is missing or was changed: this home was restored from a backup, or somebody changed it. A site that "
+        "does not know what it has cosigned could be led to cosign a second history, so it cosigns nothing.",
+        "Put the newest `secrets/` back. If it is gone, the site has to be revoked and enrolled again with a new home.",
+        "site",
+    ),
+    Code.LOG_UNREADABLE: CatalogEntry(
+        "The server's log cannot be read",
+        "The server shows a checkpoint that its log key did not sign, or leaves of a kind that this version does not know. The site has "
+        "not cosigned it.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator and the other sites.",
+        "both",
+    ),
+    Code.LOG_FOREIGN_LEAF: CatalogEntry(
+        "The log holds something in this site's name that it did not make",
+        "The log names a statement, word or key of this site that this home does not know. Either this home was put back to an earlier "
+        "state and has forgotten it, or somebody else holds this site's key, or the server made it up.",
+        "Was this disk or database restored? Then charges were forgotten: do not train with it (PF309), revoke the site and enrol a new "
+        "home. If not, ask the operator for the envelope behind the leaf: its signature shows whose key made it.",
+        "both",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
+from pathfed_client.io.log_head import LogHeadFile
 from pathfed_client.io.site_keys import KeyKind, certificate_request, tls_public
 from pathfed_common import __version__, files
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, ProvenanceError, TransportError
@@ -51,6 +53,7 @@ class Enrolment:
 def enroll(
     home: SiteHome,
     text: str,
+    outlet: Outlet,
     *,
     wait: bool,
     tell: Callable[[str], None],
@@ -62,6 +65,7 @@ def enroll(
     Args:
         home: the site.
         text: the invitation.
+        outlet: writes down what leaves.
         wait: until the operator has decided; else ask once.
         tell: hears the fingerprint, and that the server is away.
         ask_every_s: seconds between questions.
@@ -81,7 +85,7 @@ def enroll(
     ca = pinned_ca(invitation)
     told = False
     while True:
-        answer = request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__)
+        answer = request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__, outlet=outlet)
         if answer.state is EnrolmentState.REFUSED:
             raise TransportError(ErrorCode.ENROLMENT_REFUSED, "the operator has refused this enrolment", where=invitation.enrolment_address)
         if answer.state is EnrolmentState.ADMITTED:
@@ -154,6 +158,8 @@ def _keep(home: SiteHome, invitation: Invitation, answer: "Enrolled", ca: bytes)
         )
     trusted = checked_ca(answer.ca, ca, where)
     until = check_certificate(answer.certificate, home.keys.tls_key(), trusted, spiffe.site_uri(card.name, home.name), where)
+    if not home.enrolled and not home.log_head.exists():
+        LogHeadFile.create(home.run_secrets)
     files.write_atomic(home.server_card_file, answer.server_card)
     files.write_atomic(home.ca_file, trusted)
     files.write_atomic(home.certificate_file, answer.certificate)

@@ -68,6 +68,10 @@ class KeyStore(Protocol):
         """Whether a next key is there."""
         ...
 
+    def drop_staged(self, kind: KeyKind) -> None:
+        """Forget the staged key of a kind, which nobody has taken."""
+        ...
+
     def promote(self, kind: KeyKind) -> None:
         """Put the staged key in place of the one in use; where none is staged, nothing happens."""
         ...
@@ -136,6 +140,18 @@ class FileKeys:
             files.sync_folder(self._folder)
         except OSError as error:
             raise files.disk_error(error, self.path(kind)) from error
+
+    def drop_staged(self, kind: KeyKind) -> None:
+        """See `KeyStore`.
+
+        Raises:
+            HostError: PF904, the folder cannot be written.
+        """
+        try:
+            self.path(kind, staged=True).unlink(missing_ok=True)
+            files.sync_folder(self._folder)
+        except OSError as error:
+            raise files.disk_error(error, self.path(kind, staged=True)) from error
 
     def has(self, kind: KeyKind) -> bool:
         """Whether the key in use is there."""

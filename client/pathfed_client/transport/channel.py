@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from pathfed_client.egress.entry import EgressKind
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.transport.proxy import Proxy
 from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode, PathfedError, TransportError, error_from_dict
@@ -58,6 +60,7 @@ class Calls:
         credentials: grpc.ChannelCredentials,
         *,
         deadline_s: float = DEADLINE_S,
+        outlet: Outlet,
         patience: Patience | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -67,6 +70,7 @@ class Calls:
             address: HOST:PORT.
             service: full name of the service.
             credentials: TLS credentials.
+            outlet: writes down what leaves.
             deadline_s: of each call, seconds.
             patience: how lost calls are made again.
             sleep: waits.
@@ -88,40 +92,39 @@ class Calls:
         self._channel = grpc.secure_channel(address, credentials, options=options)
         self._address, self._service, self._deadline_s = address, service, deadline_s
         self._patience = patience or Patience()
-        self._sleep = sleep
+        self._outlet, self._sleep = outlet, sleep
 
     def close(self) -> None:
         """Close the channel. Safe to call twice."""
         self._channel.close()
 
-    def call(self, method: str, request: Message, reply: type[Reply]) -> Reply:
-        """Make a call, again where it was lost.
+    def call(self, method: str, request: Message, reply: type[Reply], kind: EgressKind = EgressKind.QUERY) -> Reply:
+        """Make a call, again where it was lost. Each time it is written down first, as what `kind` says it is.
 
         Raises:
+            HostError: PF901, PF904, PF913, it cannot be written down; nothing was sent.
             PathfedError: the code that the server answered.
             TransportError: PF401, its certificate is refused; PF403, it cannot be reached; PF433, its answer cannot be used.
         """
+        data = request.SerializeToString()
         for pause in self._patience.pauses():
             try:
-                return self._once(method, request, reply)
+                return self._once(method, data, reply, kind)
             except grpc.RpcError as error:
                 if error.code() not in _AGAIN or _refuses_certificate(error):
                     raise as_error(error, self._address) from error
             self._sleep(pause)
         try:
-            return self._once(method, request, reply)
+            return self._once(method, data, reply, kind)
         except grpc.RpcError as error:
             raise as_error(error, self._address) from error
 
-    def _once(self, method: str, request: Message, reply: type[Reply]) -> Reply:
-        made: grpc.UnaryUnaryMultiCallable[Message, Reply] = self._channel.unary_unary(
-            f"/{self._service}/{method}", request_serializer=_bytes_of, response_deserializer=reply.FromString
+    def _once(self, method: str, data: bytes, reply: type[Reply], kind: EgressKind) -> Reply:
+        self._outlet.message(self._address, kind, data)
+        made: grpc.UnaryUnaryMultiCallable[bytes, Reply] = self._channel.unary_unary(
+            f"/{self._service}/{method}", request_serializer=None, response_deserializer=reply.FromString
         )
-        return made(request, timeout=self._deadline_s)
-
-
-def _bytes_of(message: Message) -> bytes:
-    return message.SerializeToString()
+        return made(data, timeout=self._deadline_s)
 
 
 def as_error(error: grpc.RpcError, address: str) -> PathfedError:

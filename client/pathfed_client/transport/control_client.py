@@ -10,6 +10,8 @@ from typing import Self
 
 import grpc
 
+from pathfed_client.egress.entry import EgressKind
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.transport.channel import Calls, Patience
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.provenance.log_witness import PlacedProof
@@ -46,7 +48,9 @@ class ServerReport:
 class ControlClient:
     """Calls of one site. A context manager; methods raise as `Calls.call`."""
 
-    def __init__(self, address: str, *, ca: bytes, certificate: bytes, key: bytes, patience: Patience | None = None) -> None:
+    def __init__(
+        self, address: str, *, ca: bytes, certificate: bytes, key: bytes, outlet: Outlet, patience: Patience | None = None
+    ) -> None:
         """Prepare the channel.
 
         Args:
@@ -54,19 +58,24 @@ class ControlClient:
             ca: the CAs to trust, PEM.
             certificate: the site's certificate, PEM.
             key: its private key, PEM.
+            outlet: writes down what leaves.
             patience: how lost calls are made again.
 
         Raises:
             HostError: PF905, `https_proxy` is no proxy's address.
         """
         credentials = grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=certificate)
-        self._calls = Calls(address, _SERVICE, credentials, patience=patience)
+        self._calls = Calls(address, _SERVICE, credentials, outlet=outlet, patience=patience)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del kind, error, trace
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel. Safe to call twice."""
         self._calls.close()
 
     def server_card(self) -> bytes:
@@ -75,12 +84,13 @@ class ControlClient:
 
     def renew(self, csr: bytes) -> Issued:
         """A certificate for a new TLS key."""
-        reply = self._calls.call("Renew", pb.RenewRequest(tls_csr_der=csr), pb.RenewReply)
+        reply = self._calls.call("Renew", pb.RenewRequest(tls_csr_der=csr), pb.RenewReply, EgressKind.RENEWAL)
         return Issued(reply.certificate_pem, reply.ca_pem)
 
     def rotate_key(self, site_card: bytes, *, rotation: bytes = b"", continuity: bytes = b"") -> None:
         """Hand over to a new evidence key (`rotation`) or a new Flower node key (`continuity`)."""
-        self._calls.call("RotateKey", pb.RotateKeyRequest(site_card=site_card, rotation=rotation, continuity=continuity), pb.RotateKeyReply)
+        request = pb.RotateKeyRequest(site_card=site_card, rotation=rotation, continuity=continuity)
+        self._calls.call("RotateKey", request, pb.RotateKeyReply, EgressKind.KEY_ROTATION)
 
     def plans(self) -> Sequence[bytes]:
         """Every published plan, signed."""
@@ -88,11 +98,11 @@ class ControlClient:
 
     def decide(self, envelope: bytes) -> None:
         """Hand over the site's signed word on a plan."""
-        self._calls.call("Decide", pb.DecideRequest(envelope=envelope), pb.DecideReply)
+        self._calls.call("Decide", pb.DecideRequest(envelope=envelope), pb.DecideReply, EgressKind.DECISION)
 
     def report(self, *, software: str, state: str) -> ServerReport:
         """Say what the site is and does."""
-        reply = self._calls.call("Report", pb.ReportRequest(software=software, state=state), pb.ReportReply)
+        reply = self._calls.call("Report", pb.ReportRequest(software=software, state=state), pb.ReportReply, EgressKind.REPORT)
         return ServerReport(now=reply.now, certificate_until=reply.certificate_until, log_size=reply.log_size, renew=reply.renew)
 
     def checkpoint(self, known_size: int) -> tuple[bytes, Proof]:
@@ -111,4 +121,4 @@ class ControlClient:
 
     def cosign(self, size: int, line: bytes) -> None:
         """Hand over the site's cosignature of the checkpoint of `size` leaves."""
-        self._calls.call("Cosign", pb.CosignRequest(size=size, line=line), pb.CosignReply)
+        self._calls.call("Cosign", pb.CosignRequest(size=size, line=line), pb.CosignReply, EgressKind.COSIGNATURE)

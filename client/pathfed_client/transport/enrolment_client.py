@@ -12,6 +12,8 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from pathfed_client.egress.entry import EgressKind
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.transport.channel import Calls, Patience, answer_unusable
 from pathfed_client.transport.proxy import connect
 from pathfed_common.errors import ErrorCode, TransportError
@@ -67,7 +69,7 @@ def pinned_ca(invitation: Invitation) -> bytes:
 
 
 def request_enrolment(
-    invitation: Invitation, *, ca: bytes, site_card: bytes, csr: bytes, software: str, patience: Patience | None = None
+    invitation: Invitation, *, ca: bytes, site_card: bytes, csr: bytes, software: str, outlet: Outlet, patience: Patience | None = None
 ) -> Enrolled:
     """Ask to be enrolled, or what became of it.
 
@@ -75,10 +77,12 @@ def request_enrolment(
         PathfedError: the server's code, such as PF412; PF401, PF403, PF433: see `Calls.call`.
         HostError: PF905, `https_proxy` is no proxy's address.
     """
-    calls = Calls(invitation.enrolment_address, _SERVICE, grpc.ssl_channel_credentials(root_certificates=ca), patience=patience)
+    calls = Calls(
+        invitation.enrolment_address, _SERVICE, grpc.ssl_channel_credentials(root_certificates=ca), outlet=outlet, patience=patience
+    )
     request = pb.EnrollRequest(secret=invitation.secret, site_card=site_card, tls_csr_der=csr, software=software)
     try:
-        reply = calls.call("Enroll", request, pb.EnrollReply)
+        reply = calls.call("Enroll", request, pb.EnrollReply, EgressKind.ENROLMENT)
     finally:
         calls.close()
     try:

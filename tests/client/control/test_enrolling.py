@@ -10,7 +10,9 @@ from connect_proxy import proxying
 from control_server import ControlServer, Refused
 
 from pathfed_client.control.enrolling import check_certificate, enroll, enrolment_fingerprint
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_keys import KeyKind, certificate_request
 from pathfed_common.errors import HostError, PathfedError, TransportError
 from pathfed_common.ids import SiteName
@@ -22,8 +24,13 @@ from pathfed_server.transport.certificates import make_tls
 NOW = datetime.datetime.now(datetime.UTC)
 
 
+def asked_with(home, text, **options):
+    with EgressLog(home.egress) as record:
+        return enroll(home, text, Outlet(record), **options)
+
+
 def ask(home, server, **options):
-    return enroll(home, server.invitation("site-a"), **{"wait": False, "tell": lambda line: None, **options})
+    return asked_with(home, server.invitation("site-a"), **{"wait": False, "tell": lambda line: None, **options})
 
 
 def nothing_kept(home: SiteHome) -> bool:
@@ -32,7 +39,7 @@ def nothing_kept(home: SiteHome) -> bool:
 
 def refused(home, server, code: str, text: str | None = None) -> PathfedError:
     with pytest.raises(PathfedError, match=code) as raised:
-        enroll(home, server.invitation("site-a") if text is None else text, wait=False, tell=lambda line: None)
+        asked_with(home, server.invitation("site-a") if text is None else text, wait=False, tell=lambda line: None)
     assert nothing_kept(home)
     return raised.value
 
@@ -194,7 +201,7 @@ def test_a_home_of_one_server_is_not_enrolled_with_another(home, server):
     server.state = pb.EnrollReply.ADMITTED
     ask(home, server)
     with ControlServer().running() as other, pytest.raises(HostError, match="PF915"):
-        enroll(SiteHome(home.root), other.invitation("site-a"), wait=False, tell=lambda line: None)
+        asked_with(SiteHome(home.root), other.invitation("site-a"), wait=False, tell=lambda line: None)
     assert SiteHome(home.root).server_card.evidence_key == server.key.public
 
 
