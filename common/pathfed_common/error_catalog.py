@@ -473,6 +473,13 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
         "site",
     ),
+    Code.INVITATION_UNREADABLE: CatalogEntry(
+        "The invitation cannot be read",
+        "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
+        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the "
+        "operator for another.",
+        "site",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

@@ -8,6 +8,7 @@ A leaf is canonical JSON with its kind and version. What a leaf holds itself, an
 | key-rotated | itself, both signatures | as above; whoever reads the log sees that the old key handed over to the new one |
 | plan-published | digest of the plan | a plan is as long as it likes to be, and a bundle carries it once |
 | plan-approved | digest of the approval's envelope, plan and site | the envelope repeats them under a signature; 0.2 kB instead of 0.5 |
+| plan-decided | digest of the envelope of a rejection or a revocation, plan and site | as above |
 | statement | digest of its envelope, site, run, round | 1.8 kB an envelope, 0.2 a leaf, 50,000 of them in 1,000 rounds of 50 sites |
 | encoder-committed | digest of the state, run, round | a state has gigabytes |
 | released | digest of the release's manifest, run | as above |
@@ -142,6 +143,22 @@ class PlanApproved(Leaf):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanDecided(Leaf):
+    """A site has rejected a plan, or taken back its approval. Which of the two, the envelope says.
+
+    Attributes:
+        site: the site.
+        plan: digest of the plan.
+        decision: digest of the decision's envelope.
+    """
+
+    kind = "plan-decided"
+    site: SiteName
+    plan: Digest
+    decision: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatementLogged(Leaf):
     """A site's statement about one update.
 
@@ -192,12 +209,24 @@ class Released(Leaf):
     release: Digest
 
 
-AnyLeaf = SiteAdmitted | SiteRevoked | KeyRotated | PlanPublished | PlanApproved | StatementLogged | EncoderCommitted | Released
+AnyLeaf = (
+    SiteAdmitted | SiteRevoked | KeyRotated | PlanPublished | PlanApproved | PlanDecided | StatementLogged | EncoderCommitted | Released
+)
 
 #: Every kind there is. Another one is refused: a verifier must not count what it does not understand as harmless.
 KINDS: dict[str, type[AnyLeaf]] = {
     leaf.kind: leaf
-    for leaf in (SiteAdmitted, SiteRevoked, KeyRotated, PlanPublished, PlanApproved, StatementLogged, EncoderCommitted, Released)
+    for leaf in (
+        SiteAdmitted,
+        SiteRevoked,
+        KeyRotated,
+        PlanPublished,
+        PlanApproved,
+        PlanDecided,
+        StatementLogged,
+        EncoderCommitted,
+        Released,
+    )
 }
 
 

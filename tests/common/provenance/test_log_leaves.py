@@ -18,6 +18,7 @@ from pathfed_common.provenance.log_leaves import (
     EncoderCommitted,
     KeyRotated,
     PlanApproved,
+    PlanDecided,
     PlanPublished,
     Released,
     SiteAdmitted,
@@ -37,6 +38,7 @@ LEAVES: list[AnyLeaf] = [
     rotate_key(_SITE, _OLD, _NEW, _AT),
     PlanPublished(plan=_SOME),
     PlanApproved(site=_SITE, plan=_SOME, approval=digest.of_bytes(b"approval")),
+    PlanDecided(site=_SITE, plan=_SOME, decision=digest.of_bytes(b"rejection")),
     StatementLogged(site=_SITE, run=_RUN, round_index=1, statement=_SOME),
     EncoderCommitted(run=_RUN, round_index=0, state=_SOME),
     Released(run=_RUN, release=_SOME),
@@ -63,9 +65,13 @@ def test_a_leaf_comes_back_and_is_hashed_as_its_bytes(leaf: AnyLeaf) -> None:
 
 def test_the_bytes_of_a_leaf_are_fixed() -> None:
     """A log outlives releases of this software: the bytes must not change within a version."""
-    assert LEAVES[5].to_bytes() == (
+    assert LEAVES[6].to_bytes() == (
         b'{"kind":"statement","round_index":1,"run":"run-1","site":"charite",'
         b'"statement":"sha256:' + digest.of_bytes(b"some").removeprefix("sha256:").encode() + b'","version":1}'
+    )
+    assert LEAVES[5].to_bytes() == (
+        b'{"decision":"' + digest.of_bytes(b"rejection").encode() + b'","kind":"plan-decided",'
+        b'"plan":"' + _SOME.encode() + b'","site":"charite","version":1}'
     )
     assert LEAVES[1].to_bytes() == b'{"at":1700000000.0,"kind":"site-revoked","site":"charite","version":1}'
 
