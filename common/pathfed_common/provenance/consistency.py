@@ -124,9 +124,7 @@ def without_slots(contents: Contents) -> dict[SiteName, int]:
 
 
 def check_epsilons(contents: Contents) -> Faults:
-    """Stated epsilons of the plan never fall, the last is at least what the site's recorded releases cost and within the plan's limit,
-    which the site approved, and a site's delta is one.
-    """
+    """A site's stated epsilons never fall; the last is at least what its releases cost, and within the limit it approved; delta is one."""
     limit = contents.plan.privacy.epsilon_limit
     by_site = statements_by_site(contents)
     for site, recomputed in recomputed_epsilons(contents).items():
