@@ -480,6 +480,71 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "operator for another.",
         "site",
     ),
+    Code.INVITATION_REFUSED: CatalogEntry(
+        "The invitation is not valid",
+        "The server does not know the invitation, or it was used by another request, is too old, or was replaced by a newer one. Which of "
+        "these it is, the server does not say to a stranger.",
+        "Ask the operator for a new invitation (`pathfed-server invite`). If you never used it, say so: somebody else may have.",
+        "site",
+    ),
+    Code.ENROLMENT_UNFIT: CatalogEntry(
+        "The enrolment does not fit its invitation",
+        "The site card does not verify, names another site than the one that was invited, or holds a node key that is not one.",
+        "Enrol with the home whose site has the invitation's name, and the invitation of that site.",
+        "both",
+    ),
+    Code.CERTIFICATE_REQUEST: CatalogEntry(
+        "The certificate request cannot be used",
+        "It is not a PKCS #10 request in DER with a valid signature of its own key, the key is not on P-256 or P-384, or the key has a "
+        "certificate already.",
+        "Let `pathfed-site` make the request. Each certificate is for a new key.",
+        "both",
+    ),
+    Code.IDENTITY_REFUSED: CatalogEntry(
+        "The client certificate is not accepted",
+        "The certificate was revoked, replaced, has expired, was not issued here, or its site is not enrolled any more.",
+        "Ask the operator. A site that was offline until its certificate expired is invited again, and keeps its keys and its ledger.",
+        "site",
+    ),
+    Code.REQUEST_REFUSED: CatalogEntry(
+        "The server cannot read the request",
+        "The message is malformed, too large, holds a value out of bounds, or came without a deadline.",
+        "Use the same version of pathfed as the server. If it goes on, tell the operator.",
+        "both",
+    ),
+    Code.RATE_LIMITED: CatalogEntry(
+        "Too many requests in a short time",
+        "The server takes so many requests a second from one site or address, and no more.",
+        "Wait a minute. If pathfed does this by itself, tell us: it should not.",
+        "both",
+    ),
+    Code.ROTATION_REFUSED: CatalogEntry(
+        "The new key is not accepted",
+        "The change of key is not signed by the present key, names another site or key, or the new key was in use before; or the site "
+        "takes part in a run that is still going, in which its evidence key stays.",
+        "Wait for the run to end, or ask the operator to stop it; then rotate again. A key that was ever used is not used again.",
+        "both",
+    ),
+    Code.CONTROL_INTERNAL: CatalogEntry(
+        "The control service failed inside",
+        "Something in the server failed that should not. Nothing was done, or nothing more than what was answered before.",
+        "Try again later. The operator finds the cause in `logs/control.log` of the server's home.",
+        "both",
+    ),
+    Code.AUTHORITY_STATE: CatalogEntry(
+        "The authority is not in the state for this",
+        "A rotation of the certificate authority is going on, none is, or some sites do not trust the new authority yet.",
+        "`pathfed-server ca show` says where it stands, and which sites are missing.",
+        "operator",
+    ),
+    Code.FINGERPRINT_DIFFERS: CatalogEntry(
+        "The fingerprint is another one",
+        "What the hospital read out is not the fingerprint of the request that reached the server. Somebody may have exchanged keys on the "
+        "way, or used the invitation before the hospital did. The site is not admitted.",
+        "Compare once more, letter by letter. If it stays different, refuse the request, invite the site again, and find out who had the "
+        "invitation.",
+        "operator",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {
@@ -614,6 +679,32 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "A run of that name exists",
         "Run names are never reused: the record and the sites' budgets refer to them.",
         "Choose another name; `pathfed-server rounds` shows the runs there are.",
+        "operator",
+    ),
+    Code.ENROLMENT_UNKNOWN: CatalogEntry(
+        "No enrolment is waiting for this site",
+        "There is no request of this site to decide: none came yet, or it was decided before.",
+        "`pathfed-server sites pending` lists what is waiting.",
+        "operator",
+    ),
+    Code.OPERATOR_UNKNOWN: CatalogEntry(
+        "Who runs the command is not known",
+        "This server has operators by name, so each command says who runs it, by that person's key. No key was given, or it is not the key "
+        "of an operator.",
+        "Let `PATHFED_OPERATOR_KEY` name the file with your key. An admin adds people with `pathfed-server operators add`.",
+        "operator",
+    ),
+    Code.OPERATOR_FORBIDDEN: CatalogEntry(
+        "The operator's role does not allow this",
+        "Auditors look, operators also invite and admit sites, publish plans and carry out runs, admins also decide about operators and "
+        "the certificate authority. Or it would leave the server without an admin.",
+        "Ask somebody with the role; `pathfed-server operators list` names them.",
+        "operator",
+    ),
+    Code.OPERATOR_EXISTS: CatalogEntry(
+        "An operator has this name or key",
+        "Names and keys of operators are never used again, because the audit trail refers to them.",
+        "Choose another name, or make a new key with `pathfed-server operators key`.",
         "operator",
     ),
 }

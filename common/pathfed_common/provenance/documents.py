@@ -20,6 +20,7 @@ from pathfed_common.units import UtcSeconds
 SITE_CARD_TYPE = "application/vnd.pathfed.site-card.v1+json"
 SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
 APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
+CARD_CHANGE_TYPE = "application/vnd.pathfed.site-card-change.v1+json"
 PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
 
 _LONGEST_PUBLIC_NAME = 120
@@ -159,6 +160,23 @@ def check_public_name(text: str) -> str:
     if len(text) > _LONGEST_PUBLIC_NAME or text != text.strip() or not all(sign.isalnum() or sign in _NAME_SIGNS for sign in text):
         raise ValueError(f"a public name is at most {_LONGEST_PUBLIC_NAME} letters, digits and {_NAME_SIGNS!r}, got {text[:130]!r}")
     return text
+
+
+def seal_card_change(card: bytes, key: SigningKey) -> bytes:
+    """A site's new card, signed again by the evidence key that it keeps: the continuity of a new Flower node key.
+
+    The card's own signature says that who made the card holds its key. This one says that the site means it to replace the card before.
+    """
+    return dsse.seal(card, CARD_CHANGE_TYPE, key)
+
+
+def open_card_change(data: bytes, key: VerifyKey, *, where: str = "card change") -> bytes:
+    """Verify a change of card, and return the new card's bytes.
+
+    Raises:
+        ProvenanceError: PF602, not signed by `key` as a change of card.
+    """
+    return dsse.open_envelope(data, payload_type=CARD_CHANGE_TYPE, keys=key, where=where)
 
 
 def seal_plan(plan: Plan, key: SigningKey) -> bytes:
