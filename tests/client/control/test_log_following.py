@@ -58,7 +58,12 @@ def test_an_honest_log_is_cosigned_by_the_sites_evidence_key(site, server):
 
 def test_the_head_is_on_the_disk_before_the_cosignature_leaves(site, server):
     seen: list[Head | None] = []
-    server.lies["Cosign"] = lambda request, honest: seen.append(site.home.log_head.read()) or honest
+
+    def look(request, honest):
+        seen.append(site.home.log_head.read())
+        return honest
+
+    server.lies["Cosign"] = look
     server.log.leaves.append(published(1))
     site.agent.pass_once()
     assert [head.size for head in seen if head] == [2]
