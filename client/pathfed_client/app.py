@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.site_policy import SitePolicy, check_plan
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.egress_log import EgressLog
+from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_client.io.site_keys import KeyKind
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
     from pathfed_common.processes import ProcessEnd
 
@@ -103,6 +105,23 @@ def show_keys(home: SiteHome) -> dict[str, Any]:
     found["evidence_key"] = home.evidence_key.public.to_text()
     found["certificate_until_at"] = certificate_times(home.certificate_file.read_bytes())[1] if home.certificate_file.exists() else None
     return found
+
+
+def rotate_key(home: SiteHome, kind: "KeyKind") -> dict[str, Any]:
+    """Rotate one of the site's keys; see `control.rotating.rotate`. But for the TLS key, the site must not run.
+
+    Raises:
+        HostError: PF904, the site runs, or another command enrols this home or rotates its keys.
+    """
+    from pathfed_client.control.rotating import rotate
+    from pathfed_client.io.site_keys import KeyKind
+
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
+    idle = nullcontext() if kind is KeyKind.TLS else hold(home, "site")
+    with idle, hold(home, "keys"), closing(open_store(home)) as store, open_egress(home) as record:
+        rotate(home, store, Outlet(record), kind, time.time())
+        store.add_event(Event(at=time.time(), kind="keys", detail=f"the {kind.value} key was rotated"))
+    return show_keys(SiteHome(home.root))
 
 
 def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
@@ -282,7 +301,7 @@ def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
     """
     from pathfed_client.io.ledger_head import site_ledger
 
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, former=home.former_keys)
     ledger.entries()
     return ledger
 
@@ -426,8 +445,8 @@ def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -
     from pathfed_client.io.ledger_head import site_ledger
     from pathfed_client.io.outside_heads import OutsideHeads
 
-    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
+    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_keys),)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside, former=home.former_keys)
     entries = ledger.verify()
     return {
         **_ledger_figures(home, ledger, entries),

@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pathfed_client.home import SiteHome
+from pathfed_client.io.site_keys import KeyKind
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
@@ -95,6 +96,21 @@ def keys_show(home: Home = _HOME, as_json: Json = False) -> None:
     from pathfed_client import app as site
 
     show(site.show_keys(SiteHome(home)), as_json=as_json, title="`enrolment` is what the operator compares before admitting this site.")
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    kind: Annotated[KeyKind, typer.Argument(help="Which of the three keys.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Make a new key and hand over to it, with the server's consent. Stop `pathfed-site start` first, but for the TLS key.
+
+    Repeat it when it was cut short: it goes on with the same new key.
+    """
+    from pathfed_client import app as site
+
+    show(site.rotate_key(SiteHome(home), kind), as_json=as_json, title=f"The {kind.value} key was rotated. These are the site's keys now.")
 
 
 @app.command()

@@ -27,6 +27,7 @@ from pathfed_client.io.log_head import LogHeadFile
 from pathfed_client.io.run_secrets import RunSecrets
 from pathfed_client.io.site_keys import FileKeys, KeyKind, flower_public
 from pathfed_common import digest, files
+from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.ids import SiteName, site_name
 from pathfed_common.provenance.documents import ServerCard, SiteCard
@@ -210,6 +211,11 @@ class SiteHome:
             return tuple(VerifyKey.from_text(text) for text in json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise HostError(ErrorCode.KEY_FILE, f"not a list of public keys: {error}", where=path) from None
+
+    @property
+    def evidence_keys(self) -> dict[Digest, VerifyKey]:
+        """All public evidence keys this site has or had, by key id."""
+        return {key.key_id: key for key in (*self.former_keys, self.evidence_key.public)}
 
     def add_former_key(self, key: VerifyKey) -> None:
         """Remember an evidence key that is being replaced; once is enough.

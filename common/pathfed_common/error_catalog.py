@@ -610,6 +610,13 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "home. If not, ask the operator for the envelope behind the leaf: its signature shows whose key made it.",
         "both",
     ),
+    Code.ROTATION_WAITS: CatalogEntry(
+        "The evidence key cannot be rotated yet",
+        "Words of this site on plans are signed with the present key and have not reached the server, which would not take them any more "
+        "once another key is the site's. Nothing was changed.",
+        "Let `pathfed-site start` run until `pathfed-site status` shows no waiting words. Then stop it and rotate.",
+        "site",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

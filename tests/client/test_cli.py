@@ -69,7 +69,7 @@ def test_the_commands_are_those_the_documentation_names():
     assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
 
 
-SUBCOMMANDS = ("ledger show", "ledger verify", "keys show")
+SUBCOMMANDS = ("ledger show", "ledger verify", "keys show", "keys rotate")
 
 
 @pytest.mark.parametrize("command", [*(name for name in COMMANDS if name not in ("ledger", "keys")), *SUBCOMMANDS])
@@ -126,14 +126,17 @@ def test_a_site_enrols_with_nothing_but_an_invitation(world, site_cli, tmp_path)
         fails(site_cli("enroll", server.invitation("site-b"), "--home", home, "--json"), "PF915")
         people = site_cli("enroll", server.invitation("site-a"), "--home", home)
         assert (people.status, "Enrolled" in people.out) == (0, True)
+        fails(site_cli("keys", "rotate", "evidence", "--home", tmp_path / "nowhere", "--json"), "PF904")
+        assert site_cli("keys", "rotate", "everything", "--home", home).status == 2
+        rotated = site_cli("keys", "rotate", "flower", "--home", home, "--json")
+        assert (rotated.status, rotated.json["flower"] != shown.json["flower"]) == (0, True)
+        assert (rotated.json["tls"], rotated.json["evidence"]) == (shown.json["tls"], shown.json["evidence"])
     after = site_cli("keys", "show", "--home", home, "--json")
-    assert {name: after.json[name] for name in ("tls", "flower", "evidence", "enrolment")} == {
-        name: shown.json[name] for name in ("tls", "flower", "evidence", "enrolment")
-    }
+    assert [after.json[name] for name in ("tls", "evidence")] == [shown.json[name] for name in ("tls", "evidence")]
     assert after.json["certificate_until_at"] > 0
 
 
-@pytest.mark.parametrize("command", [["keys", "show"], ["enroll", "pathfed1.xyz"]])
+@pytest.mark.parametrize("command", [["keys", "show"], ["keys", "rotate", "tls"], ["enroll", "pathfed1.xyz"]])
 def test_commands_about_keys_need_a_home(site_cli, tmp_path, command):
     fails(site_cli(*command, "--home", tmp_path / "nowhere", "--json"), "PF904")
     assert not (tmp_path / "nowhere").exists()

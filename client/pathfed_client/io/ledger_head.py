@@ -20,7 +20,7 @@ from pathfed_client.io.server_records import Alarm
 from pathfed_common import digest, files
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, PrivacyError
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 
 _NAME = "ledger-head"
 
@@ -130,7 +130,15 @@ class StatedHeads:
         return [SeenHead(head=head, sequence=None, where="a statement this site has sealed") for head in self._store.stated_heads()]
 
 
-def site_ledger(store: StatingStore, key: SigningKey, policy: SitePolicy, secrets: Path, *, witnesses: Sequence[HeadsPort] = ()) -> Ledger:
+def site_ledger(
+    store: StatingStore,
+    key: SigningKey,
+    policy: SitePolicy,
+    secrets: Path,
+    *,
+    witnesses: Sequence[HeadsPort] = (),
+    former: Sequence[VerifyKey] = (),
+) -> Ledger:
     """The site's one ledger, with every witness that this machine has.
 
     Args:
@@ -139,12 +147,14 @@ def site_ledger(store: StatingStore, key: SigningKey, policy: SitePolicy, secret
         policy: gives delta and the largest epsilon.
         secrets: the folder of the run secrets, which holds the head file.
         witnesses: more of them.
+        former: evidence keys the site had before, in their order.
     """
     return Ledger(
         store,
         key,
         keeper=HeadFile(secrets),
         witnesses=(StatedHeads(store), LogWitness(store), *witnesses),
+        former=former,
         delta=policy.delta,
         max_epsilon=policy.max_epsilon,
     )
