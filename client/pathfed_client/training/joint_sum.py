@@ -29,7 +29,7 @@ Legend: d is the number of trained parameters, unit the lattice constant, both p
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -195,7 +195,7 @@ class _Rounder:
         # A view costs as much as a thousand additions.
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def rounded(self, values: Sequence[Tensor], scale: float) -> Tensor:
+    def rounded(self, values: list[Tensor], scale: float) -> Tensor:
         """scale * values, one after the other, rounded to whole numbers, which are below 2^22: int32, good until the next call."""
         rounded, whole = self._view(sum(part.numel() for part in values))
         joined = values[0] if len(values) == 1 else torch.cat(values, out=rounded)
