@@ -603,7 +603,7 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "both",
     ),
     Code.LOG_FOREIGN_LEAF: CatalogEntry(
-        "The log holds something in this site's name that it did not make",
+        "The log names something of this site that it never made",
         "The log names a statement, word or key of this site that this home does not know. Either this home was put back to an earlier "
         "state and has forgotten it, or somebody else holds this site's key, or the server made it up.",
         "Was this disk or database restored? Then charges were forgotten: do not train with it (PF309), revoke the site and enrol a new "
