@@ -473,6 +473,21 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
         "site",
     ),
+    Code.SITE_STOPPED: CatalogEntry(
+        "The site was stopped by its own people",
+        "Somebody at the hospital has thrown the stop switch (`pathfed-site stop`). A round that was being computed was broken off, "
+        "nothing of it left the site, and what was charged for it stays charged.",
+        "`pathfed-site status` says since when and why. `pathfed-site resume` lets the site answer again.",
+        "site",
+    ),
+    Code.OUTSIDE_HOURS: CatalogEntry(
+        "No round begins at this hour",
+        "The hospital's policy has hours within which rounds may begin, and the offer came outside them. Nothing was charged; the round "
+        "goes on without this site.",
+        "Nothing at the site. An operator who wants this site in a run plans the run's rounds for its hours. The hours are `hours`, "
+        "`weekends` and `time_zone` in `policy.toml`.",
+        "both",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

@@ -229,7 +229,7 @@ def test_a_refused_round_of_the_future_does_not_move_the_secrets_on(world, site,
 def test_a_withdrawn_approval_counts_at_once(world, site):
     approved = site.store.approval(world.plan.digest)
     assert approved is not None
-    site.store.add_approval(replace(approved, state=ApprovalState.WITHDRAWN))
+    site.store.add_approval(replace(approved, state=ApprovalState.REVOKED))
     assert site.answer(world.offer(), world.base_state) == Answer(code="PF407")
     assert site.charges() == 0
 

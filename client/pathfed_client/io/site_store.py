@@ -1,6 +1,6 @@
-"""The site's database: slides, withdrawals, approvals, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
+"""The site's database: slides, withdrawals, plans, sealed updates, the privacy ledger's entries and a log book, in one SQLite file.
 
-The only module of the client that imports a database library. Guarantees:
+The only module of the client that imports a database library, with `plan_tables`, which is a part of it. Guarantees:
 
 - every method is one transaction: done whole and flushed to the disk when it returns (`synchronous=FULL`), or not at all; inside
   `together` several methods are one;
@@ -23,13 +23,12 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from pathfed_client.cohort.cohort import Cohort, Pseudonym, SlideId
 from pathfed_client.cohort.withdrawal import Withdrawn, WithdrawnKind
+from pathfed_client.io import plan_tables
 from pathfed_client.io.site_records import (
-    ApprovalState,
     Event,
     SealedUpdate,
     SlideRecord,
     SlideStatus,
-    StoredApproval,
     WithdrawnMeanwhileError,
 )
 from pathfed_client.io.tile_index import IndexEntry
@@ -38,7 +37,8 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PrivacyError, ProvenanceError, TransportError
 from pathfed_common.provenance import dsse
 
-SCHEMA_VERSION = 1
+#: 1: the first. 2: plans as they are received, approvers and their signatures.
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 60
 _AT_ONCE = 500  # numbers in one question: SQLite bounds its parameters
 #: Below this, bytes, a disk counts as full: SQLite's shared-memory file alone takes half of it.
@@ -88,19 +88,6 @@ _WITHDRAWAL = sa.Table(
     sqlite_autoincrement=True,
 )
 
-_APPROVAL = sa.Table(
-    "approval",
-    _META,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("plan", sa.Text, nullable=False, index=True),
-    sa.Column("signed_plan", sa.LargeBinary, nullable=False),
-    sa.Column("signed_approval", sa.LargeBinary, nullable=False),
-    sa.Column("declared_patients", sa.Integer, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sqlite_autoincrement=True,
-)
-
 _SEALED = sa.Table(
     "sealed_update",
     _META,
@@ -142,7 +129,7 @@ _TRIGGERS = (
 )
 
 
-class SiteStore:
+class SiteStore(plan_tables.PlanTables):
     """One site's database. Usable as a context manager; `close` gives its connections back.
 
     Implements the ledger's storage port (`entries`, `append`) and gives the heads its sealed statements name (`stated_heads`).
@@ -200,10 +187,14 @@ class SiteStore:
                         value=f"schema {found}, this version knows {SCHEMA_VERSION}",
                         remedy="install that pathfed version again",
                     )
-                return
+                if found == SCHEMA_VERSION:
+                    return
+            # So far later versions have only added tables and triggers: making those that are not there is the whole upgrade.
             _META.create_all(connection)
-            for trigger in _TRIGGERS:
-                connection.exec_driver_sql(trigger)
+            plan_tables.META.create_all(connection)
+            for trigger in (*_TRIGGERS, *plan_tables.triggers()):
+                connection.exec_driver_sql(trigger.replace("CREATE TRIGGER", "CREATE TRIGGER IF NOT EXISTS", 1))
+            connection.execute(sa.delete(_VERSION))
             connection.execute(sa.insert(_VERSION).values(version=SCHEMA_VERSION))
 
     @contextmanager
@@ -495,27 +486,6 @@ class SiteStore:
             row = connection.execute(query).one_or_none()
         return None if row is None else _sealed(row)
 
-    # Approvals
-
-    def add_approval(self, approval: StoredApproval) -> None:
-        """Record the site's word on a plan; the latest word on a plan counts, earlier ones are kept."""
-        with self._transaction() as connection:
-            connection.execute(sa.insert(_APPROVAL).values(**asdict(approval) | {"state": approval.state.value}))
-
-    def approval(self, plan: Digest) -> StoredApproval | None:
-        """The latest word on a plan, or None."""
-        query = sa.select(_APPROVAL).where(_APPROVAL.c.plan == plan).order_by(_APPROVAL.c.id.desc()).limit(1)
-        with self._transaction(write=False) as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else _approval(row)
-
-    def approvals(self) -> list[StoredApproval]:
-        """The latest word on each plan, in order of time."""
-        latest = sa.select(sa.func.max(_APPROVAL.c.id)).group_by(_APPROVAL.c.plan)
-        with self._transaction(write=False) as connection:
-            rows = connection.execute(sa.select(_APPROVAL).where(_APPROVAL.c.id.in_(latest)).order_by(_APPROVAL.c.id)).all()
-        return [_approval(row) for row in rows]
-
     # Log book
 
     def add_event(self, event: Event) -> None:
@@ -629,8 +599,3 @@ def _one_sealed(run: str, round_index: int) -> sa.Select[Any]:
 
 def _sealed(row: sa.Row[Any]) -> SealedUpdate:
     return SealedUpdate(**row._mapping)
-
-
-def _approval(row: sa.Row[Any]) -> StoredApproval:
-    fields = {name: value for name, value in row._mapping.items() if name not in ("id", "state")}
-    return StoredApproval(**fields, state=ApprovalState(row.state))
