@@ -488,6 +488,13 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "`weekends` and `time_zone` in `policy.toml`.",
         "both",
     ),
+    Code.INVITATION_UNREADABLE: CatalogEntry(
+        "The invitation cannot be read",
+        "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
+        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the "
+        "operator for another.",
+        "site",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {
