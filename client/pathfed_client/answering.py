@@ -208,7 +208,7 @@ class SiteAnswerer:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
         state = _open_state(base_state, plan)
-        self._computer.prepare(plan, task.mechanism, state)
+        self._computer.prepare(plan, state)
         readers = self._tile_workers(plan)
         self._gate.standing(offer.plan)
         secret = self._secrets.current(offer.run, offer.round_index)

@@ -525,6 +525,11 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "again: what a site has said about a plan is evidence, and stays.",
         "Take an approval back with `pathfed-site revoke`. To take part after a revocation, ask the operator to publish the plan under "
         "another name.",
+    Code.INVITATION_UNREADABLE: CatalogEntry(
+        "The invitation cannot be read",
+        "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
+        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the "
+        "operator for another.",
         "site",
     ),
 }

@@ -124,23 +124,6 @@ class StoredApproval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceivedPlan:
-    """A signed plan that waits for people, or did.
-
-    Attributes:
-        plan: its digest.
-        name: what the operator calls it; several plans may have one name.
-        signed_plan: the envelope, with all signatures seen of it so far. Nothing of it is verified.
-        at: UTC seconds at which it came.
-    """
-
-    plan: Digest
-    name: str
-    signed_plan: bytes = field(repr=False)
-    at: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Approver:
     """A person who may sign approvals for the site.
 

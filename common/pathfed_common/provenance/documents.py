@@ -70,13 +70,17 @@ class ServerCard(Value):
         name: the consortium's name.
         evidence_key: the public key its plans, offers and round records are signed with.
         ca_pem: the consortium's CA certificate, PEM.
-        fleet_address: HOST:PORT that sites connect to.
+        fleet_address: HOST:PORT of Flower's exchange, for the site's SuperNode.
+        control_address: HOST:PORT of the control service, for the site's agent.
+        enrolment_address: HOST:PORT of the enrolment service, for the first contact.
     """
 
     name: str
     evidence_key: VerifyKey
     ca_pem: str
     fleet_address: str
+    control_address: str
+    enrolment_address: str
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The card, signed by its own evidence key.

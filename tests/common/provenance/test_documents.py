@@ -17,7 +17,14 @@ from pathfed_common.units import UtcSeconds
 KEY = SigningKey.generate()
 OTHER = SigningKey.generate()
 SITE = SiteCard(site=SiteName("a"), evidence_key=KEY.public, flower_key="ecdsa-sha2-nistp384 AAAA")
-SERVER = ServerCard(name="north", evidence_key=KEY.public, ca_pem="-----BEGIN CERTIFICATE-----\n", fleet_address="10.0.0.1:9092")
+SERVER = ServerCard(
+    name="north",
+    evidence_key=KEY.public,
+    ca_pem="-----BEGIN CERTIFICATE-----\n",
+    fleet_address="10.0.0.1:9092",
+    control_address="10.0.0.1:9093",
+    enrolment_address="10.0.0.1:9094",
+)
 
 
 def _approval() -> Approval:
