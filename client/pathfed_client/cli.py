@@ -30,7 +30,6 @@ app.add_typer(ledger_app, name="ledger")
 plan_commands.register(app)
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
-PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
 _HOME = Path("pathfed-site")
 
 
@@ -67,7 +66,7 @@ def init(
 
 @app.command()
 def scan(
-    plan: PlanFile,
+    plan: plan_commands.PlanName,
     workers: Annotated[int | None, typer.Option(min=1, help="Reading processes; one for each usable CPU if not given.")] = None,
     slide_timeout: Annotated[float, typer.Option(min=1, help="Seconds a slide may take to read.")] = 300.0,
     watch: Annotated[bool, typer.Option("--watch", help="Go on and take up new and changed slides, until Ctrl-C.")] = False,
@@ -82,10 +81,12 @@ def scan(
 ) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
+    from pathfed_client import deciding
     from pathfed_client.io.scan_where import ScanWhere
 
     here = SiteHome(home)
-    _, found = site.read_signed_plan(here, plan)
+    with closing(site.open_store(here)) as store:
+        found = deciding.find_plan(here, store, plan).plan
     console.end_on_terminate()
     where = ScanWhere(
         workers=workers,

@@ -18,6 +18,7 @@ from pathfed_client.gate.site_policy import check_operators, check_plan
 from pathfed_client.gating import signed_by
 from pathfed_client.home import SiteHome
 from pathfed_client.io import site_cohort
+from pathfed_client.io.server_records import ReceivedPlan
 from pathfed_client.io.site_records import ApprovalState, ApproverSignature, Event, StoredApproval
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest, files
@@ -26,6 +27,7 @@ from pathfed_common.errors import ErrorCode, HostError, PrivacyError, SiteDataEr
 from pathfed_common.plan import Plan
 from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval, Decision, open_plan
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
+from pathfed_common.provenance.log_leaves import PlanApproved, PlanDecided
 from pathfed_common.units import UtcSeconds
 
 _APPROVER = re.compile(r"[a-z](?:[a-z0-9.-]{0,61}[a-z0-9])?")
@@ -109,9 +111,9 @@ def find_plan(home: SiteHome, store: SiteStore, given: str) -> KnownPlan:
     """
     if Path(given).is_file() or os.sep in given or given.endswith(".dsse"):
         data = files.read_given(Path(given))
-        open_plan(data, home.server_card.evidence_key, where=given)
-        wanted = store.add_received_plan(data)
-        return next(one for one in known_plans(home, store) if one.plan.digest == wanted)
+        plan = open_plan(data, home.server_card.evidence_key, where=given)
+        store.add_received_plan(ReceivedPlan(plan=plan.digest, signed_plan=data, at=time.time()))
+        return next(one for one in known_plans(home, store) if one.plan.digest == plan.digest)
     known = known_plans(home, store)
     start = given.removeprefix("sha256:")
     found = [one for one in known if start and (one.plan.name == given or one.plan.digest.removeprefix("sha256:").startswith(start))]
@@ -149,25 +151,13 @@ def approve(home: SiteHome, given: str | Path, declared_patients: int, out: Path
         check_devices(home)
         check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
         _check_cohort(home, store, plan, declared_patients)
-        now = UtcSeconds(time.time())
+        people: frozenset[str] = frozenset()
         if home.policy.second_person:
-            signed_by = _sign(home, store, plan, declared_patients, signer, now)
-            if len(signed_by) < second_person.NEEDED:
-                return Approving(plan=plan, approval=None, signed_by=sorted(signed_by))
-        else:
-            signed_by = frozenset()
-        approval = Approval(
-            site=home.name,
-            plan=plan.digest,
-            declared_patients=declared_patients,
-            reply_slots=home.policy.reply_slots,
-            approved_at=now,
-        )
-        envelope = approval.to_bytes(home.evidence_key)
-        files.write_atomic(out or word_file(home, plan.digest, "approval"), envelope)
-        store.add_received_plan(known.signed, at=now)
-        _record(store, known, ApprovalState.APPROVED, envelope, now, declared_patients)
-    return Approving(plan=plan, approval=approval, signed_by=sorted(signed_by))
+            people = _sign(home, store, plan, declared_patients, signer)
+            if len(people) < second_person.NEEDED:
+                return Approving(plan=plan, approval=None, signed_by=sorted(people))
+        approval = _approve(home, store, known, declared_patients, out or word_file(home, plan.digest, "approval"))
+    return Approving(plan=plan, approval=approval, signed_by=sorted(people))
 
 
 def reject(home: SiteHome, given: str | Path, reason: str = "", out: Path | None = None) -> Decision:
@@ -205,6 +195,27 @@ def word_file(home: SiteHome, plan: Digest, kind: str) -> Path:
     return home.root / f"{kind}-{short(plan)}.dsse"
 
 
+def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, declared_patients: int, out: Path) -> Approval:
+    """Give the approval, or write the one again that stands with these figures: a site says a thing once."""
+    if known.word is not None and known.word.state is ApprovalState.APPROVED:
+        stands = Approval.from_bytes(known.word.signed_approval, home.evidence_key.public)
+        if (stands.declared_patients, stands.reply_slots) == (declared_patients, home.policy.reply_slots):
+            files.write_atomic(out, known.word.signed_approval)
+            return stands
+    approval = Approval(
+        site=home.name,
+        plan=known.plan.digest,
+        declared_patients=declared_patients,
+        reply_slots=home.policy.reply_slots,
+        approved_at=UtcSeconds(time.time()),
+    )
+    envelope = approval.to_bytes(home.evidence_key)
+    files.write_atomic(out, envelope)
+    leaf = PlanApproved(site=home.name, plan=approval.plan, approval=digest.of_bytes(envelope))
+    _record(store, known, ApprovalState.APPROVED, envelope, leaf, approval.approved_at, declared_patients)
+    return approval
+
+
 def _demand_not(known: KnownPlan, state: ApprovalState, what: str, remedy: str) -> None:
     if known.word is not None and known.word.state is state:
         raise TransportError(ErrorCode.PLAN_DECIDED, what, value=f"{known.plan.name} {short(known.plan.digest)}", remedy=remedy)
@@ -227,12 +238,13 @@ def _check_cohort(home: SiteHome, store: SiteStore, plan: Plan, declared_patient
         )
 
 
-def _sign(home: SiteHome, store: SiteStore, plan: Plan, declared_patients: int, signer: Signer | None, now: UtcSeconds) -> frozenset[str]:
+def _sign(home: SiteHome, store: SiteStore, plan: Plan, declared_patients: int, signer: Signer | None) -> frozenset[str]:
     """Add the signer's signature; who has signed these figures by now."""
-    approvers = {one.name: one.key for one in store.approvers()}
     if signer is None:
-        second_person.check(signed_by(home, store, plan.digest, declared_patients))
-        return signed_by(home, store, plan.digest, declared_patients)
+        found = signed_by(home, store, plan.digest, declared_patients)
+        second_person.check(found)
+        return found
+    approvers = {one.name: one.key for one in store.approvers()}
     if approvers.get(signer.name) != signer.key.public:
         raise TransportError(
             ErrorCode.APPROVER_UNKNOWN,
@@ -240,6 +252,7 @@ def _sign(home: SiteHome, store: SiteStore, plan: Plan, declared_patients: int, 
             value=signer.name,
             remedy="`pathfed-site approvers list` shows names and keys",
         )
+    now = UtcSeconds(time.time())
     consent = second_person.Consent(
         site=home.name, plan=plan.digest, declared_patients=declared_patients, approver=signer.name, signed_at=now
     )
@@ -256,13 +269,24 @@ def _decide(home: SiteHome, store: SiteStore, known: KnownPlan, kind: str, reaso
         raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="--reason") from None
     envelope = decision.to_bytes(home.evidence_key)
     # Recorded first: from here on the site keeps to it, whatever becomes of the file for the operator.
-    _record(store, known, ApprovalState.REJECTED if kind == REJECTION else ApprovalState.REVOKED, envelope, now)
+    leaf = PlanDecided(site=home.name, plan=known.plan.digest, decision=digest.of_bytes(envelope))
+    _record(store, known, ApprovalState.REJECTED if kind == REJECTION else ApprovalState.REVOKED, envelope, leaf, now)
     files.write_atomic(out or word_file(home, known.plan.digest, kind), envelope)
     return decision
 
 
-def _record(store: SiteStore, known: KnownPlan, state: ApprovalState, envelope: bytes, now: float, declared_patients: int = 0) -> None:
+def _record(
+    store: SiteStore,
+    known: KnownPlan,
+    state: ApprovalState,
+    envelope: bytes,
+    leaf: PlanApproved | PlanDecided,
+    now: float,
+    declared_patients: int = 0,
+) -> None:
+    """Keep a word, and put it on its way to the server, whole or not at all."""
     with store.together():
+        store.add_word(envelope, leaf.to_bytes(), now)
         store.add_approval(
             StoredApproval(
                 plan=known.plan.digest,

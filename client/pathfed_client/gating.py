@@ -55,7 +55,9 @@ class SiteGate:
             TransportError: PF441, not at this hour; PF442, a second person must sign.
         """
         check_hours(policy, self._now())
-        check_operators(policy, approval.signed_plan)
+        # Operators may have signed after the approval.
+        received = self._store.received_plan(approval.plan)
+        check_operators(policy, approval.signed_plan if received is None else received.signed_plan)
         rate = plan.sampling_rate(approval.declared_patients)
         check_plan(policy, plan, approval.declared_patients, _epsilon(rate, plan.privacy.noise_multiplier, plan.total_steps, policy.delta))
         if policy.second_person:

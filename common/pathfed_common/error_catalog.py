@@ -492,9 +492,8 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.SECOND_PERSON_MISSING: CatalogEntry(
         "A second person must sign the approval",
-        "The hospital's policy (`second_person`) wants two approvers under an approval, each with a key of their own, "
-        "and fewer have signed "
-        "these very figures, or one of them is no approver any more. The site answers no offer for the plan. Nothing was charged.",
+        "The hospital's policy (`second_person`) wants two approvers under an approval, each with a key of their own, and "
+        "fewer have signed these very figures, or one of them is no approver any more. The site answers no offer for the plan.",
         "Let another approver run `pathfed-site approve` for the plan, with the same number of patients, `--approver` and `--key`. "
         "`pathfed-site show` says who has signed.",
         "site",
@@ -502,18 +501,15 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     Code.APPROVER_UNKNOWN: CatalogEntry(
         "The approver is not known, or known already",
         "The name that was given is no approver of this site, has another key, or is to be added while an approver of "
-        "this name or with this "
-        "key is there.",
+        "this name or with this key is there.",
         "`pathfed-site approvers list` shows names and keys. Two people have two names and two keys; to exchange a "
-        "key, remove the person and "
-        "add them again.",
+        "key, remove the person and add them again.",
         "site",
     ),
     Code.PLAN_NOT_HERE: CatalogEntry(
         "No plan, or several, go by this name",
         "A command named a plan that did not come to this site, or named several: two plans may have one name, and "
-        "digests may begin alike. "
-        "Nothing was done.",
+        "digests may begin alike. Nothing was done.",
         "`pathfed-site plans` lists what is here. Name the plan by as much of its digest as makes it one, or by the file that the operator "
         "handed over.",
         "site",
@@ -521,10 +517,11 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     Code.PLAN_DECIDED: CatalogEntry(
         "The site has decided on this plan already",
         "A plan that was approved cannot be rejected, only one that is approved can be revoked, and an approval that "
-        "was revoked is not given "
-        "again: what a site has said about a plan is evidence, and stays.",
+        "was revoked is not given again: what a site has said about a plan is evidence, and stays.",
         "Take an approval back with `pathfed-site revoke`. To take part after a revocation, ask the operator to publish the plan under "
         "another name.",
+        "site",
+    ),
     Code.INVITATION_UNREADABLE: CatalogEntry(
         "The invitation cannot be read",
         "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
