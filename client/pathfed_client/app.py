@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files, process_lock
@@ -62,6 +63,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     made = create_home(home, settings, policy, files.read_given(server_card))
     try:
         SiteStore(made.database).close()
+        EgressLog.create(made.egress)
     except HostError:
         shutil.rmtree(made.root)
         raise
@@ -394,6 +396,16 @@ def _note(home: SiteHome, what: str) -> None:
     """Write it into the log book, if that can be written: the switch must work with a database that is damaged."""
     with suppress(HostError), closing(open_store(home)) as store:
         store.add_event(Event(at=time.time(), kind="switch", detail=what))
+
+
+def open_egress(home: SiteHome) -> EgressLog:
+    """The record of what left this site.
+
+    Raises:
+        HostError: PF904, no site was initialised there; PF913, the record is gone.
+    """
+    home.settings  # noqa: B018 - a home that is not there is said to be missing, not its record
+    return EgressLog(home.egress)
 
 
 def start(home: SiteHome, tell: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pathfed_client.app import check_devices, open_store, plan_epsilon
@@ -25,7 +25,7 @@ from pathfed_common import digest, files
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError, SiteDataError, TransportError
 from pathfed_common.plan import Plan
-from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval, Decision, open_plan
+from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval, Decision, check_public_name, open_plan
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.provenance.log_leaves import PlanApproved, PlanDecided
 from pathfed_common.units import UtcSeconds
@@ -125,7 +125,14 @@ def find_plan(home: SiteHome, store: SiteStore, given: str) -> KnownPlan:
     raise TransportError(ErrorCode.PLAN_NOT_HERE, what, value=given, remedy=remedy)
 
 
-def approve(home: SiteHome, given: str | Path, declared_patients: int, out: Path | None = None, signer: Signer | None = None) -> Approving:
+def approve(
+    home: SiteHome,
+    given: str | Path,
+    declared_patients: int,
+    out: Path | None = None,
+    signer: Signer | None = None,
+    named_as: str = "",
+) -> Approving:
     """Approve a plan: check it against the policy and the scan, record it, write the signed approval for the operator.
 
     Where the policy wants a second person, this adds the signer's signature, and approves once two have signed the same figures.
@@ -136,13 +143,15 @@ def approve(home: SiteHome, given: str | Path, declared_patients: int, out: Path
         declared_patients: the public lower bound of the cohort.
         out: where the approval is written; None: in the home.
         signer: who approves, where the policy wants two people.
+        named_as: what a release's model card may call the site, in public; empty: it is not named.
 
     Raises:
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or is more than the policy allows.
         SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
         TransportError: PF442, two people must sign and nobody is named; PF443, the signer is no approver; PF444; PF445, it was revoked.
-        HostError: PF910, a device that the policy names is not there.
+        HostError: PF910, a device that the policy names is not there; PF905, not a public name.
     """
+    _check_name(named_as)
     with closing(open_store(home)) as store:
         known = find_plan(home, store, str(given))
         plan = known.plan
@@ -156,7 +165,15 @@ def approve(home: SiteHome, given: str | Path, declared_patients: int, out: Path
             people = _sign(home, store, plan, declared_patients, signer)
             if len(people) < second_person.NEEDED:
                 return Approving(plan=plan, approval=None, signed_by=sorted(people))
-        approval = _approve(home, store, known, declared_patients, out or word_file(home, plan.digest, "approval"))
+        wanted = Approval(
+            site=home.name,
+            plan=plan.digest,
+            declared_patients=declared_patients,
+            reply_slots=home.policy.reply_slots,
+            approved_at=UtcSeconds(time.time()),
+            named_as=named_as,
+        )
+        approval = _approve(home, store, known, wanted, out or word_file(home, plan.digest, "approval"))
     return Approving(plan=plan, approval=approval, signed_by=sorted(people))
 
 
@@ -195,25 +212,25 @@ def word_file(home: SiteHome, plan: Digest, kind: str) -> Path:
     return home.root / f"{kind}-{short(plan)}.dsse"
 
 
-def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, declared_patients: int, out: Path) -> Approval:
-    """Give the approval, or write the one again that stands with these figures: a site says a thing once."""
+def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, wanted: Approval, out: Path) -> Approval:
+    """Give the approval, or write the one again that stands and says the same: a site says a thing once."""
     if known.word is not None and known.word.state is ApprovalState.APPROVED:
         stands = Approval.from_bytes(known.word.signed_approval, home.evidence_key.public)
-        if (stands.declared_patients, stands.reply_slots) == (declared_patients, home.policy.reply_slots):
+        if replace(stands, approved_at=wanted.approved_at) == wanted:
             files.write_atomic(out, known.word.signed_approval)
             return stands
-    approval = Approval(
-        site=home.name,
-        plan=known.plan.digest,
-        declared_patients=declared_patients,
-        reply_slots=home.policy.reply_slots,
-        approved_at=UtcSeconds(time.time()),
-    )
-    envelope = approval.to_bytes(home.evidence_key)
+    envelope = wanted.to_bytes(home.evidence_key)
     files.write_atomic(out, envelope)
-    leaf = PlanApproved(site=home.name, plan=approval.plan, approval=digest.of_bytes(envelope))
-    _record(store, known, ApprovalState.APPROVED, envelope, leaf, approval.approved_at, declared_patients)
-    return approval
+    leaf = PlanApproved(site=home.name, plan=wanted.plan, approval=digest.of_bytes(envelope))
+    _record(store, known, ApprovalState.APPROVED, envelope, leaf, wanted.approved_at, wanted.declared_patients)
+    return wanted
+
+
+def _check_name(text: str) -> None:
+    try:
+        check_public_name(text)
+    except ValueError as error:
+        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="--named-as") from None
 
 
 def _demand_not(known: KnownPlan, state: ApprovalState, what: str, remedy: str) -> None:

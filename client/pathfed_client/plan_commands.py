@@ -91,6 +91,9 @@ def approve(
     approver: Annotated[str | None, typer.Option(help="Who approves, where the policy wants two people.")] = None,
     key: Annotated[Path | None, typer.Option(help="That person's private key, PEM.")] = None,
     passphrase_from: Passphrase = None,
+    named_as: Annotated[
+        str, typer.Option("--named-as", help="PUBLIC: what a release's model card may call this site; it is not named if not given.")
+    ] = "",
     out: Out = None,
     home: Home = HOME,
     as_json: Json = False,
@@ -104,7 +107,7 @@ def approve(
     if (approver is None) != (key is None):
         raise typer.BadParameter("give --approver and --key together")
     signer = None if approver is None or key is None else deciding.Signer(approver, open_key(key, passphrase_from))
-    done = deciding.approve(here, plan, patients, out, signer)
+    done = deciding.approve(here, plan, patients, out, signer, named_as)
     told: dict[str, Any] = {"plan": done.plan.digest, "declared_patients": patients}
     told["epsilon_of_a_whole_run"] = site.plan_epsilon(done.plan, patients, here.policy.delta)
     told["delta"] = here.policy.delta

@@ -14,21 +14,15 @@ from answering_site import Clock
 
 from pathfed_client.answering import SiteAnswerer
 from pathfed_client.budget.ledger import Ledger
-from pathfed_client.computing import RoundComputer
 from pathfed_client.home import SiteHome, hold
-from pathfed_client.io.run_secrets import RunSecrets
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 
 #: moment -> class, method, whether it is reached before or after the method
 MOMENTS: dict[str, tuple[type, str, str]] = {
-    "before the base state is tried": (RoundComputer, "prepare", "before"),
     "before the charge": (Ledger, "charge", "before"),
-    "after the charge": (Ledger, "charge", "after"),
     "while tiles are read": (TileStream, "read", "after"),
     "before the seal": (SiteStore, "put_sealed", "before"),
-    "after the seal": (SiteStore, "put_sealed", "after"),
-    "after the secret is erased": (RunSecrets, "advance", "after"),
 }
 #: Waiting for the public time slot, in which the answerer sleeps.
 WAITING = "before the answer leaves"

@@ -45,7 +45,7 @@ def test_what_cannot_be_looked_at_counts_as_stopped(tmp_path):
 
 def test_the_switch_works_on_a_full_disk(small_disk):
     filler = small_disk / "filler"
-    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:  # noqa: PT012 - written until it fails
         while True:
             file.write(b"x" * 4096)
     switch = StopSwitch(small_disk)

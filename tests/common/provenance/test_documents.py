@@ -81,6 +81,15 @@ def test_cards_hold_keys_as_keys() -> None:
         SiteCard(site=SiteName("a"), evidence_key=KEY.public.to_text(), flower_key="x")  # type: ignore[arg-type]
 
 
+def test_a_change_of_card_opens_with_the_key_that_stays_alone() -> None:
+    card = SITE.to_bytes(KEY)
+    change = documents.seal_card_change(card, KEY)
+    assert documents.open_card_change(change, KEY.public) == card
+    for data, key in ((change, OTHER.public), (card, KEY.public), (documents.seal_card_change(card, OTHER), KEY.public)):
+        with pytest.raises(ProvenanceError, match="PF602"):
+            documents.open_card_change(data, key)
+
+
 def test_approval_round_trips_and_opens_with_the_sites_key_alone() -> None:
     approval = _approval()
     data = approval.to_bytes(KEY)
