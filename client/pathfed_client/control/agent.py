@@ -101,7 +101,7 @@ class Agent:
 
     def _pass(self) -> None:
         client = self._connected()
-        report = client.report(software=__version__, state="running")
+        report = client.report(software=__version__, state="stopped" if self._home.stop_switch.is_on else "running")
         if report.renew or renewal.due(self._home, self._now()):
             client = self._renewed(client)
         self._hand_over(client)
