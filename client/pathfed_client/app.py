@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -420,7 +421,8 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.site_engine import SiteFiles, start_site
+    from pathfed_client.transport.relay_certificate import make_certificate
+    from pathfed_client.transport.site_engine import LOOPBACK, SiteFiles, start_site
     from pathfed_common.processes import Supervisor
 
     for key in (home.flower_key, home.superexec_secret):
@@ -429,6 +431,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         open_ledger(home, store).verify()
     check_devices(home)
     _greet(home, tell)
+    certificate = make_certificate(home.relay_files, LOOPBACK, now=datetime.now(UTC))
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
@@ -436,8 +439,8 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         start_site(
             supervisor,
             SiteFiles(
-                ca=home.ca_file,
-                fleet_address=home.server_card.fleet_address,
+                relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
+                relay_ca=certificate.ca,
                 flower_key=home.flower_key,
                 superexec_secret=home.superexec_secret,
                 flower=flower,
@@ -462,7 +465,8 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     address = home.server_card.fleet_address
     try:
-        check_server(address, home.ca_file)
+        with open_egress(home) as record:
+            check_server(address, home.ca_file, record)
     except TransportError as error:
         if error.code is not ErrorCode.SERVER_UNREACHABLE:
             raise
@@ -474,7 +478,7 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) -> None:
     from pathfed_client.transport.preflight import explain
 
-    error = explain(end, home.server_card.fleet_address) if end.name == "supernode" else end.error()
+    error = explain(end, home.server_card.fleet_address) if end.name in ("relay", "supernode") else end.error()
     if not end.restarted:
         raise error
     tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")

@@ -30,6 +30,8 @@ class SitePolicy(Settings):
     #: Most memory of a device that training may take, GB (10^9 bytes). Left out: all of it. On the CPU it decides how many tiles are taken
     #: at once, and is no hard limit.
     device_memory_gb: float | None = Field(default=None, gt=0, le=10_000)
+    #: Most that the site sends, Mbit/s (10^6 bits), over all connections to the server. Left out: no limit.
+    upload_mbit_per_s: float | None = Field(default=None, gt=0, le=100_000)
     #: Processes that read slides ahead of training. 0: training reads for itself, and a slide that crashes its decoder ends the client.
     tile_workers: int = Field(default=1, ge=0, le=256)
 
