@@ -4,24 +4,31 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, insert, or_, select, update
 
+from pathfed_common import digest
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
-from pathfed_server.db.audit_store import AuditStore, add_event
+from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.log_leaves import PlanApproved, PlanPublished, SiteAdmitted, SiteRevoked
+from pathfed_common.units import UtcSeconds
+from pathfed_server.db.audit_store import add_event
+from pathfed_server.db.log_store import LogStore, append_leaves
 from pathfed_server.db.rows import ApprovalRow, PlanRow, SiteRow
 from pathfed_server.db.schema import approval, plan, site
 from pathfed_server.rounds.state import SiteState
 
 
-class SitesStore(AuditStore):
-    """Who may take part, in what."""
+class SitesStore(LogStore):
+    """Who may take part, in what. What the transparency log holds of it is appended in the same transaction."""
 
     def add_site(self, name: SiteName, *, evidence_key: str, flower_key: str, at: float) -> None:
         """Enrol a site.
 
         Raises:
             RoundError: PF502, the name or one of the keys is taken; revoked sites keep theirs.
+            ValueError: `evidence_key` is not a public evidence key.
         """
+        leaf = SiteAdmitted(site=name, evidence_key=VerifyKey.from_text(evidence_key), at=UtcSeconds(at))
         taken = or_(site.c.name == name, site.c.evidence_key == evidence_key, site.c.flower_key == flower_key)
         with self._write() as connection:
             _lock(connection, "site")
@@ -36,6 +43,7 @@ class SitesStore(AuditStore):
             values = {"name": name, "evidence_key": evidence_key, "flower_key": flower_key, "state": SiteState.ENROLLED, "enrolled_at": at}
             connection.execute(insert(site).values(values))
             add_event(connection, actor="operator", action="site.enrolled", subject=name, at=at, detail={"evidence_key": evidence_key})
+            append_leaves(connection, [leaf])
 
     def revoke_site(self, name: SiteName, *, at: float) -> None:
         """Revoke a site for good; revoking it again changes nothing.
@@ -49,6 +57,7 @@ class SitesStore(AuditStore):
                 return
             connection.execute(update(site).where(site.c.name == name).values(state=SiteState.REVOKED, revoked_at=at))
             add_event(connection, actor="operator", action="site.revoked", subject=name, at=at)
+            append_leaves(connection, [SiteRevoked(site=name, at=UtcSeconds(at))])
 
     def site(self, name: SiteName) -> SiteRow:
         """One site.
@@ -72,6 +81,7 @@ class SitesStore(AuditStore):
                 return
             connection.execute(insert(plan).values(digest=plan_digest, name=name, canonical=canonical, signed=signed, published_at=at))
             add_event(connection, actor="operator", action="plan.published", subject=plan_digest, at=at, detail={"name": name})
+            append_leaves(connection, [PlanPublished(plan=plan_digest)])
 
     def plan(self, plan_digest: Digest) -> PlanRow:
         """One plan.
@@ -114,6 +124,7 @@ class SitesStore(AuditStore):
             connection.execute(insert(approval).values(vars(given)))
             detail = {"plan": given.plan, "declared_patients": given.declared_patients, "reply_slots": given.reply_slots}
             add_event(connection, actor=f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
+            append_leaves(connection, [PlanApproved(site=given.site, plan=given.plan, approval=digest.of_bytes(given.envelope))])
 
     def approvals(self, plan_digest: Digest) -> list[ApprovalRow]:
         """The approvals of a plan, in site order."""
