@@ -14,7 +14,7 @@ from pathlib import Path
 from pathfed_client.home import SiteHome
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.transport.dial import Address, proxy_for, trusting
-from pathfed_client.transport.relay import CERTIFICATE_REFUSED, Relay, Way
+from pathfed_client.transport.relay import CERTIFICATE_REFUSED, LOOPBACK, Relay, Way
 from pathfed_client.transport.relay_certificate import RelayCertificate
 from pathfed_common.errors import ErrorCode, HostError, PathfedError
 
@@ -63,7 +63,8 @@ async def serve(home: SiteHome, port: int, tunnel_port: int | None) -> PathfedEr
     with EgressLog(home.egress) as record:
         relay = Relay(record, bytes_per_s=None if mbit is None else mbit * _BITS_PER_MBIT / 8)
         for way in ways_out(home, port, tunnel_port):
-            await relay.serve(way)
+            await _listen(relay, way)
+        _log.info("ready")
         refused = asyncio.create_task(relay.certificate_refused())
         asked = asyncio.create_task(ended.wait())
         try:
@@ -73,6 +74,16 @@ async def serve(home: SiteHome, port: int, tunnel_port: int | None) -> PathfedEr
             refused.cancel()
             asked.cancel()
             await relay.close()
+
+
+async def _listen(relay: Relay, way: Way) -> None:
+    try:
+        await relay.serve(way)
+    except OSError as error:
+        what = f"the relay cannot listen: {error.strerror}"
+        raise HostError(
+            ErrorCode.PORT_IN_USE, what, value=f"{LOOPBACK}:{way.port}", remedy="start the site again: it takes another"
+        ) from None
 
 
 def main() -> None:

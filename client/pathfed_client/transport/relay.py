@@ -95,6 +95,8 @@ class Relay:
             self._open.add(task)
             try:
                 await self._admit((reader, writer), way)
+            except asyncio.CancelledError:
+                pass  # the relay is being closed, which waits for this task
             finally:
                 self._open.discard(task)
 
