@@ -91,7 +91,7 @@ class Scene:
     home: Path
     fleet: str
     capture: Capture
-    keys: Path
+    seen: Sequence[Sent]
     bypass: int
 
     def record(self) -> list[Outgoing]:
@@ -99,9 +99,9 @@ class Scene:
             log.verified()
             return [entry.sent for entry in log.entries()]
 
-    def seen(self) -> list[Sent]:
-        keys = KeyLog(self.keys)
-        return [Sent.of(flow, keys) for flow in self.capture.flows()]
+    def of_the_site(self) -> list[Sent]:
+        """What was seen but for what slipped by."""
+        return [sent for sent in self.seen if sent.flow.port != self.bypass]
 
 
 def run(*words: object, within_s: float = 300) -> Any:
@@ -171,7 +171,9 @@ def _play(made: Building, root: Path, plan_file: Path, hospital: Path) -> Scene:
     finally:
         inside.stop()
         outside.stop()
-    return Scene(home, f"{made.outside}:{port}", capture, keys, int(done.stdout))
+    log = KeyLog(keys)
+    seen = [Sent.of(flow, log) for flow in capture.flows()]
+    return Scene(home, f"{made.outside}:{port}", capture, seen, int(done.stdout))
 
 
 def _until_finished(server: Path, root: Path) -> None:
@@ -193,13 +195,13 @@ def test_nothing_but_tcp_to_the_servers_one_address_leaves_the_building(scene: S
 
 
 def test_every_connection_on_the_wire_is_in_the_record_to_the_byte_and_the_reverse(scene: Scene) -> None:
-    seen = [sent for sent in scene.seen() if sent.flow.port != scene.bypass]
+    seen = scene.of_the_site()
     assert compare(seen, scene.record()) == Compared([], [])
     assert sum(len(sent.said) for sent in seen) == sum(one.size for one in scene.record() if one.connection is not None) > 1_000_000
 
 
 def test_the_wire_carries_what_the_record_says_and_framing_alone(scene: Scene) -> None:
-    for sent in scene.seen():
+    for sent in scene.seen:
         framing = RECORD_OVERHEAD * sum(1 for _ in records(sent.wire))
         assert len(sent.said) <= len(sent.wire) <= len(sent.said) + framing + HANDSHAKE
 
@@ -207,7 +209,7 @@ def test_the_wire_carries_what_the_record_says_and_framing_alone(scene: Scene) -
 def test_the_bytes_of_the_answer_in_the_decrypted_stream_have_the_digests_of_the_record(scene: Scene) -> None:
     listed = {one.kind: one for one in scene.record() if one.connection is None}
     assert set(listed) == {EgressKind.UPDATE, EgressKind.STATEMENT}
-    (message,) = pushed_messages(sent.said for sent in scene.seen() if sent.flow.port != scene.bypass)
+    (message,) = pushed_messages(sent.said for sent in scene.of_the_site())
     update = message.content.array_records[wire.BULK][wire.BYTES].data
     statement = message.content.config_records[wire.REPLY][wire.ENVELOPE]
     assert isinstance(statement, bytes)
@@ -219,7 +221,7 @@ def test_the_bytes_of_the_answer_in_the_decrypted_stream_have_the_digests_of_the
 
 def test_a_message_that_went_round_the_relay_is_found(scene: Scene) -> None:
     """The planted fault: real bytes, from inside the building, to the right server, that nobody wrote down."""
-    found = compare(scene.seen(), scene.record())
+    found = compare(scene.seen, scene.record())
     (unlisted,) = found.unlisted
     assert f"from port {scene.bypass}:" in unlisted
     assert not found.unseen
@@ -227,7 +229,7 @@ def test_a_message_that_went_round_the_relay_is_found(scene: Scene) -> None:
 
 @pytest.mark.parametrize("fault", ["an entry is missing", "a byte more", "another digest", "another place"])
 def test_a_record_that_says_less_or_otherwise_is_found(scene: Scene, fault: str) -> None:
-    seen = [sent for sent in scene.seen() if sent.flow.port != scene.bypass]
+    seen = scene.of_the_site()
     record = [one for one in scene.record() if one.connection is not None]
     largest = max(range(len(record)), key=lambda number: record[number].size)
     one = record[largest]
