@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.gate.ports import Refusals
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
@@ -484,12 +485,13 @@ def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) ->
     tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")
 
 
-def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
-    """The site's Flower app around its answerer."""
+def make_flower_app(home: SiteHome, store: SiteStore) -> "tuple[ClientApp, Refusals]":
+    """The site's Flower app around its answerer, and who is told of codes that leave in the app's place."""
     from pathfed_client.answering import SiteAnswerer
     from pathfed_client.transport.flower_client import make_app
 
-    return make_app(SiteAnswerer(home, store))
+    answerer = SiteAnswerer(home, store)
+    return make_app(answerer, answerer.refused), answerer.refused
 
 
 def run_resident(home: SiteHome, address: str) -> None:
@@ -502,9 +504,9 @@ def run_resident(home: SiteHome, address: str) -> None:
 
     # A runner that is being replaced may need a moment to end.
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
-        app = make_flower_app(home, store)
+        app, refusals = make_flower_app(home, store)
         warm_up(home)
-        resident_runner.run(address, home.superexec_secret, app)
+        resident_runner.run(address, home.superexec_secret, app, refusals)
 
 
 def warm_up(home: SiteHome) -> None:
@@ -519,7 +521,7 @@ def __getattr__(name: str) -> Any:
     if name != "flower_app":
         raise AttributeError(name)
     home = SiteHome(Path(os.environ[HOME_VARIABLE]))
-    return make_flower_app(home, SiteStore(home.database))
+    return make_flower_app(home, SiteStore(home.database))[0]
 
 
 if __name__ == "__main__":
