@@ -235,5 +235,5 @@ def _fill(part: Path, settings: ServerSettings) -> None:
     )
     files.write_atomic(part / "server-card.dsse", card.to_bytes(evidence))
     files.write_atomic(part / "ca.pem", tls.ca_certificate)
-    files.write_atomic(part / "tls.pem", tls.certificate)
+    files.write_atomic(part / "tls.pem", tls.certificate + tls.ca_certificate)
     files.write_atomic(part / "server.toml", to_toml(settings, "pathfed server; see docs/reference/settings.md").encode())
