@@ -743,6 +743,51 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "Copy the whole folder again. A run that is still going has no complete record yet.",
         "both",
     ),
+    Code.LOG_MISMATCH: CatalogEntry(
+        "Database and log disagree",
+        "A row of the database is not what the transparency log says was recorded: it was changed, removed or put in without the log. The "
+        "log's leaf was written in the same transaction as the row, so nothing that pathfed does can cause this.",
+        "Treat it as tampering or a damaged disk. Keep the database as it is, find out who had access to it, and restore the row from a "
+        "backup that `pathfed-server log verify` passes.",
+        "operator",
+    ),
+    Code.LOG_DAMAGED: CatalogEntry(
+        "The log is not the one that was signed",
+        "The leaves in the database do not give the root of a checkpoint that this server has signed, or an entry of the log is not what "
+        "it says it is. The server signs no further checkpoint: sites would see a forked log, and rightly so.",
+        "Restore the database from the newest backup in which `pathfed-server log verify` finds nothing. Sites have copies of what they "
+        "cosigned and can say which history is theirs.",
+        "operator",
+    ),
+    Code.LOG_BEHIND: CatalogEntry(
+        "A site knows more of the log than there is",
+        "The site has seen a larger log than the server has. The server's database was set back to an older state, or the site was shown "
+        "another log.",
+        "If the server was restored from a backup, restore a newer one, up to the size that the site knows. There is no honest way to go "
+        "on with a shorter log: the sites will not cosign it.",
+        "both",
+    ),
+    Code.CHECKPOINT_UNSIGNED: CatalogEntry(
+        "No checkpoint of this size",
+        "The log has signed no checkpoint of that size.",
+        "Ask for the latest checkpoint and work with its size.",
+        "both",
+    ),
+    Code.LEAF_UNKNOWN: CatalogEntry(
+        "The leaf is not in the log",
+        "The log of that size has no such leaf. What the leaf is about was not recorded, or only later than that.",
+        "Ask again with the latest checkpoint's size. If a leaf that the server has acknowledged stays unknown, tell the operator: the "
+        "site will not cosign.",
+        "both",
+    ),
+    Code.COSIGNATURE_REFUSED: CatalogEntry(
+        "The cosignature does not count",
+        "The line is not a cosignature of this checkpoint by the site's present evidence key: it is malformed, has another name or key, or "
+        "does not verify.",
+        "After a key was rotated, cosign the latest checkpoint with the new key. Otherwise the site's key file is not the one that the "
+        "server knows; compare the keys.",
+        "both",
+    ),
     Code.FIRST_STATE: CatalogEntry(
         "The run did not start where its plan says",
         "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "

@@ -117,6 +117,14 @@ class LogProof:
             raise _malformed("a log proof", error, where) from None
 
 
+def origin_of(consortium: str) -> str:
+    """The origin of a consortium's log, from the name in its server card: both sides derive it, and nothing has to be handed over.
+
+    Two consortia of one name have logs of one origin; their keys tell them apart.
+    """
+    return check_origin(f"pathfed/{consortium}")
+
+
 def check_origin(origin: str) -> str:
     """Check the origin of a log of ours: it also names the log's key, so it has no white space and no plus.
 

@@ -5,7 +5,9 @@ from sqlalchemy import Connection, and_, insert, or_, select, update
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance.documents import SiteCard
+from pathfed_common.provenance.log_leaves import KeyRotated
 from pathfed_server.db.audit_store import AuditStore, add_event
+from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.membership import lock_table
 from pathfed_server.db.rows import CertificateRow, SiteKeyRow, SiteReportRow, SiteRow
 from pathfed_server.db.schema import certificate, run, run_site, site, site_key, site_report
@@ -83,13 +85,14 @@ class CertificateStore(AuditStore):
             raise LookupError(f"no certificate {serial}")
         return CertificateRow(**row)
 
-    def rotate_keys(self, card: SiteCard, *, before: SiteRow, continuity: bytes, at: float) -> None:
+    def rotate_keys(self, card: SiteCard, *, before: SiteRow, continuity: bytes, leaf: KeyRotated | None, at: float) -> None:
         """Put a site's new evidence key or Flower node key, or both, in the place of those it had.
 
         Args:
             card: the site's new card.
             before: the site as it was when the change was checked.
             continuity: what the evidence key before signed to hand over.
+            leaf: the log's leaf where the evidence key is another; None where it stays.
             at: UTC seconds.
 
         Raises:
@@ -113,6 +116,8 @@ class CertificateStore(AuditStore):
             rows = [{"site": before.name, "kind": kind, "key": key, "continuity": continuity, "at": at} for kind, key in changed.items()]
             connection.execute(insert(site_key), rows)
             add_event(connection, actor=f"site:{before.name}", action="keys.rotated", subject=before.name, at=at, detail=changed)
+            if leaf is not None:
+                append_leaves(connection, [leaf])
 
     def site_keys(self, name: SiteName) -> list[SiteKeyRow]:
         """Every key a site has or had, the oldest first."""

@@ -6,8 +6,10 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError, TransportError
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance.documents import SiteCard
+from pathfed_common.provenance.log_leaves import SiteAdmitted
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.certificate_store import add_certificate
+from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.membership import enrol_site, lock_table, withdraw_invitations
 from pathfed_server.db.rows import CertificateRow, EnrolmentRow, InvitationRow
 from pathfed_server.db.schema import enrolment, invitation, site
@@ -94,8 +96,9 @@ class EnrolmentStore(SitesStore):
             if _pending(connection, asked.site) != asked:
                 raise _none_waits(asked.site)
             here = connection.execute(select(site).where(site.c.name == asked.site).with_for_update()).mappings().first()
+            leaves: list[SiteAdmitted] = []
             if here is None:
-                enrol_site(connection, asked.site, **keys, at=at, by=by)
+                leaves = [enrol_site(connection, asked.site, **keys, at=at, by=by)]
             elif here["state"] != SiteState.ENROLLED:
                 raise RoundError(ErrorCode.SITE_REVOKED, "a revoked site is not admitted", value=asked.site)
             elif {name: here[name] for name in keys} != keys:
@@ -108,6 +111,7 @@ class EnrolmentStore(SitesStore):
             add_certificate(connection, issued, at=at)
             _decide(connection, asked, state="admitted", at=at, serial=issued.serial)
             add_event(connection, actor=by, action="site.admitted", subject=asked.site, at=at, detail={"serial": issued.serial})
+            append_leaves(connection, leaves)
 
     def refuse(self, name: SiteName, *, at: float, by: str) -> None:
         """Refuse the site's request that waits.

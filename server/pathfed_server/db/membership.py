@@ -1,20 +1,31 @@
-"""What the stores of sites and enrolments do alike, in the caller's transaction: enrol a site, and end a site's access."""
+"""What the stores of sites and enrolments do alike, in the caller's transaction: enrol a site, and end a site's access.
+
+Leaves of the log are returned for the caller to append, which must be the last thing that its transaction does.
+"""
 
 from sqlalchemy import Connection, and_, insert, or_, select, update
 
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
+from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.log_leaves import SiteAdmitted
+from pathfed_common.units import UtcSeconds
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.schema import certificate, enrolment, invitation, site, site_key
 from pathfed_server.rounds.state import SiteState
 
 
-def enrol_site(connection: Connection, name: SiteName, *, evidence_key: str, flower_key: str, at: float, by: str) -> None:
+def enrol_site(connection: Connection, name: SiteName, *, evidence_key: str, flower_key: str, at: float, by: str) -> SiteAdmitted:
     """Add a site with its first keys.
+
+    Returns:
+        The leaf to append.
 
     Raises:
         RoundError: PF502, the name or one of the keys is taken; revoked sites keep theirs, and no key is used again.
+        ValueError: `evidence_key` is not a public evidence key.
     """
+    leaf = SiteAdmitted(site=name, evidence_key=VerifyKey.from_text(evidence_key), at=UtcSeconds(at))
     lock_table(connection, "site")
     holder = connection.execute(
         select(site.c.name)
@@ -30,6 +41,7 @@ def enrol_site(connection: Connection, name: SiteName, *, evidence_key: str, flo
     keys = {"evidence": evidence_key, "flower": flower_key}
     connection.execute(insert(site_key), [{"site": name, "kind": kind, "key": key, "at": at} for kind, key in keys.items()])
     add_event(connection, actor=by, action="site.enrolled", subject=name, at=at, detail={"evidence_key": evidence_key})
+    return leaf
 
 
 def end_access(connection: Connection, name: SiteName, *, at: float) -> None:

@@ -8,7 +8,9 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.provenance.log_leaves import AnyLeaf, EncoderCommitted, StatementLogged
 from pathfed_server.db.audit_store import add_event
+from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.rows import RoundRow, StatementRow
 from pathfed_server.db.runs_store import RunsStore, demand_attempt, demand_run, progress_of
 from pathfed_server.db.schema import approval, checkpoint, participation, quarantine, round_, run, run_site, site, update_statement
@@ -59,6 +61,7 @@ class RoundsStore(RunsStore):
                 raise RoundError(ErrorCode.RUN_STATE, "the run has an initial state already", where=run_name)
             connection.execute(insert(checkpoint).values(run=run_name, committed_at=at, **vars(initial)))
             add_event(connection, actor="server", action="run.initial_state", subject=run_name, at=at, detail={"state": initial.state})
+            append_leaves(connection, [EncoderCommitted(run=run_name, round_index=0, state=initial.state)])
 
     def open_round(self, opening: RoundOpening) -> None:
         """See `rounds.ports.RoundStore`."""
@@ -119,6 +122,7 @@ class RoundsStore(RunsStore):
             connection.execute(update(run).where(run.c.name == result.run).values(failures=0))
             detail = {"round": result.round_index, "state": result.checkpoint.state, "sites": sorted(admitted)}
             add_event(connection, actor="server", action="round.committed", subject=result.run, at=result.committed_at, detail=detail)
+            append_leaves(connection, _round_leaves(result, statements))
 
     def fail_round(
         self, run_name: RunName, attempt: int, round_index: int, participations: Sequence[Participation], *, code: str, at: float
@@ -161,6 +165,16 @@ class RoundsStore(RunsStore):
         with self._read() as connection:
             rows = connection.execute(query).mappings().all()
         return [_quarantined(row) for row in rows]
+
+
+def _round_leaves(result: RoundResult, statements: Mapping[SiteName, bytes]) -> list[AnyLeaf]:
+    """The admitted statements in site order, then the state they led to."""
+    run_name, index = result.run, result.round_index
+    leaves: list[AnyLeaf] = [
+        StatementLogged(site=name, run=run_name, round_index=index, statement=digest.of_bytes(envelope))
+        for name, envelope in sorted(statements.items())
+    ]
+    return [*leaves, EncoderCommitted(run=run_name, round_index=index, state=result.checkpoint.state)]
 
 
 def _demand_next(connection: Connection, run_name: RunName, round_index: int, base_state: Digest) -> None:

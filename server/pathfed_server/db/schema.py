@@ -4,8 +4,8 @@ Every time is UTC seconds as a double (`..._at`): the messages and the clock car
 bit, and no driver can attach a time zone to it. Every duration is seconds as a double (`..._s`). A column is nullable only where "not
 yet" or "none" has a meaning, which its comment names.
 
-`update_statement`, `approval`, `site_key` and `audit_event` are evidence: triggers made by the migrations refuse to change or delete their
-rows on both databases. `migrations/` makes these tables; a test demands that the two agree.
+The tables of `APPEND_ONLY` are evidence: triggers made by the migrations refuse to change or delete their rows on both databases, and
+`log_entry` takes the next index alone. `migrations/` makes these tables; a test demands that the two agree.
 """
 
 from sqlalchemy import (
@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 #: Tables whose rows are never changed or deleted.
-APPEND_ONLY = ("approval", "audit_event", "site_key", "update_statement")
+APPEND_ONLY = ("approval", "audit_event", "cosignature", "log_checkpoint", "log_entry", "release", "site_key", "update_statement")
 
 _NAME = String(63)
 _DIGEST = String(71)
@@ -289,4 +289,39 @@ audit_event = Table(
     Column("action", String(40), nullable=False),
     Column("subject", String(200), nullable=False),
     Column("detail", Text, nullable=False, comment="canonical JSON"),
+)
+
+log_entry = Table(
+    "log_entry",
+    metadata,
+    Column("leaf_index", BigInteger, primary_key=True, autoincrement=False, comment="from 0, without gaps"),
+    Column("kind", String(32), nullable=False),
+    Column("leaf", LargeBinary, nullable=False, comment="the leaf's canonical bytes"),
+    Column("leaf_hash", LargeBinary, nullable=False, unique=True, comment="RFC 9162 leaf hash, 32 bytes"),
+    CheckConstraint("leaf_index >= 0", name="leaf_index"),
+)
+
+log_checkpoint = Table(
+    "log_checkpoint",
+    metadata,
+    Column("size", BigInteger, primary_key=True, autoincrement=False),
+    Column("note", LargeBinary, nullable=False, comment="C2SP signed note with the log's signature alone"),
+    CheckConstraint("size >= 1", name="size"),
+)
+
+cosignature = Table(
+    "cosignature",
+    metadata,
+    Column("size", BigInteger, ForeignKey(log_checkpoint.c.size), nullable=False),
+    Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("line", LargeBinary, nullable=False, comment="the note's signature line, without newline"),
+    PrimaryKeyConstraint("size", "site"),
+)
+
+release = Table(
+    "release",
+    metadata,
+    Column("digest", _DIGEST, primary_key=True, comment="of the release's manifest"),
+    Column("run", _NAME, ForeignKey(run.c.name), nullable=False),
+    Column("released_at", Double, nullable=False),
 )

@@ -4,27 +4,33 @@ from typing import Any
 
 from sqlalchemy import RowMapping, insert, select, update
 
+from pathfed_common import digest
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
-from pathfed_server.db.audit_store import AuditStore, add_event
+from pathfed_common.provenance.log_leaves import PlanApproved, PlanPublished, SiteRevoked
+from pathfed_common.units import UtcSeconds
+from pathfed_server.db.audit_store import add_event
+from pathfed_server.db.log_store import LogStore, append_leaves
 from pathfed_server.db.membership import end_access, enrol_site, lock_table
 from pathfed_server.db.rows import ApprovalRow, PlanRow, SiteRow
 from pathfed_server.db.schema import approval, plan, site
 from pathfed_server.rounds.state import SiteState
 
 
-class SitesStore(AuditStore):
-    """Who may take part, in what."""
+class SitesStore(LogStore):
+    """Who may take part, in what. What the transparency log holds of it is appended in the same transaction."""
 
     def add_site(self, name: SiteName, *, evidence_key: str, flower_key: str, at: float, by: str = "operator") -> None:
         """Enrol a site by its card alone; it gets no certificate.
 
         Raises:
             RoundError: PF502, the name or one of the keys is taken; revoked sites keep theirs.
+            ValueError: `evidence_key` is not a public evidence key.
         """
         with self._write() as connection:
-            enrol_site(connection, name, evidence_key=evidence_key, flower_key=flower_key, at=at, by=by)
+            leaf = enrol_site(connection, name, evidence_key=evidence_key, flower_key=flower_key, at=at, by=by)
+            append_leaves(connection, [leaf])
 
     def revoke_site(self, name: SiteName, *, at: float, by: str = "operator") -> None:
         """Revoke a site for good, with every certificate and invitation it has; revoking it again changes nothing.
@@ -39,6 +45,7 @@ class SitesStore(AuditStore):
             connection.execute(update(site).where(site.c.name == name).values(state=SiteState.REVOKED, revoked_at=at))
             end_access(connection, name, at=at)
             add_event(connection, actor=by, action="site.revoked", subject=name, at=at)
+            append_leaves(connection, [SiteRevoked(site=name, at=UtcSeconds(at))])
 
     def site(self, name: SiteName) -> SiteRow:
         """One site.
@@ -62,6 +69,7 @@ class SitesStore(AuditStore):
                 return
             connection.execute(insert(plan).values(digest=plan_digest, name=name, canonical=canonical, signed=signed, published_at=at))
             add_event(connection, actor=by, action="plan.published", subject=plan_digest, at=at, detail={"name": name})
+            append_leaves(connection, [PlanPublished(plan=plan_digest)])
 
     def plan(self, plan_digest: Digest) -> PlanRow:
         """One plan.
@@ -109,6 +117,7 @@ class SitesStore(AuditStore):
                 "reply_slots": given.reply_slots,
             }
             add_event(connection, actor=by or f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
+            append_leaves(connection, [PlanApproved(site=given.site, plan=given.plan, approval=digest.of_bytes(given.envelope))])
 
     def approvals(self, plan_digest: Digest) -> list[ApprovalRow]:
         """The approvals of a plan, in site order."""

@@ -82,25 +82,25 @@ def test_two_migrations_at_once_make_one_schema(empty_url: str) -> None:
 
 
 @pytest.fixture
-def broken_second_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Migrations with a second revision that makes a table, fills another and then fails."""
+def broken_next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Migrations with one revision more, which makes a table, fills another and then fails."""
     folder = tmp_path / "migrations"
     shutil.copytree(Path(database.__file__).parent / "migrations", folder)
     source = """
 from alembic import op
 import sqlalchemy as sa
-revision = "0002"
-down_revision = "0001"
+revision = "broken"
+down_revision = "HEAD"
 def upgrade():
     op.create_table("half", sa.Column("x", sa.Integer()))
     op.execute("INSERT INTO audit_event (at, actor, action, subject, detail) VALUES (1, 'a', 'a', 'a', '{}')")
     op.execute("INSERT INTO nowhere VALUES (1)")
 """
-    (folder / "versions" / "0002_broken.py").write_text(source)
+    (folder / "versions" / "broken.py").write_text(source.replace("HEAD", database.head()))
     monkeypatch.setattr(database, "_MIGRATIONS", folder)
 
 
-@pytest.mark.usefixtures("broken_second_revision")
+@pytest.mark.usefixtures("broken_next_revision")
 def test_failing_migration_rolls_back_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RoundError) as caught:
         migrate(url)
@@ -111,7 +111,7 @@ def test_failing_migration_rolls_back_whole(url: str, monkeypatch: pytest.Monkey
         assert store.audit_events() == []
 
 
-@pytest.mark.usefixtures("broken_second_revision")
+@pytest.mark.usefixtures("broken_next_revision")
 def test_failing_migration_of_an_empty_database_leaves_it_empty(empty_url: str) -> None:
     with pytest.raises(RoundError):
         migrate(empty_url)
@@ -163,6 +163,22 @@ FILLED = {
     "audit_event": "INSERT INTO audit_event (seq, at, actor, action, subject, detail) VALUES (1, 1, 'a', 'a', 'a', '{}')",
     "approval": "INSERT INTO approval VALUES ('a', 'p', 1, TRUE, 'e', 1)",
     "update_statement": "INSERT INTO update_statement VALUES ('r', 1, 'a', 'd', 'e')",
+    "log_entry": "INSERT INTO log_entry VALUES (0, 'k', 'l', 'h')",
+    "log_checkpoint": "INSERT INTO log_checkpoint VALUES (1, 'n')",
+    "cosignature": "INSERT INTO cosignature VALUES (1, 'a', 'l')",
+    "release": "INSERT INTO release VALUES ('d', 'r', 1)",
+    "site_key": "INSERT INTO site_key (seq, site, kind, key, at) VALUES (1, 'a', 'evidence', 'k', 1)",
+}
+#: A column of each, and what it is to be changed to.
+CHANGES = {
+    "audit_event": "at = 2",
+    "approval": "envelope = 'changed'",
+    "update_statement": "envelope = 'changed'",
+    "log_entry": "leaf = 'changed'",
+    "log_checkpoint": "note = 'changed'",
+    "cosignature": "line = 'changed'",
+    "release": "released_at = 2",
+    "site_key": "site = 'b'",
 }
 PARENTS = (
     "INSERT INTO site (name, evidence_key, flower_key, state, enrolled_at) VALUES ('a', 'k', 'f', 'enrolled', 1)",
@@ -176,15 +192,26 @@ PARENTS = (
 def test_evidence_can_be_neither_changed_nor_deleted_nor_replaced(url: str, backend: str, table: str) -> None:
     engine = engine_of(url)
     with engine.begin() as connection:
-        for statement in (*PARENTS, FILLED[table]):
+        for statement in (*PARENTS, *([FILLED["log_checkpoint"]] if table == "cosignature" else []), FILLED[table]):
             connection.execute(text(statement))
-    column = "at" if table == "audit_event" else "envelope"
-    value = "2" if table == "audit_event" else "'changed'"
-    attempts = [f"UPDATE {table} SET {column} = {value}", f"DELETE FROM {table}"]
-    attempts += [re.sub("^INSERT", "INSERT OR REPLACE", FILLED[table])] if backend == "sqlite" else [f"TRUNCATE {table}"]
+    attempts = [f"UPDATE {table} SET {CHANGES[table]}", f"DELETE FROM {table}"]
+    # A table that others refer to is not emptied without them.
+    attempts += [re.sub("^INSERT", "INSERT OR REPLACE", FILLED[table])] if backend == "sqlite" else [f"TRUNCATE {table} CASCADE"]
     for attempt in attempts:
         with pytest.raises(DatabaseError, match="append-only"), engine.begin() as connection:
             connection.execute(text(attempt))
     with engine.connect() as connection:
         assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize("index", [1, 2, -1])
+def test_log_takes_the_next_index_alone(url: str, index: int) -> None:
+    engine = engine_of(url)
+    with pytest.raises(DatabaseError), engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO log_entry VALUES ({index}, 'k', 'l', 'h')"))
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO log_entry VALUES (0, 'k', 'l', 'h')"))
+    with pytest.raises(DatabaseError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO log_entry VALUES (2, 'k', 'l', 'i')"))
     engine.dispose()

@@ -1,5 +1,6 @@
 """One contract for the store on SQLite and on PostgreSQL: what it keeps, what it refuses, and that each method is one transaction."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.provenance.keys import VerifyKey
 from pathfed_server.db import rounds_store
 from pathfed_server.db.rows import ApprovalRow
 from pathfed_server.db.sql_store import SqlStore
@@ -32,6 +34,11 @@ RUN = RunName("run-1")
 PLAN = digest.of_bytes(b"plan")
 # Not a whole number of anything: a time that a rounding column would change.
 AT = 1_795_460_462.123457
+
+
+def key_of(name: str) -> str:
+    """A site's public evidence key, as text."""
+    return VerifyKey(hashlib.sha256(name.encode()).digest()).to_text()
 
 
 def name_of(index: int) -> digest.Digest:
@@ -58,7 +65,7 @@ def approved(site: SiteName, *, patients: int = 40, reply_slots: bool = True) ->
 
 def enrol(store: SqlStore, *names: SiteName) -> None:
     for name in names:
-        store.add_site(name, evidence_key=f"ed25519:{name}", flower_key=f"ecdsa {name}", at=AT)
+        store.add_site(name, evidence_key=key_of(name), flower_key=f"ecdsa {name}", at=AT)
 
 
 @pytest.fixture
@@ -156,7 +163,7 @@ def test_sites_come_back_as_enrolled_in_name_order(store: SqlStore) -> None:
     assert [site.name for site in store.sites()] == [A, B]
     site = store.site(A)
     assert (site.evidence_key, site.flower_key, site.state, site.enrolled_at, site.revoked_at) == (
-        f"ed25519:{A}",
+        key_of(A),
         f"ecdsa {A}",
         SiteState.ENROLLED,
         AT,
@@ -168,8 +175,8 @@ def test_sites_come_back_as_enrolled_in_name_order(store: SqlStore) -> None:
 def test_name_and_keys_of_a_site_are_never_given_twice(store: SqlStore, taken: str) -> None:
     enrol(store, A)
     store.revoke_site(A, at=AT)
-    given = {"name": B, "evidence_key": "ed25519:new", "flower_key": "new"}
-    given[taken] = {"name": A, "evidence_key": f"ed25519:{A}", "flower_key": f"ecdsa {A}"}[taken]
+    given = {"name": B, "evidence_key": key_of("new"), "flower_key": "new"}
+    given[taken] = {"name": A, "evidence_key": key_of(A), "flower_key": f"ecdsa {A}"}[taken]
     with refusal(ErrorCode.SITE_EXISTS):
         store.add_site(SiteName(given["name"]), evidence_key=given["evidence_key"], flower_key=given["flower_key"], at=AT)
     assert len(store.sites()) == 1
@@ -226,7 +233,7 @@ def test_revoked_site_approves_nothing(planned: SqlStore) -> None:
 
 
 def test_candidates_are_the_listed_sites_with_their_approvals(planned: SqlStore) -> None:
-    planned.add_site(SiteName("d"), evidence_key="d", flower_key="d", at=AT)
+    planned.add_site(SiteName("d"), evidence_key=key_of("d"), flower_key="d", at=AT)
     planned.revoke_site(B, at=AT)
     found = planned.candidates(RUN)
     assert [(each.site, each.state, each.declared_patients, each.reply_slots) for each in found] == [
@@ -355,10 +362,10 @@ def test_round_commits_only_once_and_only_when_opened(running: SqlStore) -> None
     assert len(running.statements(RUN)) == 1
 
 
-@pytest.mark.parametrize("fails_at", ["_set_round", "_write_participations", "add_event"])
+@pytest.mark.parametrize("fails_at", ["_set_round", "_write_participations", "add_event", "append_leaves"])
 def test_commit_that_fails_half_way_leaves_nothing_behind(running: SqlStore, fails_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     running.open_round(opening())
-    before = (running.rounds(RUN), running.participations(RUN, 1), running.checkpoints(RUN), running.audit_events())
+    before = (running.rounds(RUN), running.participations(RUN, 1), running.checkpoints(RUN), running.audit_events(), running.log_size())
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("the plug is pulled here")
@@ -367,7 +374,8 @@ def test_commit_that_fails_half_way_leaves_nothing_behind(running: SqlStore, fai
     with pytest.raises(OSError, match="plug"):
         running.commit_round(result(), envelopes())
     monkeypatch.undo()
-    assert before == (running.rounds(RUN), running.participations(RUN, 1), running.checkpoints(RUN), running.audit_events())
+    after = (running.rounds(RUN), running.participations(RUN, 1), running.checkpoints(RUN), running.audit_events(), running.log_size())
+    assert before == after
     assert running.statements(RUN) == []
     running.commit_round(result(), envelopes())
     assert running.progress(RUN).last == checkpoint(1)
@@ -452,7 +460,7 @@ def test_writers_at_once_lose_no_event(store: SqlStore) -> None:
 
 
 def test_one_of_several_enrolments_of_a_name_wins(store: SqlStore) -> None:
-    failed = in_threads(4, lambda index: store.add_site(A, evidence_key=f"k{index}", flower_key=f"f{index}", at=AT))
+    failed = in_threads(4, lambda index: store.add_site(A, evidence_key=key_of(str(index)), flower_key=f"f{index}", at=AT))
     assert [error.code for error in failed if isinstance(error, RoundError)] == [ErrorCode.SITE_EXISTS] * 3
     assert len(store.sites()) == 1
 

@@ -114,6 +114,7 @@ def end_of(made: Consortium) -> object:
         files,
         made.store.run(RUN).state,
         made.store.quarantined(RUN),
+        made.store.log_leaves(0, made.store.log_size()),
     )
 
 
