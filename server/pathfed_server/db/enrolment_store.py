@@ -49,7 +49,7 @@ class EnrolmentStore(SitesStore):
         """Take a request to enrol, or, where the very same was taken before, say what became of it.
 
         Raises:
-            TransportError: PF412, the invitation is unknown, withdrawn, expired, for another site, or used by another request.
+            TransportError: PF412, the invitation is unknown, withdrawn, expired, or used by another request; PF413, it is for another site.
         """
         with self._read() as connection:
             found = _enrolment(connection, asked.invitation)
@@ -61,8 +61,10 @@ class EnrolmentStore(SitesStore):
             if found is not None:
                 return _same(found, asked)
             given = connection.execute(select(invitation).where(invitation.c.secret_hash == asked.invitation)).mappings().first()
-            if given is None or given["withdrawn_at"] is not None or at >= given["expires_at"] or given["site"] != asked.site:
+            if given is None or given["withdrawn_at"] is not None or at >= given["expires_at"]:
                 raise _invitation_refused()
+            if given["site"] != asked.site:
+                raise TransportError(ErrorCode.ENROLMENT_UNFIT, "the card is of another site than the one invited", value=asked.site)
             connection.execute(insert(enrolment).values(vars(asked)))
             add_event(connection, actor=f"invited:{asked.site}", action="site.asked", subject=asked.site, at=at)
         return asked

@@ -105,6 +105,11 @@ class Authority:
         return ca_pin(_pem(self._server_issuer()))
 
     @property
+    def server_until(self) -> datetime.datetime:
+        """When the server's certificate ends (UTC)."""
+        return self._server_certificate().not_valid_after_utc
+
+    @property
     def rotating(self) -> bool:
         """Whether a rotation has begun and is not finished."""
         return len(self.trusted) > 1
@@ -178,8 +183,11 @@ class Authority:
         files.write_atomic(self._where.server_key, key, secret=True)
         files.write_atomic(self._where.server_certificate, certificate + _pem(self.issuing))
 
+    def _server_certificate(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificates(files.read_given(self._where.server_certificate))[0]
+
     def _server_issuer(self) -> x509.Certificate:
-        leaf = x509.load_pem_x509_certificates(files.read_given(self._where.server_certificate))[0]
+        leaf = self._server_certificate()
         for each in self.trusted:
             try:
                 leaf.verify_directly_issued_by(each)

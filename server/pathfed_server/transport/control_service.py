@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import grpc
 from cryptography import x509
 from google.protobuf.message import Message
 
@@ -20,7 +19,7 @@ from pathfed_common.protocol import spiffe
 from pathfed_server.provenance.log_ports import LogService
 from pathfed_server.transport.authority import REQUEST_LIMIT as LONGEST_CSR
 from pathfed_server.transport.authority import fingerprint, serial_text
-from pathfed_server.transport.grpc_service import Call, Door
+from pathfed_server.transport.grpc_service import Call, Door, Handler
 from pathfed_server.transport.limits import RateLimit
 from pathfed_server.transport.software import check_software
 
@@ -111,7 +110,7 @@ class ControlService:
         """Take the parts; `limit` counts by site."""
         self._desk, self._log, self._door, self._limit = desk, log, door, limit
 
-    def methods(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
+    def methods(self) -> dict[str, Handler]:
         """Every method by its name."""
         return {
             "GetServerCard": self._method(pb.GetServerCardRequest, self._server_card),
@@ -126,7 +125,7 @@ class ControlService:
             "Cosign": self._method(pb.CosignRequest, self._cosign),
         }
 
-    def _method(self, kind: type[Request], answer: Callable[[Caller, Request], Message]) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def _method(self, kind: type[Request], answer: Callable[[Caller, Request], Message]) -> Handler:
         def handle(call: Call, request: Request) -> Message:
             return answer(self._caller(call), request)
 

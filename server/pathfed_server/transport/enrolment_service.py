@@ -3,13 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import grpc
-
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.protocol.invitation import SECRET_BYTES
 from pathfed_server.transport.authority import REQUEST_LIMIT as LONGEST_CSR
-from pathfed_server.transport.grpc_service import Call, Door
+from pathfed_server.transport.grpc_service import Call, Door, Handler
 from pathfed_server.transport.software import check_software
 
 ENROLMENT = "pathfed.control.v1.Enrolment"
@@ -54,7 +52,7 @@ class EnrolmentDesk(Protocol):
         ...
 
 
-def enrolment_methods(desk: EnrolmentDesk, door: Door) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
+def enrolment_methods(desk: EnrolmentDesk, door: Door) -> dict[str, Handler]:
     """The methods of `ENROLMENT`."""
 
     def enroll(call: Call, request: pb.EnrollRequest) -> pb.EnrollReply:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -31,6 +31,12 @@ _WORKERS = 8
 _MOST_CALLS = 256  # in hand or waiting; beyond them a call is turned away at once
 _IDLE_S = 600
 _PING_S = 60  # proxies on the way drop connections that are silent for longer
+
+if TYPE_CHECKING:
+    #: A method that takes and gives bytes. (At run time the class takes no parameters.)
+    Handler: TypeAlias = grpc.RpcMethodHandler[bytes, bytes]
+else:
+    Handler = grpc.RpcMethodHandler
 
 _log = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=Message)
@@ -73,7 +79,7 @@ class Door:
         """Take calls within `limit`, which counts by network address."""
         self._limit = limit
 
-    def method(self, kind: type[Request], handle: Callable[[Call, Request], Message]) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def method(self, kind: type[Request], handle: Callable[[Call, Request], Message]) -> Handler:
         """A unary method whose messages are read here, so that what is malformed is answered like everything else."""
 
         def serve(data: bytes, context: grpc.ServicerContext) -> bytes:
@@ -102,7 +108,7 @@ class Door:
 
 
 def start_server(
-    services: Mapping[str, Mapping[str, grpc.RpcMethodHandler[bytes, bytes]]], credentials: grpc.ServerCredentials, *, host: str, port: int
+    services: Mapping[str, Mapping[str, Handler]], credentials: grpc.ServerCredentials, *, host: str, port: int
 ) -> grpc.Server:
     """Listen on a port with some services, and with gRPC's health service; without reflection.
 
@@ -116,17 +122,29 @@ def start_server(
         HostError: PF902, the port cannot be listened on.
     """
     server = grpc.server(ThreadPoolExecutor(_WORKERS, thread_name_prefix="call"), options=_options(), maximum_concurrent_rpcs=_MOST_CALLS)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()])
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, dict(methods)) for name, methods in services.items()])
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     for name in ("", *services):
         healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     try:
-        server.add_secure_port(f"{host}:{port}", credentials)
+        server.add_secure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials)
     except RuntimeError as error:
         raise HostError(ErrorCode.PORT_IN_USE, "the port cannot be listened on", value=f"{host}:{port}") from error
     server.start()
     return server
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Servers that listen."""
+
+    servers: tuple[grpc.Server, ...]
+
+    def stop(self, grace_s: float) -> None:
+        """Take no further call, let those in hand end within `grace_s`, and close."""
+        for event in [server.stop(grace_s) for server in self.servers]:
+            event.wait()
 
 
 def _options() -> list[tuple[str, Any]]:
