@@ -18,7 +18,7 @@ _Site = Annotated[str, typer.Argument(help="The site's name.")]
 
 def invite(
     site: Annotated[str, typer.Argument(help="The site's name: lower-case letters, digits, inner hyphens.")],
-    hours: Annotated[float, typer.Option(min=0.01, max=24 * 30, help="Hours until the invitation ends.")] = 72.0,
+    hours: Annotated[int, typer.Option(min=1, max=24 * 30, help="Hours until the invitation ends.")] = 72,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:

@@ -87,12 +87,8 @@ class Peer:
 def call(channel: grpc.Channel, service: str, method: str, request: Message | bytes, *, timeout: float | None = DEADLINE_S) -> Any:
     """One call, by the names in the proto file; bytes are sent as they are."""
     reply: Callable[[bytes], Message] = getattr(pb, f"{method}Reply").FromString
-    send = channel.unary_unary(
-        f"/pathfed.control.v1.{service}/{method}",
-        request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
-        response_deserializer=reply,
-    )
-    return send(request, timeout=timeout)
+    send = channel.unary_unary(f"/pathfed.control.v1.{service}/{method}", response_deserializer=reply)
+    return send(request if isinstance(request, bytes) else request.SerializeToString(), timeout=timeout)
 
 
 @contextmanager
@@ -112,7 +108,7 @@ def control_channel(home: ServerHome, peer: Peer | None, *, authorities: bytes |
         yield channel
 
 
-def enroll(home: ServerHome, request: pb.EnrollRequest | bytes, **options: Any) -> pb.EnrollReply:
+def enroll(home: ServerHome, request: pb.EnrollRequest | bytes, **options: Any) -> Any:
     with enrolment_channel(home) as channel:
         return call(channel, "Enrolment", "Enroll", request, **options)
 
@@ -124,4 +120,5 @@ def control(home: ServerHome, peer: Peer | None, method: str, request: Message |
 
 def code_of(error: grpc.RpcError) -> str | None:
     """The stable code of a refused call."""
-    return dict(error.trailing_metadata() or ()).get("pathfed-code")
+    found = [str(each.value) for each in error.trailing_metadata() or () if each.key == "pathfed-code"]
+    return found[0] if found else None

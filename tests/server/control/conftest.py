@@ -8,6 +8,7 @@ import grpc
 import pytest
 from control_peer import Peer, code_of, enroll
 
+from pathfed_common.ids import SiteName
 from pathfed_server import app, members
 from pathfed_server.control import start_control
 from pathfed_server.db.sql_store import SqlStore
@@ -39,7 +40,7 @@ def enrolled(serving: ServerHome) -> Callable[[str], Peer]:
     """A site that has gone the whole way: invited, asked, compared, admitted."""
 
     def make(name: str) -> Peer:
-        peer, invitation = Peer.make(name), members.invite(serving.root, name, hours=1).text
+        peer, invitation = Peer.make(name), members.invite(serving.root, SiteName(name), hours=1).text
         enroll(serving, peer.request(invitation))
         members.admit(serving.root, peer.name, peer.fingerprint)
         return peer.certified(enroll(serving, peer.request(invitation)))
