@@ -743,6 +743,89 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "Copy the whole folder again. A run that is still going has no complete record yet.",
         "both",
     ),
+    Code.RUN_UNFINISHED: CatalogEntry(
+        "The run is not finished",
+        "Only a finished run has an encoder to release: every round of its plan committed, and the encoder exported into its record.",
+        "Wait for the run to finish, or resume it. `pathfed-server run status` shows where it stands.",
+        "operator",
+    ),
+    Code.QUORUM_MISSING: CatalogEntry(
+        "Too few sites have co-signed the log",
+        "A release counts once more than half of the enrolled sites have co-signed a checkpoint of the log that contains it, and more "
+        "than half of those enrolled before each admission and revocation have co-signed that. With fewer, the operator alone could "
+        "show two histories to two readers.",
+        "At the server: wait until the sites that the message names are connected and have co-signed, then run the command again. "
+        "At a reader: the bundle does not verify; ask the operator for one with a quorum.",
+        "both",
+    ),
+    Code.BUNDLE_UNREADABLE: CatalogEntry(
+        "Not a bundle or record that can be read",
+        "There is no release and no run's record at this place, or it is an archive of another form. Nothing was verified, so nothing "
+        "is said about it.",
+        "Name the folder that holds `release.dsse` or `manifest.dsse`, or the tar archive of a bundle as it was handed over.",
+        "both",
+    ),
+    Code.BUNDLE_FILES: CatalogEntry(
+        "A file of the bundle is missing, extra or changed",
+        "A bundle holds exactly the files that its signed lists name, byte for byte. A file beside them could be taken for a part of "
+        "the release that nobody signed.",
+        "Get the bundle again from the operator. Keep notes of your own outside its folder.",
+        "both",
+    ),
+    Code.MODEL_SIGNATURE: CatalogEntry(
+        "The model signature does not verify",
+        "The OpenSSF signature is not by the key that the release names, or its files are not those of the encoder's folder.",
+        "Do not use the encoder. Get the bundle again, and if it still fails, ask the operator.",
+        "both",
+    ),
+    Code.MODEL_CARD: CatalogEntry(
+        "The model card is not what the record gives",
+        "A model card is made from plan, approvals, statements and round records. Made again, it differs from the one in the bundle: "
+        "somebody changed a figure or a sentence.",
+        "Do not believe the card. Ask the operator for a bundle as `pathfed-server release create` wrote it.",
+        "both",
+    ),
+    Code.LOG_DISAGREES: CatalogEntry(
+        "Log and record do not agree",
+        "The transparency log lacks something that the record holds, has something of this run that the record lacks, names another "
+        "digest, or has it in an order that cannot be: such as an update logged after the state that it went into.",
+        "Do not use the encoder. Keep the bundle: it is evidence. Ask the operator, and the sites that co-signed.",
+        "both",
+    ),
+    Code.EPSILON_EXCEEDED: CatalogEntry(
+        "A site's epsilon is above the plan's limit",
+        "The recorded releases of a site cost a patient more than the `privacy.epsilon_limit` of the plan which it approved, or it "
+        "says so itself. A site's ledger refuses such a round; this record says that it took place.",
+        "Tell the site. Its ledger shows what was charged: `pathfed-site ledger verify`.",
+        "both",
+    ),
+    Code.REPLAY_DIFFERS: CatalogEntry(
+        "The updates do not give the recorded states",
+        "Averaged and applied as the plan says, the retained updates give a state with another digest than the record's: the "
+        "recorded state is not the aggregate of the updates that the sites signed.",
+        "Repeat it on a machine with the pinned torch release. If it still differs, do not use the encoder, and ask the operator.",
+        "both",
+    ),
+    Code.UPDATE_MISSING: CatalogEntry(
+        "An update for the replay is missing or another",
+        "To recompute the states, every admitted update is needed as its site signed it: `round-0001/<site>.safetensors` and so on. "
+        "One is missing, cannot be read, or has another digest than its statement.",
+        "Give the folder `updates` of the server's record. Updates are there where `retain_updates` was on in server.toml.",
+        "both",
+    ),
+    Code.AGGREGATION_UNPROVEN: CatalogEntry(
+        "The aggregation was not recomputed",
+        "Everything that was checked holds, but nothing shows that the states are the aggregate of the updates: for that they must be "
+        "recomputed from the updates themselves.",
+        "Ask the operator for the retained updates, and verify again with `--replay`.",
+        "both",
+    ),
+    Code.EVALUATION_UNREADABLE: CatalogEntry(
+        "Not an evaluation that a model card can show",
+        "An evaluation is a JSON object with a text or a number for each figure, 100 at most, with names of 1 to 100 characters.",
+        'Write it as {"balanced accuracy, kNN, held-out hospital": 0.91}, and run the command again.',
+        "operator",
+    ),
     Code.LOG_MISMATCH: CatalogEntry(
         "Database and log disagree",
         "A row of the database is not what the transparency log says was recorded: it was changed, removed or put in without the log. The "
@@ -882,6 +965,22 @@ _HOST: dict[Code, CatalogEntry] = {
         "Nothing was charged.",
         "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, "
         "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
+        "site",
+    ),
+    Code.EGRESS_RECORD_DAMAGED: CatalogEntry(
+        "The egress record is gone or damaged",
+        "The site's record of what left it cannot be found or read, or an entry of it was changed, dropped, swapped or added. Nothing "
+        "leaves a site that cannot write it down.",
+        "Keep the file as evidence and find out what happened to it. To go on, put an empty file in its place (`touch egress.db`, mode "
+        "0600): a new record begins there. Write down when and why.",
+        "site",
+    ),
+    Code.EGRESS_RECORD_BEHIND: CatalogEntry(
+        "The egress record lacks a head that was noted",
+        "A head of the egress record that was written down before is not in its chain: its end was cut off, it was put back to an earlier "
+        "state, or another record lies in its place.",
+        "Check that the noted head is this site's. If it is, keep the file and ask who had access to this machine since it was noted; the "
+        "firewall's logs of this site's connections show what left meanwhile.",
         "site",
     ),
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
@@ -80,7 +80,7 @@ def start(home: Home = HOME, as_json: Json = False) -> None:
     """Serve sites and carry out runs, until Ctrl-C."""
     from pathfed_server import app as server
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     server.serve(
         home,
         lambda line: (

@@ -5,7 +5,7 @@ and nothing more: whose card it is, people settle by comparing key texts over an
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
@@ -22,6 +22,9 @@ SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
 APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
 CARD_CHANGE_TYPE = "application/vnd.pathfed.site-card-change.v1+json"
 PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
+
+_LONGEST_PUBLIC_NAME = 120
+_NAME_SIGNS = " .,:'&()/+-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class Approval(Value):
         declared_patients: the public lower bound of its cohort, N_public.
         reply_slots: whether its replies wait for public time slots.
         approved_at: UTC seconds.
+        named_as: what a release's model card may call the site; empty: it is counted there and not named. Left out of the bytes where it
+            is empty, so that approvals made before there was such a field stay what they are.
     """
 
     site: SiteName
@@ -115,10 +120,22 @@ class Approval(Value):
     declared_patients: int
     reply_slots: bool
     approved_at: UtcSeconds
+    named_as: str = ""
 
     def _check(self) -> None:
         if self.declared_patients < 1:
             raise ValueError(f"declared_patients must be at least 1, got {self.declared_patients}")
+        check_public_name(self.named_as)
+
+    def plain(self) -> dict[str, Any]:
+        """The approval as a JSON object."""
+        raw = super().plain()
+        return raw if self.named_as else {name: value for name, value in raw.items() if name != "named_as"}
+
+    @classmethod
+    def from_plain(cls, raw: object) -> Self:
+        """See `Value.from_plain`."""
+        return super().from_plain({"named_as": "", **raw} if isinstance(raw, dict) else raw)
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The approval, signed by the site's evidence key."""
@@ -132,6 +149,17 @@ class Approval(Value):
             ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
         """
         return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
+
+
+def check_public_name(text: str) -> str:
+    """Check what a hospital may be called in public; empty is allowed.
+
+    Raises:
+        ValueError: longer than 120 characters, or with more than letters, digits, inner spaces and .,:'&()/+- in it: it stands in a page.
+    """
+    if len(text) > _LONGEST_PUBLIC_NAME or text != text.strip() or not all(sign.isalnum() or sign in _NAME_SIGNS for sign in text):
+        raise ValueError(f"a public name is at most {_LONGEST_PUBLIC_NAME} letters, digits and {_NAME_SIGNS!r}, got {text[:130]!r}")
+    return text
 
 
 def seal_card_change(card: bytes, key: SigningKey) -> bytes:
