@@ -87,7 +87,7 @@ class Peer:
 def call(channel: grpc.Channel, service: str, method: str, request: Message | bytes, *, timeout: float | None = DEADLINE_S) -> Any:
     """One call, by the names in the proto file; bytes are sent as they are."""
     reply: Callable[[bytes], Message] = getattr(pb, f"{method}Reply").FromString
-    send = channel.unary_unary(f"/pathfed.control.v1.{service}/{method}", response_deserializer=reply)
+    send: Callable[..., Any] = channel.unary_unary(f"/pathfed.control.v1.{service}/{method}", response_deserializer=reply)
     return send(request if isinstance(request, bytes) else request.SerializeToString(), timeout=timeout)
 
 
