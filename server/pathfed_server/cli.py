@@ -12,6 +12,7 @@ from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.operators import Role, opened_by
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
@@ -125,9 +126,7 @@ def plan_publish(
 @plan_app.command("list")
 def plan_list(home: Home = HOME, as_json: Json = False) -> None:
     """List the published plans."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         rows = [
             {
                 "plan": row.digest,
@@ -193,8 +192,7 @@ def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: 
     """Stop a run before its next round. What is committed stays."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.stop_run(run_name(run), at=time.time())
+    server.stop_run(home, run_name(run))
     show({"run": run, "state": "stopped"}, as_json=as_json)
 
 
@@ -203,8 +201,7 @@ def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home
     """Let a failed or stopped run go on from its last committed round."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.reopen_run(run_name(run), at=time.time())
+    server.resume_run(home, run_name(run))
     show({"run": run, "state": "planned"}, as_json=as_json)
 
 
@@ -215,9 +212,7 @@ def run_status(
     as_json: Json = False,
 ) -> None:
     """Show where runs stand."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         runs = store.runs() if run is None else [store.run(run_name(run))]
         rows = [
             {
@@ -244,7 +239,8 @@ def run_report(
     from pathfed_server import reporting
     from pathfed_server.home import ServerHome
 
-    reporting.write_report(ServerHome(home), run_name(run), out)
+    with opened_by(home, Role.AUDITOR):
+        reporting.write_report(ServerHome(home), run_name(run), out)
     show({"run": run, "report": str(out)}, as_json=as_json)
 
 
