@@ -56,7 +56,7 @@ def _address(text: str) -> Address:
 
 async def serve(home: SiteHome, port: int, tunnel_port: int | None) -> PathfedError | None:
     """Serve until asked to end; the error, where a server's certificate was refused."""
-    mbit = home.policy.upload_mbit_per_s
+    mbit = home.policy.bandwidth_mbit_s
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

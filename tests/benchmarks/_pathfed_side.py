@@ -22,7 +22,7 @@ from pathfed_client import app as client
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings
 from pathfed_client.transport.relay_certificate import make_certificate
-from pathfed_client.transport.site_engine import SiteFiles, start_site
+from pathfed_client.transport.site_engine import SiteFiles, start_relay, start_site
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections
 from pathfed_local.generator import generate_hospitals
@@ -101,8 +101,10 @@ class PathfedSide:
                 logs=site.logs,
                 runner=["env", f"{TRAIN_S}={self.train_s}", *runner, str(site.root)],
                 threads=1,
+                supernode_lock=site.lock("supernode"),
             )
-            start_site(self._owner(_StockSuperNode if self.stock_supernode else Supervisor), files)
+            supervisor = self._owner(_StockSuperNode if self.stock_supernode else Supervisor)
+            start_site(supervisor, files, start_relay(supervisor, files))
 
     def _owner(self, kind: type[Supervisor]) -> Supervisor:
         """One for the server and one for each site, as each would have."""

@@ -12,7 +12,7 @@ brings mutual TLS of its own, and is counted all the same. Guarantees:
 - **Constant memory.** One part of 64 kB at most in each direction waits in each connection; whoever reads slowly slows the other side down.
 - **No connection hangs.** A peer that is gone without a word, one that takes nothing for `STALL_S`, and a connection where nothing moves
   for `IDLE_S` are given up; a reset on either side ends both.
-- **Limited.** What leaves keeps to the site's `upload_mbit_per_s`, over all connections.
+- **Limited.** What leaves keeps to the site's `bandwidth_mbit_s`, over all connections.
 
 Where the server cannot be reached, SuperNode is answered `503`, which it takes as a reason to try again.
 """

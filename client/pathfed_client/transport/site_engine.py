@@ -9,6 +9,8 @@ from pathfed_common.flower_environment import flower_environment
 from pathfed_common.processes import ProcessSpec, Supervisor, free_port
 
 LOOPBACK = "127.0.0.1"
+#: Environment variable with the path of the lock that a SuperNode holds while it lives.
+LOCK_VARIABLE = "PATHFED_SUPERNODE_LOCK"
 _RESTARTS = 1000
 #: SuperLink refuses a SuperNode's return until it has noticed that the old one is gone (exit status 305, up to a minute).
 _SUPERNODE_DELAY_S = 5.0
@@ -29,6 +31,7 @@ class SiteFiles:
         logs: folder of logs.
         runner: command of the runner; the SuperNode's address is appended.
         threads: CPU threads the runner's libraries may use.
+        supernode_lock: held by the SuperNode while it lives.
     """
 
     relay: Sequence[str]
@@ -39,29 +42,44 @@ class SiteFiles:
     logs: Path
     runner: Sequence[str]
     threads: int
+    supernode_lock: Path
 
 
-def start_site(supervisor: Supervisor, files: SiteFiles) -> int:
-    """Start relay, SuperNode and runner, and wait for none. SuperNode knows the relay's port alone, and no way to the server but that.
+@dataclass(frozen=True)
+class RelayPorts:
+    """Where the relay listens on the loopback: for SuperNode, and for the control plane's tunnel."""
 
-    Each is watched from its first moment on: a SuperNode that the server does not let in ends within seconds, which is told, with its
-    reason, as it would be later (`Supervisor.poll`), and tried again. The runner waits for the SuperNode by itself.
+    fleet: int
+    tunnel: int
 
-    Returns:
-        The port of the relay's tunnel to the control plane, on the loopback.
+
+def start_relay(supervisor: Supervisor, files: SiteFiles) -> RelayPorts:
+    """Start the relay, once for as long as the site runs, and do not wait for it: who wants out tries again until it listens.
 
     Raises:
         HostError: PF907, a command is missing.
     """
-    relay_port, tunnel_port, port = free_port(), free_port(), free_port()
-    relay = [*files.relay, str(relay_port), str(tunnel_port)]
-    supervisor.start(
-        ProcessSpec(name="relay", argv=relay, log=files.logs / "relay.log", restarts=_RESTARTS, restart_delay_s=_RELAY_DELAY_S)
-    )
+    ports = RelayPorts(free_port(), free_port())
+    relay = [*files.relay, str(ports.fleet), str(ports.tunnel)]
+    log = files.logs / "relay.log"
+    supervisor.start(ProcessSpec(name="relay", argv=relay, log=log, restarts=_RESTARTS, restart_delay_s=_RELAY_DELAY_S))
+    return ports
+
+
+def start_site(supervisor: Supervisor, files: SiteFiles, ports: RelayPorts) -> None:
+    """Start SuperNode and runner, and wait for neither. SuperNode knows the relay's port alone, and no way to the server but that.
+
+    Each is watched from its first moment on: a SuperNode that the server does not let in ends within seconds, which is told, with its
+    reason, as it would be later (`Supervisor.poll`), and tried again. The runner waits for the SuperNode by itself.
+
+    Raises:
+        HostError: PF907, a command is missing.
+    """
+    port = free_port()
     environment = flower_environment(files.flower)
     supernode = [
         *(sys.executable, "-m", "pathfed_client.transport.supernode"),
-        *("--root-certificates", str(files.relay_ca), "--superlink", f"{LOOPBACK}:{relay_port}"),
+        *("--root-certificates", str(files.relay_ca), "--superlink", f"{LOOPBACK}:{ports.fleet}"),
         *("--auth-supernode-private-key", str(files.flower_key)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.superexec_secret)),
         *("--host", LOOPBACK, "--port", str(port)),
@@ -71,7 +89,7 @@ def start_site(supervisor: Supervisor, files: SiteFiles) -> int:
             name="supernode",
             argv=supernode,
             log=files.logs / "supernode.log",
-            environment=environment,
+            environment=environment | {LOCK_VARIABLE: str(files.supernode_lock)},
             restarts=_RESTARTS,
             restart_delay_s=_SUPERNODE_DELAY_S,
         )
@@ -81,4 +99,3 @@ def start_site(supervisor: Supervisor, files: SiteFiles) -> int:
     supervisor.start(
         ProcessSpec(name="runner", argv=runner, log=files.logs / "runner.log", environment=environment | threads, restarts=_RESTARTS)
     )
-    return tunnel_port

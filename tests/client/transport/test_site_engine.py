@@ -3,7 +3,7 @@
 import sys
 import time
 
-from pathfed_client.transport.site_engine import SiteFiles, start_site
+from pathfed_client.transport.site_engine import SiteFiles, start_relay, start_site
 from pathfed_common.processes import ProcessEnd, Supervisor
 
 
@@ -19,11 +19,12 @@ def test_a_supernode_that_ends_at_once_is_told_later_and_does_not_end_the_site(t
         logs=tmp_path / "logs",
         runner=[sys.executable, "-c", "import time; time.sleep(600)"],
         threads=1,
+        supernode_lock=tmp_path / "supernode.lock",
     )
     supervisor = Supervisor()
     ends: list[ProcessEnd] = []
     try:
-        start_site(supervisor, files)
+        start_site(supervisor, files, start_relay(supervisor, files))
         assert {"relay", "runner"} <= set(supervisor.pids())
         until = time.monotonic() + 120
         while not ends and time.monotonic() < until:
