@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import grpc
 import pytest
@@ -132,8 +131,8 @@ def test_a_call_without_a_sensible_deadline_is_refused(serving, enrolled, refuse
 def test_nothing_but_our_methods_and_health_is_there(serving, enrolled):
     with control_channel(serving, enrolled("north")) as inside, enrolment_channel(serving) as outside:
         for path in ("/pathfed.control.v1.Control/Shutdown", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+            raw: Callable[..., bytes] = inside.unary_unary(path)
             with pytest.raises(grpc.RpcError) as caught:
-                raw: Callable[..., bytes] = inside.unary_unary(path)
                 raw(b"", timeout=DEADLINE_S)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         with pytest.raises(grpc.RpcError) as caught:
