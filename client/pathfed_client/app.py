@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,6 @@ from pathfed_common.provenance.documents import open_plan
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
     from pathfed_client.gate.ports import Refusals
     from pathfed_client.io.inspection import Inspection
@@ -289,15 +288,15 @@ def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
 
 
 def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
-    """The ledger, checked as before a charge, with epsilon recomputed from its events by three accountants.
+    """The ledger, checked as before a charge, with epsilon as the last entry states it (`Ledger.stated`).
 
     Raises:
-        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other; PF308 to PF310, see `open_ledger`.
+        PrivacyError: PF304, the ledger is damaged; PF305, a test shows more than the last entry states; PF308 to PF310, see `open_ledger`.
     """
     ledger = open_ledger(home, store)
     entries = ledger.entries()
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, ledger.stated(entries)),
         "entries": [
             {
                 "sequence": entry.sequence,
@@ -325,36 +324,34 @@ def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -
         heads: a file of heads, or a run's record whose statements of this site name some; see `io.outside_heads`.
 
     Raises:
-        PrivacyError: PF304, PF305, PF308 to PF310, as `ledger_report`.
+        PrivacyError: PF304, PF308 to PF310, as `ledger_report`; PF305, the accountants contradict each other.
         HostError: PF905, `heads` names no head of this site, or is not such a file; PF904, it cannot be read.
     """
     from pathfed_client.io.ledger_head import site_ledger
     from pathfed_client.io.outside_heads import OutsideHeads
+    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
 
     outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
     ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
     entries = ledger.verify()
+    events, delta = [entry.event for entry in entries], home.policy.delta
+    bracket = prv_estimate(events, delta)
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, check_accountants(events, delta)),
+        "epsilon_rdp_bound": rdp_epsilon(events, delta),
+        "epsilon_prv": None if bracket is None else list(bracket),
         "releases": len(entries),
         "statements_compared": len(store.stated_heads()),
         "heads_compared": sum(len(witness.heads()) for witness in outside),
     }
 
 
-def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerEntry]") -> dict[str, Any]:
-    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
-
-    events = [entry.event for entry in entries]
-    delta = home.policy.delta
-    bracket = prv_estimate(events, delta)
+def _ledger_figures(home: SiteHome, ledger: "Ledger", epsilon: float) -> dict[str, Any]:
     return {
         "site": home.name,
         "head": ledger.head,
-        "delta": delta,
-        "epsilon": check_accountants(events, delta),
-        "epsilon_rdp_bound": rdp_epsilon(events, delta),
-        "epsilon_prv": None if bracket is None else list(bracket),
+        "delta": home.policy.delta,
+        "epsilon": epsilon,
         "max_epsilon": home.policy.max_epsilon,
     }
 
