@@ -5,7 +5,7 @@ server are handed over; where the log has grown, published plans are fetched; an
 away, or refuses, is asked again after a time that grows. Nothing that fails here stops training: what stops it is the site's own ledger,
 and that the server offers nothing.
 
-Run as `python -m pathfed_client.control.agent HOME`.
+Run as `python -m pathfed_client.control.agent HOME [TUNNEL_PORT]`.
 """
 
 import logging
@@ -44,14 +44,21 @@ class Agent:
     """Talks to the server for one site."""
 
     def __init__(
-        self, home: SiteHome, store: SiteStore, outlet: Outlet, *, now: Callable[[], float] = time.time, patience: Patience | None = None
+        self,
+        home: SiteHome,
+        store: SiteStore,
+        outlet: Outlet,
+        *,
+        tunnel: int | None = None,
+        now: Callable[[], float] = time.time,
+        patience: Patience | None = None,
     ) -> None:
-        """Take the site.
+        """Take the site; `tunnel` is the loopback port of its relay that leads to the control plane.
 
         Raises:
             TransportError: PF430, the home is not enrolled.
         """
-        self._home, self._store, self._outlet, self._now = home, store, outlet, now
+        self._home, self._store, self._outlet, self._tunnel, self._now = home, store, outlet, tunnel, now
         self._patience = patience or Patience()
         self._client: ControlClient | None = None
         self._log_size: int | None = None
@@ -122,6 +129,7 @@ class Agent:
                 certificate=self._home.certificate_file.read_bytes(),
                 key=self._home.keys.tls_key(),
                 outlet=self._outlet,
+                tunnel=self._tunnel,
                 patience=self._patience,
             )
         return self._client
@@ -187,7 +195,7 @@ class Agent:
             _log.error("ALARM %s: %s", code.value, what)
 
 
-def main(root: Path) -> None:
+def main(root: Path, tunnel: int | None = None) -> None:
     """The agent's process.
 
     Raises:
@@ -196,11 +204,11 @@ def main(root: Path) -> None:
     home = SiteHome(root)
     with closing(SiteStore(home.database)) as store, EgressLog(home.egress) as egress:
         # The first pass does not wait for a server that is away: training waits for the first pass.
-        first = Agent(home, store, Outlet(egress), patience=Patience(attempts=1))
+        first = Agent(home, store, Outlet(egress), tunnel=tunnel, patience=Patience(attempts=2))
         with closing(first):
             first.pass_once()
         store.set_facts({PASSES: f"{time.time()} 0"})
-        with closing(Agent(home, store, Outlet(egress))) as agent:
+        with closing(Agent(home, store, Outlet(egress), tunnel=tunnel)) as agent:
             agent.run()
 
 
@@ -208,4 +216,4 @@ if __name__ == "__main__":
     from pathfed_common.console import log_to_stderr
 
     log_to_stderr()
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

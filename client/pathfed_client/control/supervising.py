@@ -13,8 +13,14 @@ _RESTARTS = 1000
 _LOOK_EVERY = 8  # ticks of the owner's loop
 
 
-def start_agent(home: SiteHome, store: SiteStore, supervisor: Supervisor) -> None:
+def start_agent(home: SiteHome, store: SiteStore, supervisor: Supervisor, tunnel: int) -> None:
     """Start the agent and wait for its first pass, so that what the log knows is known before anything is trained.
+
+    Args:
+        home: the site.
+        store: its database.
+        supervisor: owns the process.
+        tunnel: loopback port of the relay that leads to the control plane.
 
     Raises:
         HostError: PF903, it ended or did not come to its first pass.
@@ -23,7 +29,7 @@ def start_agent(home: SiteHome, store: SiteStore, supervisor: Supervisor) -> Non
     supervisor.start(
         ProcessSpec(
             name="agent",
-            argv=[sys.executable, "-m", "pathfed_client.control.agent", str(home.root)],
+            argv=[sys.executable, "-m", "pathfed_client.control.agent", str(home.root), str(tunnel)],
             log=home.logs / "agent.log",
             ready=lambda: store.facts().get(PASSES) != before,
             ready_within_s=120.0,

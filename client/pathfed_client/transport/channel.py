@@ -4,6 +4,7 @@ Every call of the control plane may be repeated: the server answers the same req
 made again, after a time that grows and is partly random, so that many sites do not come back at once.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from google.protobuf.message import Message
 
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
-from pathfed_client.transport.proxy import Proxy
+from pathfed_client.transport.dial import Address, WebProxy, proxy_for
 from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode, PathfedError, TransportError, error_from_dict
 
@@ -61,6 +62,7 @@ class Calls:
         *,
         deadline_s: float = DEADLINE_S,
         outlet: Outlet,
+        tunnel: int | None = None,
         patience: Patience | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -71,14 +73,19 @@ class Calls:
             service: full name of the service.
             credentials: TLS credentials.
             outlet: writes down what leaves.
+            tunnel: loopback port of the site's relay, which leads to `address`; None: the way out is the web proxy's, or direct.
             deadline_s: of each call, seconds.
             patience: how lost calls are made again.
             sleep: waits.
 
         Raises:
-            HostError: PF905, `https_proxy` is no proxy's address.
+            TransportError: PF451, `https_proxy` is no proxy's address; PF433, `address` is not HOST:PORT.
         """
-        proxy = Proxy.of_environment(address.rpartition(":")[0])
+        try:
+            there = Address.parse(address)
+        except ValueError as error:
+            raise answer_unusable(f"the server's address cannot be used: {error}", address) from None
+        proxy = None if tunnel is not None else proxy_for(there, os.environ)
         options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", _MOST_BYTES),
             ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
@@ -88,8 +95,10 @@ class Calls:
             ("grpc.enable_http_proxy", int(proxy is not None)),
         ]
         if proxy is not None:
-            options.append(proxy.channel_option())
-        self._channel = grpc.secure_channel(address, credentials, options=options)
+            options.append(("grpc.http_proxy", _proxy_option(proxy)))
+        if tunnel is not None:
+            options.append(("grpc.ssl_target_name_override", there.host))
+        self._channel = grpc.secure_channel(address if tunnel is None else f"127.0.0.1:{tunnel}", credentials, options=options)
         self._address, self._service, self._deadline_s = address, service, deadline_s
         self._patience = patience or Patience()
         self._outlet, self._sleep = outlet, sleep
@@ -125,6 +134,11 @@ class Calls:
             f"/{self._service}/{method}", request_serializer=None, response_deserializer=reply.FromString
         )
         return made(data, timeout=self._deadline_s)
+
+
+def _proxy_option(proxy: WebProxy) -> str:
+    user = "" if proxy.credentials is None else f"{proxy.credentials}@"
+    return f"http://{user}{proxy.address}"
 
 
 def as_error(error: grpc.RpcError, address: str) -> PathfedError:

@@ -49,7 +49,15 @@ class ControlClient:
     """Calls of one site. A context manager; methods raise as `Calls.call`."""
 
     def __init__(
-        self, address: str, *, ca: bytes, certificate: bytes, key: bytes, outlet: Outlet, patience: Patience | None = None
+        self,
+        address: str,
+        *,
+        ca: bytes,
+        certificate: bytes,
+        key: bytes,
+        outlet: Outlet,
+        tunnel: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """Prepare the channel.
 
@@ -59,13 +67,14 @@ class ControlClient:
             certificate: the site's certificate, PEM.
             key: its private key, PEM.
             outlet: writes down what leaves.
+            tunnel: loopback port of the site's relay that leads there; None: no relay.
             patience: how lost calls are made again.
 
         Raises:
-            HostError: PF905, `https_proxy` is no proxy's address.
+            TransportError: PF451, `https_proxy` is no proxy's address.
         """
         credentials = grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=certificate)
-        self._calls = Calls(address, _SERVICE, credentials, outlet=outlet, patience=patience)
+        self._calls = Calls(address, _SERVICE, credentials, outlet=outlet, tunnel=tunnel, patience=patience)
 
     def __enter__(self) -> Self:
         return self

@@ -4,9 +4,12 @@ Nothing of the server is known yet but the pin. One TLS connection is opened tha
 certificates that the server shows; the one with the pinned key becomes the only CA that the enrolment itself trusts.
 """
 
+import asyncio
+import os
 import ssl
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import grpc
 from cryptography import x509
@@ -15,13 +18,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.transport.channel import Calls, Patience, answer_unusable
-from pathfed_client.transport.proxy import connect
+from pathfed_client.transport.dial import Address, close, connect, proxy_for, secure
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.protocol.invitation import Invitation, ca_pin
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Enrolment"].full_name
-_WITHIN_S = 10.0
 
 
 class EnrolmentState(Enum):
@@ -53,8 +55,7 @@ def pinned_ca(invitation: Invitation) -> bytes:
     """The CA certificate that the server shows and the invitation pins, PEM.
 
     Raises:
-        TransportError: PF403, nobody answers; PF431, no certificate that it shows has the pinned key.
-        HostError: PF905, `https_proxy` is no proxy's address.
+        TransportError: PF403, nobody answers; PF451, the web proxy refuses; PF431, no certificate that it shows has the pinned key.
     """
     for shown in _shown_certificates(invitation.enrolment_address):
         pem = x509.load_der_x509_certificate(shown).public_bytes(Encoding.PEM)
@@ -75,7 +76,6 @@ def request_enrolment(
 
     Raises:
         PathfedError: the server's code, such as PF412; PF401, PF403, PF433: see `Calls.call`.
-        HostError: PF905, `https_proxy` is no proxy's address.
     """
     calls = Calls(
         invitation.enrolment_address, _SERVICE, grpc.ssl_channel_credentials(root_certificates=ca), outlet=outlet, patience=patience
@@ -97,24 +97,21 @@ def _shown_certificates(address: str) -> list[bytes]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    try:
-        with (
-            connect(address, _WITHIN_S) as connection,
-            context.wrap_socket(connection, server_hostname=address.rpartition(":")[0]) as secured,
-        ):
-            return _unverified_chain(secured)
-    except (OSError, ValueError) as error:
-        raise TransportError(
-            ErrorCode.SERVER_UNREACHABLE,
-            f"the server cannot be reached: {error}",
-            where=address,
-            remedy="check the address in the invitation, the firewall (outbound TCP), the proxy, and that the server runs",
-        ) from error
+    return asyncio.run(_look(Address.parse(address), context))
 
 
-def _unverified_chain(secured: ssl.SSLSocket) -> list[bytes]:
-    """`SSLSocket.get_unverified_chain` came with Python 3.13; before, the same method is on the object behind it."""
+async def _look(there: Address, context: ssl.SSLContext) -> list[bytes]:
+    proxy = proxy_for(there, os.environ)
+    with await connect(there, proxy) as connection:
+        _, writer = await secure(connection, there, proxy, context)
+        try:
+            return _unverified_chain(writer.get_extra_info("ssl_object"))
+        finally:
+            await close(writer)
+
+
+def _unverified_chain(secured: Any) -> list[bytes]:
+    """`SSLObject.get_unverified_chain` came with Python 3.13; before, the same method is on the object behind it."""
     if hasattr(secured, "get_unverified_chain"):
         return list(secured.get_unverified_chain())
-    chain = secured._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
-    return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in chain or ()]
+    return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in secured._sslobj.get_unverified_chain() or ()]

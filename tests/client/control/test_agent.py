@@ -16,7 +16,7 @@ from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_keys import KeyKind, fingerprints
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.transport.channel import Patience
-from pathfed_client.transport.proxy import Proxy
+from pathfed_client.transport.dial import Address, WebProxy
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.plan import load_plan
@@ -353,7 +353,7 @@ def test_an_answer_in_words_of_a_later_version_is_refused_with_a_code(site, serv
 
 
 def test_secrets_show_in_no_repr(site):
-    assert "word" not in repr(Proxy("host", 1, "user:password"))
+    assert "word" not in repr(WebProxy(Address("host", 1), "user:password"))
     key = site.home.keys.tls_key().decode()[40:80]
     for value in (site.agent, site.home, site.home.keys, site.agent._client, site.home.evidence_key):
         assert key not in repr(value)
