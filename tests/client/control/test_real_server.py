@@ -4,18 +4,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from datetime import UTC, datetime
 
 import pytest
 from real_control import RealServer, Site, serving_in
 
 from pathfed_client.control.agent import PASSES
 from pathfed_client.control.rotating import rotate
+from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
 from pathfed_client.io.site_keys import KeyKind
+from pathfed_client.transport.relay_certificate import make_certificate
 from pathfed_common.errors import PathfedError, TransportError
 from pathfed_common.ids import SiteName
+from pathfed_common.processes import accepts_connections, free_port
 from pathfed_common.provenance.log_leaves import KeyRotated, PlanApproved, SiteAdmitted, read_leaf
 from pathfed_server import members
 
@@ -121,12 +124,18 @@ def test_a_new_authority_is_taken_up_by_itself(server, make):
     assert site.reopened().pass_once()
 
 
-def test_the_agents_process_looks_and_ends_when_told(server, make):
+def test_the_agents_process_looks_through_the_relay_and_ends_when_told(server, make):
     site = make("process")
-    log = (site.home.logs / "agent.log").open("wb")
-    with log:
+    ports = [str(free_port()), str(free_port())]
+    make_certificate(site.home.relay_files, "127.0.0.1", now=datetime.now(UTC))
+    log = site.home.logs / "agent.log"
+    with log.open("wb") as out:
+        relay = subprocess.Popen([sys.executable, "-m", "pathfed_client.relaying", str(site.home.root), *ports], stdout=out, stderr=out)
+        while not accepts_connections("127.0.0.1", int(ports[1])):
+            assert relay.poll() is None
+            time.sleep(0.1)
         process = subprocess.Popen(
-            [sys.executable, "-m", "pathfed_client.control.agent", str(site.home.root)], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "pathfed_client.control.agent", str(site.home.root), ports[1]], stdout=out, stderr=out
         )
     try:
         last = time.monotonic() + 60
@@ -135,6 +144,12 @@ def test_the_agents_process_looks_and_ends_when_told(server, make):
             time.sleep(0.1)
         assert site.store.facts()["agent_code"] == ""
     finally:
-        process.terminate()
-        process.wait(20)
-    assert Path(log.name).read_text().count("Traceback") == 0
+        for child in (process, relay):
+            child.terminate()
+            child.wait(20)
+    assert log.read_text().count("Traceback") == 0
+    sent = [entry.sent for entry in site.record.entries()]
+    there = {site.home.server_card.control_address}
+    assert {one.destination for one in sent if one.kind in (EgressKind.REPORT, EgressKind.COSIGNATURE)} == there
+    opened = [one.destination for one in sent if one.kind is EgressKind.CONNECTION_OPENED]
+    assert set(opened) == there, "one connection of the relay carried them"
