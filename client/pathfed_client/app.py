@@ -218,6 +218,7 @@ def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path
             declared_patients=declared_patients,
             reply_slots=home.policy.reply_slots,
             approved_at=UtcSeconds(time.time()),
+            named_as=home.settings.named_as,
         )
         envelope = approval.to_bytes(home.evidence_key)
         files.write_atomic(out, envelope)

@@ -27,7 +27,7 @@ from pathfed_client.io.run_secrets import RunSecrets
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import SiteName, site_name
-from pathfed_common.provenance.documents import ServerCard, SiteCard
+from pathfed_common.provenance.documents import ServerCard, SiteCard, check_public_name
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.settings import Settings, read_settings, to_toml
 
@@ -73,8 +73,15 @@ class SiteSettings(Settings):
     slides: tuple[str, ...] = Field(min_length=1)
     #: CSV export of the lab system: which slide is which patient's, and optional columns.
     patients: str
+    #: What a release's model card may call the hospital, such as "University Hospital North"; empty: it is counted there, not named.
+    named_as: str = ""
     #: Headers of the patient list's columns; a table of its own, below.
     patient_list: PatientListColumns = PatientListColumns()
+
+    @field_validator("named_as")
+    @classmethod
+    def _public_name(cls, value: str) -> str:
+        return check_public_name(value)
 
     @field_validator("slides", mode="before")
     @classmethod

@@ -25,7 +25,9 @@ run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
 app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
+release_app = typer.Typer(no_args_is_help=True, help="Release encoders, with all that a stranger needs to check them.")
 app.add_typer(run_app, name="run")
+app.add_typer(release_app, name="release")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]
@@ -328,6 +330,46 @@ def rounds(run: Annotated[str, typer.Argument(help="The run's name.")], home: Ho
     from pathfed_server import app as server
 
     show(server.round_rows(home, run_name(run)), as_json=as_json, title=f"rounds of {run}")
+
+
+@release_app.command("create")
+def release_create(
+    run: Annotated[str, typer.Argument(help="A finished run's name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; it must not exist, or be empty.")],
+    archive: Annotated[Path | None, typer.Option(help="Also pack the bundle into this tar archive.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON object of figures for the model card.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the sites' co-signatures.")] = 0.0,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Release a finished run's encoder: note it in the log, and write the bundle once enough sites have co-signed.
+
+    Without enough co-signatures it ends with PF614 and names the missing sites; run it again later, it goes on with the same release.
+    """
+    from pathfed_server import releasing
+    from pathfed_server.home import ServerHome
+
+    def tell(line: str) -> None:
+        console.err.print(line, markup=False, highlight=False)
+
+    made = releasing.create_release(ServerHome(home), run_name(run), out, archive=archive, evaluation=evaluation, wait_s=wait, tell=tell)
+    retained, admitted = made.updates
+    updates = f"{retained} of {admitted} retained" if retained else "not retained: nobody can recompute the aggregation"
+    places = {"bundle": str(made.bundle), "archive": str(made.archive) if made.archive else None}
+    show(
+        {"run": run, "release": made.digest, **places, "log_entries": made.leaves, "updates": updates},
+        as_json=as_json,
+        title="Released. Readers check it with `pathfed verify`.",
+    )
+
+
+@release_app.command("list")
+def release_list(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show every release, and which sites' co-signatures it still lacks."""
+    from pathfed_server import releasing
+    from pathfed_server.home import ServerHome
+
+    show(releasing.list_releases(ServerHome(home)), as_json=as_json, title="releases")
 
 
 def main() -> None:
