@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pathfed_client.home import SiteHome
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
@@ -85,7 +85,7 @@ def scan(
 
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     where = ScanWhere(
         workers=workers,
         slide_timeout_s=slide_timeout,
@@ -338,7 +338,7 @@ def start(home: Home = _HOME, as_json: Json = False) -> None:
     """Connect to the server and answer its offers, until Ctrl-C."""
     from pathfed_client import app as site
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
 
     site.start(SiteHome(home), console.teller(as_json=as_json))
 

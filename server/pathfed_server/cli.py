@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 from pathfed_common.errors import ErrorCode, HostError
@@ -107,7 +107,7 @@ def start(home: Home = _HOME, as_json: Json = False) -> None:
     """Serve sites and carry out runs, until Ctrl-C."""
     from pathfed_server import app as server
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     server.serve(
         home,
         lambda line: (

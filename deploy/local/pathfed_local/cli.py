@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.errors import ErrorCode, ProvenanceError
 
@@ -55,7 +55,7 @@ def demo(
     from pathfed_local.plans import demo_plan
     from pathfed_local.view import View
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     options = DemoOptions(
         out=out,
         slides=slides,
