@@ -17,6 +17,7 @@ from pathfed_common.provenance.log_quorum import Shortfall
 from pathfed_common.provenance.release_verify import quorum_error
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.operators import Role, opened_by
 from pathfed_server.provenance.log_keeper import LogFile, LogKeeper
 from pathfed_server.provenance.release import Prepared, prepare, write_archive, write_bundle
 from pathfed_server.rounds.state import RunState
@@ -65,7 +66,7 @@ def create_release(
         tell: told who is waited for.
 
     Raises:
-        RoundError: PF510, no such run.
+        RoundError: PF510, no such run; PF522, PF523, see `operators.acting`.
         ProvenanceError: PF613, the run is not finished; PF614, too few sites have co-signed, with the missing ones' names; PF624, not an
             evaluation; another code, the record does not verify.
         HostError: PF904, something is at `out` already, or a file cannot be read or written; PF901, the disk is full.
@@ -75,13 +76,13 @@ def create_release(
             ErrorCode.HOME_UNUSABLE, "something is there already and is left as it is", where=out, remedy="choose another folder"
         )
     figures = None if evaluation is None else files.read_given(evaluation)
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.OPERATOR) as (store, by):
         state = store.run(run).state
         if state is not RunState.FINISHED:
             raise ProvenanceError(ErrorCode.RUN_UNFINISHED, "only a finished run is released", where=run, value=state.value)
         origin = origin_of(home.settings.consortium)
         prepared = prepare(home.record(run), home.evidence_key, home.model_key(), origin=origin, evaluation=figures)
-        store.add_release(prepared.digest, run=run, at=time.time())
+        store.add_release(prepared.digest, run=run, at=time.time(), by=by)
         keeper = LogKeeper(store, home.evidence_key, origin, least_interval_s=0.0)
         log = _cosigned_log(store, keeper, prepared, until=time.monotonic() + wait_s, tell=tell)
     write_bundle(prepared, log.leaves, log.notes, home.evidence_key, out)
@@ -92,7 +93,7 @@ def create_release(
 
 def list_releases(home: ServerHome) -> list[dict[str, Any]]:
     """Every release, the oldest first: run, digest and time, and whether enough sites have co-signed the log since."""
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         keeper = LogKeeper(store, home.evidence_key, origin_of(home.settings.consortium), least_interval_s=0.0)
         return [
             {"run": run, "release": name, "released_at": at, "missing": sorted(_missing(store, keeper, run, name))}

@@ -28,7 +28,11 @@ from pathfed_common.privacy.accounting import PrivacyEvent
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw", "egress")
+COMMANDS = (
+    *("init", "doctor", "patients", "scan", "inspect", "start", "status", "ledger", "withdraw", "egress"),
+    *("plans", "show", "approve", "reject", "revoke", "stop", "resume", "approvers"),
+)
+GROUPS = {"ledger": ("show", "verify"), "approvers": ("add", "list", "remove")}
 
 
 def fails(done, code: str) -> None:
@@ -67,7 +71,10 @@ def test_the_commands_are_those_the_documentation_names():
     assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "ledger"), "ledger show", "ledger verify"])
+@pytest.mark.parametrize(
+    "command",
+    [*(name for name in COMMANDS if name not in GROUPS), *(f"{group} {name}" for group, names in GROUPS.items() for name in names)],
+)
 def test_every_command_has_help_and_json(site_cli, command):
     done = site_cli(*command.split(), "--help")
     assert done.status == 0
@@ -100,6 +107,31 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_showing_the_ledger_loads_no_slow_library(copy_home):
+    """torch, the accountants and Flower take seconds; a command that answers at once needs none of them."""
+    home = copy_home()
+    with closing(SiteStore(home.database)) as store:
+        ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+        ledger.charge(
+            release_id=digest.of_bytes(b"release"),
+            plan=digest.of_bytes(b"plan"),
+            run=run_name("a"),
+            round_index=1,
+            event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1),
+            plan_delta=1e-6,
+            plan_limit=100.0,
+            now=1_800_000_000.0,
+        )
+    program = (
+        "import sys; from pathfed_client.cli import app\n"
+        f"app(['ledger', 'show', '--json', '--home', {str(home.root)!r}], standalone_mode=False)\n"
+        "loaded = {'torch', 'opacus', 'dp_accounting', 'scipy', 'flwr', 'openslide'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert '"epsilon"' in shown.stdout
 
 
 def test_a_ledger_is_verified_against_heads_from_outside(site_cli, copy_home, tmp_path):
@@ -266,6 +298,15 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
         ["withdraw", "--slides-from", "PLAN"],
         ["scan", "PLAN"],
         ["approve", "PLAN", "--patients-at-least", 4],
+        ["plans"],
+        ["show", "PLAN"],
+        ["reject", "PLAN"],
+        ["revoke", "PLAN"],
+        ["stop"],
+        ["resume"],
+        ["approvers", "list"],
+        ["approvers", "add", "anna", "--key", "ed25519:x"],
+        ["approvers", "remove", "anna"],
     ],
 )
 @pytest.mark.parametrize("there", [False, True])

@@ -2,7 +2,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -124,12 +123,3 @@ def test_a_killed_process_lets_go_of_the_home_and_its_lock_is_waited_for(world, 
         other.kill()
         with hold(home, "site", patience_s=60):
             pass
-
-
-def test_the_name_for_a_card_is_checked_where_it_is_set():
-    settings: dict[str, Any] = {"name": "site-a", "slides": ("/data",), "patients": "/data/patients.csv"}
-    assert SiteSettings(**settings).named_as == ""
-    assert SiteSettings(**settings, named_as="Universitätsklinik (Nord)").named_as == "Universitätsklinik (Nord)"
-    for text in (" North", "a|b", "x\ny", "<b>", "`a`", "[a](b)", "x" * 121):
-        with pytest.raises(ValueError, match="public name"):
-            SiteSettings(**settings, named_as=text)
