@@ -18,6 +18,7 @@ from pathfed_common.provenance.log_checkpoint import origin_of
 from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.release_verify import verify_release
 from pathfed_server import app, releasing
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.log_keeper import LogKeeper
 from pathfed_server.provenance.release import prepare, write_bundle
@@ -95,7 +96,7 @@ def test_a_release_waits_for_a_quorum_and_then_verifies(server_home: ServerHome,
 
 def test_a_replay_of_the_retained_updates_gives_every_state_of_the_loop(server_home: ServerHome, finished: Keys, tmp_path: Path) -> None:
     folder = server_home.record(RUN)
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         found = store.plan(store.run(RUN).plan).plan()
     states = replay_states(
         found,
@@ -191,7 +192,7 @@ def test_a_bundle_that_would_not_verify_is_never_there(server_home: ServerHome, 
     _refused(server_home, tmp_path / "bundle")
     cosign(server_home, finished)
     origin, key = origin_of("test"), server_home.evidence_key
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         taken = LogKeeper(store, key, origin, least_interval_s=0.0).file()
     prepared = prepare(server_home.record(RUN), key, server_home.model_key(), origin=origin)
     with pytest.raises(ProvenanceError) as caught:
