@@ -20,6 +20,7 @@ COMMANDS = (
     *(("plan", name) for name in ("check", "publish", "list")),
     ("encoder", "import"),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("release", name) for name in ("create", "list")),
 )
 
 
