@@ -14,6 +14,7 @@ from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.ids import run_name as check_run_name
 from pathfed_common.ids import site_name as check_site_name
+from pathfed_server.log_cli import log_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
@@ -26,6 +27,7 @@ app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
+app.add_typer(log_app, name="log")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
 _HOME = Path("pathfed-server")

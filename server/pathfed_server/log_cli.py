@@ -1,0 +1,65 @@
+"""`pathfed-server log`: the transparency log, as the operator sees it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathfed_common.console import Json, out, show
+from pathfed_server.home import ServerHome
+
+log_app = typer.Typer(no_args_is_help=True, help="The transparency log: where it stands, and whether the database agrees with it.")
+
+_Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
+_HOME = Path("pathfed-server")
+
+
+@log_app.command("show")
+def log_show(home: _Home = _HOME, as_json: Json = False) -> None:
+    """Say how large the log is, who cosigned its latest checkpoint, and who is lacking for a quorum."""
+    from pathfed_server import logkeeping
+
+    show(logkeeping.standing(ServerHome(home)), as_json=as_json, title="The transparency log")
+
+
+@log_app.command("checkpoint")
+def log_checkpoint(
+    to: Annotated[Path | None, typer.Option("--out", help="Also write it to this file.")] = None, home: _Home = _HOME, as_json: Json = False
+) -> None:
+    """Print the latest checkpoint with its cosignatures: a C2SP signed note that anybody can verify."""
+    from pathfed_server import logkeeping
+
+    text = logkeeping.checkpoint(ServerHome(home), to)
+    if as_json:
+        show({"checkpoint": text, "file": None if to is None else str(to)}, as_json=True)
+    else:
+        out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+@log_app.command("leaves")
+def log_leaves(
+    start: Annotated[int, typer.Option(min=0, help="The first leaf.")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many to show, at most.")] = 100,
+    home: _Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """List what the log says, leaf by leaf."""
+    from pathfed_server import logkeeping
+
+    show(logkeeping.leaves(ServerHome(home), start, start + count), as_json=as_json, title="leaves")
+
+
+@log_app.command("verify")
+def log_verify(home: _Home = _HOME, as_json: Json = False) -> None:
+    """Compare every row of evidence with the log, and the log with the checkpoints that were signed."""
+    from pathfed_server import logkeeping
+
+    try:
+        report = logkeeping.verify(ServerHome(home))
+    except logkeeping.LogCheckError as error:
+        if not as_json:
+            show([asdict(finding) for finding in error.report.findings], as_json=False, title="What does not hold")
+        raise
+    shown = {"leaves": report.leaves, "checkpoints": report.checkpoints, "cosignatures": report.cosignatures, "rows": report.rows}
+    show(shown, as_json=as_json, title="The database agrees with the log, and the log with what was signed.")
