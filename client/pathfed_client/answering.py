@@ -10,6 +10,7 @@ The order of the steps is the privacy argument:
     6. seal       unless something was withdrawn since the cohort was read (then 4 again, without it); update and statement are on the
                   disk before they are sent; then the round's secret is erased
     7. wait       until the next public time slot; a failure after the charge waits too
+    8. write down what leaves, in the egress record, before it leaves; where that cannot be written, it does not
 
 Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 5).
 
@@ -34,20 +35,25 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from pathfed_client.budget.entry import LedgerEntry
 from pathfed_client.budget.ledger import Ledger
+from pathfed_client.budget.spend import charged_for
 from pathfed_client.cohort.cohort import Cohort
 from pathfed_client.cohort.withdrawal import Withdrawn
 from pathfed_client.computing import RoundComputer
+from pathfed_client.egress.entry import EgressKind, Outgoing
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
 from pathfed_client.io import site_cohort
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
 from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
@@ -59,7 +65,7 @@ from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
-from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, SiteDataError, TransportError
 from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -115,6 +121,8 @@ class SiteAnswerer:
         self._store = store
         self._now = now
         self._sleep = sleep
+        self._record = EgressLog(home.egress)
+        self._outlet = Outlet(self._record)
         self._computer = RoundComputer(home.policy)
         self._readers: TileWorkers | None = None
         torch.set_num_threads(home.policy.threads)
@@ -127,12 +135,12 @@ class SiteAnswerer:
             # What is wrong with site data is said in words that name slides; where and which value may be a path.
             _log.error("%s: %s", error.code.value, type(error).__name__ if isinstance(error, SiteDataError) else error.what)
             _log.debug("the whole error: %s", error)
-            return Answer(code=error.code.value)
+            return self._refusal(error.code, envelope)
         except Exception as error:
             # The edge towards the server: a code goes out. An exception's text and traceback may name a slide, so the log shows its type.
             _log.error("the round failed: %s at %s", type(error).__name__, _place(error))
             _log.debug("the round failed", exc_info=error)
-            return Answer(code=ErrorCode.SITE_INTERNAL.value)
+            return self._refusal(ErrorCode.SITE_INTERNAL, envelope)
 
     def _answer(self, envelope: bytes, base_state: bytes) -> Answer:
         offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
@@ -150,7 +158,41 @@ class SiteAnswerer:
         path = self._home.root / sealed.update_path
         if not path.exists() or digest.of_bytes(path.read_bytes()) != sealed.update:
             raise TransportError(ErrorCode.SITE_INTERNAL, "the sealed update's file is missing or changed", where=path)
+        self._write_down(offer, sealed, path.stat().st_size)
         return Answer(code=None, statement=sealed.statement, update=path)
+
+    def _write_down(self, offer: RoundOffer, sealed: SealedUpdate, size: int) -> None:
+        """Enter an answer in the egress record. The round's price stands where its update left first; a resend is charged nothing."""
+        resent = self._outlet.left_before(offer.run, offer.round_index)
+        charged = 0.0 if resent else charged_for(self._ledger.entries(), offer.run, offer.round_index)
+        shared = Outgoing(
+            destination=self._home.server_card.fleet_address,
+            kind=EgressKind.UPDATE,
+            size=size,
+            digest=sealed.update,
+            plan=offer.plan,
+            run=offer.run,
+            round_index=offer.round_index,
+            epsilon_charged=charged,
+        )
+        told = digest.of_bytes(sealed.statement)
+        statement = replace(shared, kind=EgressKind.STATEMENT, size=len(sealed.statement), digest=told, epsilon_charged=None)
+        self._outlet.answer(shared, statement)
+
+    def _refusal(self, code: ErrorCode, envelope: bytes) -> Answer:
+        """A code in place of an answer, written down first. Where that cannot be, the code says so; nor can the relay then let it out."""
+        try:
+            offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
+        except PathfedError:
+            about: dict[str, Any] = {}  # what is not authentic names nothing
+        else:
+            about = {"plan": offer.plan, "run": offer.run, "round_index": offer.round_index}
+        try:
+            self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.value.encode(), **about)
+        except HostError as error:
+            _log.error("%s: %s", error.code.value, error.what)
+            code = error.code
+        return Answer(code=code.value)
 
     def _approved(self, offer: RoundOffer) -> tuple[Plan, StoredApproval]:
         approval = self._store.approval(offer.plan)
@@ -192,7 +234,7 @@ class SiteAnswerer:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
         state = _open_state(base_state, plan)
-        self._computer.prepare(plan, task.mechanism, state)
+        self._computer.prepare(plan, state)
         readers = self._tile_workers(plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         entry = self._charge(task, secret)
@@ -256,8 +298,9 @@ class SiteAnswerer:
         return self._readers
 
     def close(self) -> None:
-        """End the reading processes and the ranks. Safe to call twice."""
+        """End the reading processes and the ranks, and close the egress record. Safe to call twice."""
         self._computer.close()
+        self._record.close()
         if self._readers is not None:
             self._readers.close()
             self._readers = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathfed_client.gate.site_policy import SitePolicy, check_plan
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
@@ -59,6 +60,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     made = create_home(home, settings, policy, files.read_given(server_card))
     try:
         SiteStore(made.database).close()
+        EgressLog.create(made.egress)
     except HostError:
         shutil.rmtree(made.root)
         raise
@@ -392,6 +394,16 @@ def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerE
         "epsilon_prv": None if bracket is None else list(bracket),
         "max_epsilon": home.policy.max_epsilon,
     }
+
+
+def open_egress(home: SiteHome) -> EgressLog:
+    """The record of what left this site.
+
+    Raises:
+        HostError: PF904, no site was initialised there; PF913, the record is gone.
+    """
+    home.settings  # noqa: B018 - a home that is not there is said to be missing, not its record
+    return EgressLog(home.egress)
 
 
 def start(home: SiteHome, tell: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pathfed_client.home import SiteHome
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 
@@ -85,7 +85,7 @@ def scan(
 
     here = SiteHome(home)
     _, found = site.read_signed_plan(here, plan)
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     where = ScanWhere(
         workers=workers,
         slide_timeout_s=slide_timeout,
@@ -338,7 +338,7 @@ def start(home: Home = _HOME, as_json: Json = False) -> None:
     """Connect to the server and answer its offers, until Ctrl-C."""
     from pathfed_client import app as site
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
 
     site.start(SiteHome(home), console.teller(as_json=as_json))
 
@@ -356,6 +356,36 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     show(found, as_json=False, title=f"site {found['site']}")
     for plan in plans:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
+
+
+@app.command()
+def egress(
+    since: Annotated[
+        str | None, typer.Option(help="Only what left from then on: 2026-11-30, 2026-11-30T08:00 (UTC), or an age such as 90m, 24h, 7d.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every entry and the hash chain first, and give its head to note.")
+    ] = False,
+    head: Annotated[str | None, typer.Option(help="With --verify: a head that was noted before, which must still be in the chain.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the entries as CSV, for a spreadsheet.")] = False,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Show what left this site: every message with time, destination, bytes, digest, plan, round and epsilon, and every connection's bytes.
+
+    Exit status 0: shown, and with --verify, whole. 19: the record does not verify, or cannot be read, and the code says why.
+    """
+    from pathfed_client import app as site
+    from pathfed_client import egress_view
+
+    if as_csv and as_json:
+        raise typer.BadParameter("give one of --csv and --json")
+    if head is not None and not verify:
+        raise typer.BadParameter("--head is compared by --verify")
+    start_at, noted = egress_view.moment(since), egress_view.noted_head(head)
+    with site.open_egress(SiteHome(home)) as record:
+        proven = record.verified(noted=noted) if verify else None
+        egress_view.show_record(record.entries(start_at), proven, as_csv=as_csv, as_json=as_json)
 
 
 @ledger_app.command("show")

@@ -57,10 +57,10 @@ class RoundComputer:
         #: What this round is computed with: `_compute`, or the serial engine instead.
         self._chosen = self._compute
         # Kept from round to round: what an engine compiled would be compiled again in every one.
-        self._engines: dict[tuple[Compute, PatientMechanism], Engine] = {}
+        self._engines: dict[Compute, Engine] = {}
         self._group: RankGroup | None = None
 
-    def prepare(self, plan: Plan, mechanism: PatientMechanism, state: Mapping[str, Tensor]) -> None:
+    def prepare(self, plan: Plan, state: Mapping[str, Tensor]) -> None:
         """All that can fail for public reasons, before the charge: devices, processes, memory, the base state on synthetic tiles.
 
         Raises:
@@ -80,7 +80,7 @@ class RoundComputer:
         if len(places) > 1:
             self._prepare_ranks(plan, places, state)
         elif self._model is not None:
-            self._try(self._model, plan, mechanism, state)
+            self._try(self._model, plan, state)
         self._plan = plan.digest
 
     def context(self, plan: Plan) -> dict[str, str | int]:
@@ -118,7 +118,7 @@ class RoundComputer:
         if self._model is None:
             way: Callable[..., RoundOutcome] = partial(run_round_on_ranks, self._running())
         else:
-            way = partial(_here, self._model, self._engine(self._model, plan, mechanism))
+            way = partial(_here, self._model, self._engine(self._model, plan))
         return way(
             base_state=base_state,
             cohort=cohort,
@@ -165,7 +165,7 @@ class RoundComputer:
                 except DoesNotFit:
                     self._at_once = 1  # the engine still has checkpointed blocks to try; then it is PF912
 
-    def _try(self, model: nn.Module, plan: Plan, mechanism: PatientMechanism, state: Mapping[str, Tensor]) -> None:
+    def _try(self, model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> None:
         """Try the base state with the engine that was decided; where that does not agree with the serial one, this round is the latter's.
 
         On weights that noise has carried far, a tile of one colour can have a gradient whose fp32 digits depend on the size of the pass:
@@ -175,30 +175,28 @@ class RoundComputer:
         px, k = plan.cohort.tile_px, plan.cohort.tiles_per_patient
         self._chosen = self._compute
         try:
-            engine = self._engine(model, plan, mechanism)
+            engine = self._engine(model, plan)
             try_base_state(objective=model, base_state=state, tile_px=px, tiles_per_patient=k, engine=engine)
         except PrivacyError as error:
             if error.code is not ErrorCode.ENGINE_UNFIT or plan.compute.engine != "auto":
                 raise
             _log.info("the book-keeping engine does not agree with the serial one on this base state; the serial one takes the round")
             self._chosen = replace(self._compute, engine="serial", patients_at_once=None)
-            engine = self._engine(model, plan, mechanism)
+            engine = self._engine(model, plan)
             try_base_state(objective=model, base_state=state, tile_px=px, tiles_per_patient=k, engine=engine)
 
-    def _engine(self, model: nn.Module, plan: Plan, mechanism: PatientMechanism) -> Engine:
+    def _engine(self, model: nn.Module, plan: Plan) -> Engine:
         """This round's engine."""
-        key = self._chosen, mechanism
-        if key not in self._engines:
-            self._engines[key] = make_engine(
+        if self._chosen not in self._engines:
+            self._engines[self._chosen] = make_engine(
                 model,
                 trainable(model),
-                mechanism,
                 self._chosen,
                 tiles_per_patient=plan.cohort.tiles_per_patient,
                 tile_px=plan.cohort.tile_px,
                 tiles_at_once=self._at_once,
             )
-        return self._engines[key]
+        return self._engines[self._chosen]
 
     def _first_guess(self, model: ObjectiveModule, tile_px: int, own: int, places: Sequence[torch.device], shared: int) -> int:
         """Tiles a pass takes at once: all a device has of a patient, or on the CPU as many as the policy's limit allows by estimate."""

@@ -1,6 +1,6 @@
 """A site's home folder: settings, policy, keys, database, sealed updates, logs. Everything of a client's is under it but the slides.
 
-site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db
+site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db  egress.db
 keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are
@@ -118,6 +118,11 @@ class SiteHome:
     def database(self) -> Path:
         """The site database."""
         return self.root / "site.db"
+
+    @property
+    def egress(self) -> Path:
+        """The record of what left."""
+        return self.root / "egress.db"
 
     @property
     def updates(self) -> Path:

@@ -6,11 +6,9 @@ with its family's exit status; any other error is a bug of ours and shows its tr
 
 import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -111,20 +109,6 @@ def teller(*, as_json: bool) -> Callable[[str], None]:
             out.print(f"{time.strftime('%H:%M:%SZ', time.gmtime())} {line}", soft_wrap=True, markup=False, highlight=False)
 
     return tell
-
-
-def end_on_terminate() -> None:
-    """Turn SIGTERM into KeyboardInterrupt, so that being ended and Ctrl-C take the same orderly way out.
-
-    Also heeds SIGINT where a shell started the command in the background, which would leave it ignored.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

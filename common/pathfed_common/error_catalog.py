@@ -473,6 +473,78 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
         "site",
     ),
+    Code.INVITATION_UNREADABLE: CatalogEntry(
+        "The invitation cannot be read",
+        "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
+        "Give the text exactly as `pathfed-server invite` printed it; spaces and line breaks do not matter. If it is lost, ask the "
+        "operator for another.",
+        "site",
+    ),
+    Code.INVITATION_REFUSED: CatalogEntry(
+        "The invitation is not valid",
+        "The server does not know the invitation, or it was used by another request, is too old, or was replaced by a newer one. Which of "
+        "these it is, the server does not say to a stranger.",
+        "Ask the operator for a new invitation (`pathfed-server invite`). If you never used it, say so: somebody else may have.",
+        "site",
+    ),
+    Code.ENROLMENT_UNFIT: CatalogEntry(
+        "The enrolment does not fit its invitation",
+        "The site card does not verify, names another site than the one that was invited, or holds a node key that is not one.",
+        "Enrol with the home whose site has the invitation's name, and the invitation of that site.",
+        "both",
+    ),
+    Code.CERTIFICATE_REQUEST: CatalogEntry(
+        "The certificate request cannot be used",
+        "It is not a PKCS #10 request in DER with a valid signature of its own key, the key is not on P-256 or P-384, or the key has a "
+        "certificate already.",
+        "Let `pathfed-site` make the request. Each certificate is for a new key.",
+        "both",
+    ),
+    Code.IDENTITY_REFUSED: CatalogEntry(
+        "The client certificate is not accepted",
+        "The certificate was revoked, replaced, has expired, was not issued here, or its site is not enrolled any more.",
+        "Ask the operator. A site that was offline until its certificate expired is invited again, and keeps its keys and its ledger.",
+        "site",
+    ),
+    Code.REQUEST_REFUSED: CatalogEntry(
+        "The server cannot read the request",
+        "The message is malformed, too large, holds a value out of bounds, or came without a deadline.",
+        "Use the same version of pathfed as the server. If it goes on, tell the operator.",
+        "both",
+    ),
+    Code.RATE_LIMITED: CatalogEntry(
+        "Too many requests in a short time",
+        "The server takes so many requests a second from one site or address, and no more.",
+        "Wait a minute. If pathfed does this by itself, tell us: it should not.",
+        "both",
+    ),
+    Code.ROTATION_REFUSED: CatalogEntry(
+        "The new key is not accepted",
+        "The change of key is not signed by the present key, names another site or key, or the new key was in use before; or the site "
+        "takes part in a run that is still going, in which its evidence key stays.",
+        "Wait for the run to end, or ask the operator to stop it; then rotate again. A key that was ever used is not used again.",
+        "both",
+    ),
+    Code.CONTROL_INTERNAL: CatalogEntry(
+        "The control service failed inside",
+        "Something in the server failed that should not. Nothing was done, or nothing more than what was answered before.",
+        "Try again later. The operator finds the cause in `logs/control.log` of the server's home.",
+        "both",
+    ),
+    Code.AUTHORITY_STATE: CatalogEntry(
+        "The authority is not in the state for this",
+        "A rotation of the certificate authority is going on, none is, or some sites do not trust the new authority yet.",
+        "`pathfed-server ca show` says where it stands, and which sites are missing.",
+        "operator",
+    ),
+    Code.FINGERPRINT_DIFFERS: CatalogEntry(
+        "The fingerprint is another one",
+        "What the hospital read out is not the fingerprint of the request that reached the server. Somebody may have exchanged keys on the "
+        "way, or used the invitation before the hospital did. The site is not admitted.",
+        "Compare once more, letter by letter. If it stays different, refuse the request, invite the site again, and find out who had the "
+        "invitation.",
+        "operator",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {
@@ -609,6 +681,32 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "Choose another name; `pathfed-server rounds` shows the runs there are.",
         "operator",
     ),
+    Code.ENROLMENT_UNKNOWN: CatalogEntry(
+        "No enrolment is waiting for this site",
+        "There is no request of this site to decide: none came yet, or it was decided before.",
+        "`pathfed-server sites pending` lists what is waiting.",
+        "operator",
+    ),
+    Code.OPERATOR_UNKNOWN: CatalogEntry(
+        "Who runs the command is not known",
+        "This server has operators by name, so each command says who runs it, by that person's key. No key was given, or it is not the key "
+        "of an operator.",
+        "Let `PATHFED_OPERATOR_KEY` name the file with your key. An admin adds people with `pathfed-server operators add`.",
+        "operator",
+    ),
+    Code.OPERATOR_FORBIDDEN: CatalogEntry(
+        "The operator's role does not allow this",
+        "Auditors look, operators also invite and admit sites, publish plans and carry out runs, admins also decide about operators and "
+        "the certificate authority. Or it would leave the server without an admin.",
+        "Ask somebody with the role; `pathfed-server operators list` names them.",
+        "operator",
+    ),
+    Code.OPERATOR_EXISTS: CatalogEntry(
+        "An operator has this name or key",
+        "Names and keys of operators are never used again, because the audit trail refers to them.",
+        "Choose another name, or make a new key with `pathfed-server operators key`.",
+        "operator",
+    ),
 }
 
 _PROVENANCE: dict[Code, CatalogEntry] = {
@@ -644,6 +742,89 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "A file which the record lists is not there, or a part that every record has is missing.",
         "Copy the whole folder again. A run that is still going has no complete record yet.",
         "both",
+    ),
+    Code.RUN_UNFINISHED: CatalogEntry(
+        "The run is not finished",
+        "Only a finished run has an encoder to release: every round of its plan committed, and the encoder exported into its record.",
+        "Wait for the run to finish, or resume it. `pathfed-server run status` shows where it stands.",
+        "operator",
+    ),
+    Code.QUORUM_MISSING: CatalogEntry(
+        "Too few sites have co-signed the log",
+        "A release counts once more than half of the enrolled sites have co-signed a checkpoint of the log that contains it, and more "
+        "than half of those enrolled before each admission and revocation have co-signed that. With fewer, the operator alone could "
+        "show two histories to two readers.",
+        "At the server: wait until the sites that the message names are connected and have co-signed, then run the command again. "
+        "At a reader: the bundle does not verify; ask the operator for one with a quorum.",
+        "both",
+    ),
+    Code.BUNDLE_UNREADABLE: CatalogEntry(
+        "Not a bundle or record that can be read",
+        "There is no release and no run's record at this place, or it is an archive of another form. Nothing was verified, so nothing "
+        "is said about it.",
+        "Name the folder that holds `release.dsse` or `manifest.dsse`, or the tar archive of a bundle as it was handed over.",
+        "both",
+    ),
+    Code.BUNDLE_FILES: CatalogEntry(
+        "A file of the bundle is missing, extra or changed",
+        "A bundle holds exactly the files that its signed lists name, byte for byte. A file beside them could be taken for a part of "
+        "the release that nobody signed.",
+        "Get the bundle again from the operator. Keep notes of your own outside its folder.",
+        "both",
+    ),
+    Code.MODEL_SIGNATURE: CatalogEntry(
+        "The model signature does not verify",
+        "The OpenSSF signature is not by the key that the release names, or its files are not those of the encoder's folder.",
+        "Do not use the encoder. Get the bundle again, and if it still fails, ask the operator.",
+        "both",
+    ),
+    Code.MODEL_CARD: CatalogEntry(
+        "The model card is not what the record gives",
+        "A model card is made from plan, approvals, statements and round records. Made again, it differs from the one in the bundle: "
+        "somebody changed a figure or a sentence.",
+        "Do not believe the card. Ask the operator for a bundle as `pathfed-server release create` wrote it.",
+        "both",
+    ),
+    Code.LOG_DISAGREES: CatalogEntry(
+        "Log and record do not agree",
+        "The transparency log lacks something that the record holds, has something of this run that the record lacks, names another "
+        "digest, or has it in an order that cannot be: such as an update logged after the state that it went into.",
+        "Do not use the encoder. Keep the bundle: it is evidence. Ask the operator, and the sites that co-signed.",
+        "both",
+    ),
+    Code.EPSILON_EXCEEDED: CatalogEntry(
+        "A site's epsilon is above the plan's limit",
+        "The recorded releases of a site cost a patient more than the `privacy.epsilon_limit` of the plan which it approved, or it "
+        "says so itself. A site's ledger refuses such a round; this record says that it took place.",
+        "Tell the site. Its ledger shows what was charged: `pathfed-site ledger verify`.",
+        "both",
+    ),
+    Code.REPLAY_DIFFERS: CatalogEntry(
+        "The updates do not give the recorded states",
+        "Averaged and applied as the plan says, the retained updates give a state with another digest than the record's: the "
+        "recorded state is not the aggregate of the updates that the sites signed.",
+        "Repeat it on a machine with the pinned torch release. If it still differs, do not use the encoder, and ask the operator.",
+        "both",
+    ),
+    Code.UPDATE_MISSING: CatalogEntry(
+        "An update for the replay is missing or another",
+        "To recompute the states, every admitted update is needed as its site signed it: `round-0001/<site>.safetensors` and so on. "
+        "One is missing, cannot be read, or has another digest than its statement.",
+        "Give the folder `updates` of the server's record. Updates are there where `retain_updates` was on in server.toml.",
+        "both",
+    ),
+    Code.AGGREGATION_UNPROVEN: CatalogEntry(
+        "The aggregation was not recomputed",
+        "Everything that was checked holds, but nothing shows that the states are the aggregate of the updates: for that they must be "
+        "recomputed from the updates themselves.",
+        "Ask the operator for the retained updates, and verify again with `--replay`.",
+        "both",
+    ),
+    Code.EVALUATION_UNREADABLE: CatalogEntry(
+        "Not an evaluation that a model card can show",
+        "An evaluation is a JSON object with a text or a number for each figure, 100 at most, with names of 1 to 100 characters.",
+        'Write it as {"balanced accuracy, kNN, held-out hospital": 0.91}, and run the command again.',
+        "operator",
     ),
     Code.LOG_MISMATCH: CatalogEntry(
         "Database and log disagree",
@@ -784,6 +965,22 @@ _HOST: dict[Code, CatalogEntry] = {
         "Nothing was charged.",
         "Raise `device_memory_gb` in `policy.toml`, end what else uses the GPU, or share the model among more GPUs (`devices`, "
         "`sharding`). Otherwise this site cannot take part in a plan with this encoder.",
+        "site",
+    ),
+    Code.EGRESS_RECORD_DAMAGED: CatalogEntry(
+        "The egress record is gone or damaged",
+        "The site's record of what left it cannot be found or read, or an entry of it was changed, dropped, swapped or added. Nothing "
+        "leaves a site that cannot write it down.",
+        "Keep the file as evidence and find out what happened to it. To go on, put an empty file in its place (`touch egress.db`, mode "
+        "0600): a new record begins there. Write down when and why.",
+        "site",
+    ),
+    Code.EGRESS_RECORD_BEHIND: CatalogEntry(
+        "The egress record lacks a head that was noted",
+        "A head of the egress record that was written down before is not in its chain: its end was cut off, it was put back to an earlier "
+        "state, or another record lies in its place.",
+        "Check that the noted head is this site's. If it is, keep the file and ask who had access to this machine since it was noted; the "
+        "firewall's logs of this site's connections show what left meanwhile.",
         "site",
     ),
 }

@@ -12,15 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from pathfed_common import interrupts
 from pathfed_common.errors import ErrorCode, HostError
 
 #: Looked up here, not in a child between fork and exec, where loading a library may wait for a lock that no thread will release.
@@ -128,7 +126,12 @@ class Supervisor:
             time.sleep(_READY_POLL_S)
 
     def poll(self) -> list[ProcessEnd]:
-        """Children that ended since the last call; those with restarts left are started again when their delay is over."""
+        """Children that ended since the last call; those with restarts left are started again when their delay is over.
+
+        Raises:
+            KeyboardInterrupt: this process was asked to end and goes on all the same; see `interrupts.heed`.
+        """
+        interrupts.heed()
         ends = []
         for child in list(self._children):
             if child.restart_at is not None:
@@ -180,33 +183,10 @@ def start_owned(argv: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
         FileNotFoundError: no such command.
     """
     owner = os.getpid()
-    with _interrupts_held():
+    with interrupts.held():
         return subprocess.Popen(
             list(argv), start_new_session=True, preexec_fn=(lambda: _die_with(owner)) if _prctl is not None else None, **options
         )
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let the handlers of SIGINT and SIGTERM wait until the block ends."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler ever runs
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    noted: list[tuple[int, FrameType | None]] = []
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, lambda number, frame: noted.append((number, frame)))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
-        for came, frame in noted[:1]:
-            first = handlers[signal.Signals(came)]
-            if callable(first):
-                first(came, frame)
 
 
 def end_all(children: Iterable["subprocess.Popen[Any]"], grace_s: float) -> None:

@@ -32,14 +32,33 @@ if TYPE_CHECKING:
 HOME_VARIABLE = "PATHFED_SERVER_HOME"
 
 
-def init(root: Path, *, consortium: str, host: str, listen: str, fleet_port: int | None, database: str) -> ServerHome:
-    """Make the server's home, and bring its database to this version's schema.
+def init(
+    root: Path,
+    *,
+    consortium: str,
+    host: str,
+    listen: str,
+    database: str,
+    fleet_port: int | None = None,
+    control_port: int | None = None,
+    enrolment_port: int | None = None,
+) -> ServerHome:
+    """Make the server's home, and bring its database to this version's schema. See `home.create_home` for the arguments.
 
     Raises:
         HostError: PF904, something is there already; PF905, a setting is out of bounds.
         RoundError: PF512, PF513: the database cannot be reached or migrated; no home is left then.
     """
-    home = create_home(root, consortium=consortium, host=host, listen=listen, fleet_port=fleet_port, database=database)
+    home = create_home(
+        root,
+        consortium=consortium,
+        host=host,
+        listen=listen,
+        database=database,
+        fleet_port=fleet_port,
+        control_port=control_port,
+        enrolment_port=enrolment_port,
+    )
     try:
         migrate(home.database_url)
     except PathfedError:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 from pathfed_common.errors import ErrorCode, HostError
@@ -30,6 +30,7 @@ app.add_typer(run_app, name="run")
 app.add_typer(log_app, name="log")
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]
 _HOME = Path("pathfed-server")
 
 
@@ -63,7 +64,9 @@ def init(
     consortium: Annotated[str, typer.Option(help="The consortium's name: lower-case letters, digits, inner hyphens.")] = "consortium",
     host: Annotated[str, typer.Option(help="Name or address that sites connect to.")] = "127.0.0.1",
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    fleet_port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")] = None,
+    fleet_port: Port = None,
+    control_port: Port = None,
+    enrolment_port: Port = None,
     database: Annotated[
         str,
         typer.Option(
@@ -75,13 +78,24 @@ def init(
     """Make the server's home, keys, certificates and database."""
     from pathfed_server import app as server
 
-    made = server.init(home, consortium=consortium, host=host, listen=listen, fleet_port=fleet_port, database=database)
+    made = server.init(
+        home,
+        consortium=consortium,
+        host=host,
+        listen=listen,
+        database=database,
+        fleet_port=fleet_port,
+        control_port=control_port,
+        enrolment_port=enrolment_port,
+    )
     show(
         {
             "home": str(made.root),
             "server_card": str(made.card_file),
             "evidence_key": made.evidence_key.public.to_text(),
-            "fleet_address": f"{made.settings.host}:{made.settings.fleet_port}",
+            "fleet_address": made.settings.fleet_address,
+            "control_address": made.settings.control_address,
+            "enrolment_address": made.settings.enrolment_address,
         },
         as_json=as_json,
         title="The server's home is made. Hand the server card to every site, and compare the key by telephone.",
@@ -93,7 +107,7 @@ def start(home: Home = _HOME, as_json: Json = False) -> None:
     """Serve sites and carry out runs, until Ctrl-C."""
     from pathfed_server import app as server
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     server.serve(
         home,
         lambda line: (

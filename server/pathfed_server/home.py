@@ -10,6 +10,7 @@ logs/        one file per process
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,12 +38,31 @@ class ServerSettings(Settings):
     consortium: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")
     #: Name or address that sites connect to.
     host: str = "127.0.0.1"
-    #: Address the fleet door listens on.
+    #: Address that the ports for sites listen on.
     listen: str = "127.0.0.1"
-    #: TCP port of the fleet door: the only port sites reach.
+    #: TCP port of the fleet door, for the sites' SuperNodes.
     fleet_port: int = Field(ge=1, le=65535)
+    #: TCP port of the control service, for the sites' agents.
+    control_port: int = Field(ge=1, le=65535)
+    #: TCP port of the enrolment service, for sites that are invited.
+    enrolment_port: int = Field(ge=1, le=65535)
     #: SQLAlchemy URL of the metadata database; empty: a SQLite file in the home.
     database: str = ""
+
+    @property
+    def fleet_address(self) -> str:
+        """HOST:PORT of the fleet door, as sites see it."""
+        return f"{self.host}:{self.fleet_port}"
+
+    @property
+    def control_address(self) -> str:
+        """HOST:PORT of the control service, as sites see it."""
+        return f"{self.host}:{self.control_port}"
+
+    @property
+    def enrolment_address(self) -> str:
+        """HOST:PORT of the enrolment service, as sites see it."""
+        return f"{self.host}:{self.enrolment_port}"
 
 
 @dataclass(frozen=True)
@@ -140,16 +160,55 @@ class ServerHome:
             raise HostError(ErrorCode.HOME_UNUSABLE, f"the site's card cannot be read: {error.strerror}", where=path) from None
 
 
-def create_home(root: Path, *, consortium: str, host: str, listen: str, fleet_port: int | None, database: str) -> ServerHome:
+def create_home(
+    root: Path,
+    *,
+    consortium: str,
+    host: str,
+    listen: str,
+    database: str,
+    fleet_port: int | None = None,
+    control_port: int | None = None,
+    enrolment_port: int | None = None,
+) -> ServerHome:
     """Make a server's home with fresh keys and certificates; whole or not at all. The database is not touched here.
 
+    Args:
+        root: the home's folder.
+        consortium: the consortium's name.
+        host: name or address that sites connect to.
+        listen: address to listen on.
+        database: SQLAlchemy URL; empty: SQLite in the home.
+        fleet_port: TCP port; this and the other two: a free one where None.
+        control_port: TCP port.
+        enrolment_port: TCP port.
+
     Raises:
-        HostError: PF904, something is there already, or it cannot be written; PF905, a setting is out of bounds.
+        HostError: PF904, something is there already, or it cannot be written; PF905, a setting is out of bounds, or a port is given twice.
     """
-    raw = {"consortium": consortium, "host": host, "listen": listen, "fleet_port": fleet_port or free_port(), "database": database}
+    ports = {"fleet_port": fleet_port, "control_port": control_port, "enrolment_port": enrolment_port}
+    raw = {"consortium": consortium, "host": host, "listen": listen, "database": database, **_chosen(ports)}
     settings = checked(ServerSettings, raw)
     files.create_folder(root, lambda part: _fill(part, settings))
     return ServerHome(root)
+
+
+def _chosen(ports: Mapping[str, int | None]) -> dict[str, int]:
+    """The ports that were given, and free ones for the others."""
+    given = [port for port in ports.values() if port is not None]
+    if len(set(given)) != len(given):
+        raise HostError(ErrorCode.SETTINGS_INVALID, "each service has a port of its own", where="options", value=sorted(given))
+    chosen: dict[str, int] = {}
+    for name, port in ports.items():
+        chosen[name] = port or _other_port({*given, *chosen.values()})
+    return chosen
+
+
+def _other_port(taken: set[int]) -> int:
+    while True:
+        port = free_port()
+        if port not in taken:
+            return port
 
 
 def _fill(part: Path, settings: ServerSettings) -> None:
@@ -170,7 +229,9 @@ def _fill(part: Path, settings: ServerSettings) -> None:
         name=settings.consortium,
         evidence_key=evidence.public,
         ca_pem=tls.ca_certificate.decode(),
-        fleet_address=f"{settings.host}:{settings.fleet_port}",
+        fleet_address=settings.fleet_address,
+        control_address=settings.control_address,
+        enrolment_address=settings.enrolment_address,
     )
     files.write_atomic(part / "server-card.dsse", card.to_bytes(evidence))
     files.write_atomic(part / "ca.pem", tls.ca_certificate)

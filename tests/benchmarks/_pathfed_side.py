@@ -77,7 +77,7 @@ class PathfedSide:
 
     def start(self) -> None:
         """Make the homes and start every process."""
-        home = server.init(self.root / "server", consortium="bench", host="127.0.0.1", listen="127.0.0.1", fleet_port=None, database="")
+        home = server.init(self.root / "server", consortium="bench", host="127.0.0.1", listen="127.0.0.1", database="")
         self.home = home
         plan_file, signed = self.root / "plan.toml", self.root / "plan.dsse"
         plan_file.write_text(_PLAN.format(rounds=self.rounds, sites=self.sites), encoding="utf-8")

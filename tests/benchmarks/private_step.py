@@ -139,12 +139,12 @@ def make_step(engine: str, setting: Setting) -> Callable[[], None]:
     made: Engine
     if engine == "auto":
         auto = replace(compute, engine="auto")
-        made = make_engine(objective, parameters, MECHANISM, auto, tiles_per_patient=setting.k, tile_px=setting.px)
+        made = make_engine(objective, parameters, auto, tiles_per_patient=setting.k, tile_px=setting.px)
     elif engine == "serial":
-        made = SerialEngine(objective, parameters, MECHANISM, compute, tiles_per_patient=setting.k)
+        made = SerialEngine(objective, parameters, compute, tiles_per_patient=setting.k)
     else:
         at_once = max(TILES_IN_A_PASS // setting.k, 1)
-        made = BookKeepingEngine(objective, parameters, MECHANISM, compute, patients=at_once, tiles_per_patient=setting.k)
+        made = BookKeepingEngine(objective, parameters, compute, patients=at_once, tiles_per_patient=setting.k)
 
     def step() -> None:
         total = JointSum(parameters, MECHANISM)

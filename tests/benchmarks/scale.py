@@ -97,7 +97,7 @@ def measure(spec: EncoderSpec, compute: Compute, device: torch.device, *, tiles:
         torch.randn(tiles, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0)).to(device),
         {name: drawn.to(device) for name, drawn in draws.items()},
     )
-    engine = make_engine(objective, parameters, MECHANISM, compute, tiles_per_patient=tiles, tile_px=spec.img_size)
+    engine = make_engine(objective, parameters, compute, tiles_per_patient=tiles, tile_px=spec.img_size)
     total = JointSum(parameters, MECHANISM)
     # The plain step accumulates in the parameters' own gradients; it runs through the same pass (autocast, compiling, checkpointing).
     passes = Passes(objective, compute, tiles=tiles)

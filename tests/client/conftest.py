@@ -147,7 +147,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, write_slides: Callable[..., 
     plan = load_plan(PLAN, where="tiny")
     made = World(root, SigningKey.generate(), plan, _state(plan))
     tls = make_tls("test", ["127.0.0.1"], now=datetime.datetime.now(datetime.UTC))
-    card = ServerCard(name="test", evidence_key=made.server_key.public, ca_pem=tls.ca_certificate.decode(), fleet_address="127.0.0.1:1")
+    card = ServerCard(
+        name="test",
+        evidence_key=made.server_key.public,
+        ca_pem=tls.ca_certificate.decode(),
+        fleet_address="127.0.0.1:1",
+        control_address="127.0.0.1:2",
+        enrolment_address="127.0.0.1:3",
+    )
     made.card.write_bytes(card.to_bytes(made.server_key))
     made.sign("plan.dsse", plan)
     return made

@@ -156,7 +156,12 @@ def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(wo
     tls = make_tls("test", ["127.0.0.1"], now=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=500))
     with listening(tmp_path, tls) as port:
         card = ServerCard(
-            name="test", evidence_key=world.server_key.public, ca_pem=tls.ca_certificate.decode(), fleet_address=f"127.0.0.1:{port}"
+            name="test",
+            evidence_key=world.server_key.public,
+            ca_pem=tls.ca_certificate.decode(),
+            fleet_address=f"127.0.0.1:{port}",
+            control_address="127.0.0.1:2",
+            enrolment_address="127.0.0.1:3",
         )
         (tmp_path / "card").write_bytes(card.to_bytes(world.server_key))
         settings = SiteSettings(name=SiteName("late"), slides=(str(world.slides),), patients=str(world.patients))

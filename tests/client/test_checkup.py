@@ -172,7 +172,14 @@ def test_a_server_with_the_pinned_certificate_is_well_and_with_another_an_error(
         folder = tmp_path / severity
         folder.mkdir()
         with serving(folder, serves) as address:
-            card = ServerCard(name="test", evidence_key=mine.server_key.public, ca_pem=tls.ca_certificate.decode(), fleet_address=address)
+            card = ServerCard(
+                name="test",
+                evidence_key=mine.server_key.public,
+                ca_pem=tls.ca_certificate.decode(),
+                fleet_address=address,
+                control_address="127.0.0.1:2",
+                enrolment_address="127.0.0.1:3",
+            )
             mine.card.write_bytes(card.to_bytes(mine.server_key))
             found = doctor(mine.init(folder / "home"), "--sample", 0)
         assert found["server"]["severity"] == severity

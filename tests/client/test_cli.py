@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import typer
 
 from pathfed_client import cli
+from pathfed_client.egress.entry import EgressKind, Outgoing
 from pathfed_client.home import SiteHome
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import digest
@@ -24,7 +28,7 @@ from pathfed_common.privacy.accounting import PrivacyEvent
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw")
+COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw", "egress")
 
 
 def fails(done, code: str) -> None:
@@ -129,6 +133,88 @@ def test_a_ledger_is_verified_against_heads_from_outside(site_cli, copy_home, tm
         fails(site_cli(*command, "--home", home.root, "--json"), "PF310")
 
 
+@pytest.fixture
+def sent(copy_home) -> Path:
+    """A home that let a decision and a round's answer out, over one connection that is closed and one that is not."""
+    home = copy_home()
+    with EgressLog(home.egress, now=lambda: 1_764_490_000.0) as record:
+        place, plan = "server.example:9092", digest.of_bytes(b"plan")
+        small = Outgoing(destination=place, kind=EgressKind.DECISION, size=100, digest=digest.of_bytes(b"yes"), plan=plan)
+        update = replace(small, kind=EgressKind.UPDATE, size=5000, run="run-1", round_index=1, epsilon_charged=0.5)
+        opened = Outgoing(destination=place, kind=EgressKind.CONNECTION_OPENED, size=0, digest=digest.of_bytes(b""), connection="1-1")
+        record.append(opened, small, update, replace(opened, kind=EgressKind.CONNECTION_CLOSED, size=5321))
+        record.append(replace(opened, connection="1-2"))
+    return home.root
+
+
+def test_what_left_is_shown_to_people_as_json_and_as_csv(site_cli, sent):
+    done = site_cli("egress", "--home", sent, "--json")
+    assert done.status == 0
+    assert done.json["bytes_sent"] == {"server.example:9092": 5321}
+    assert done.json["messages"] == {"decision": {"messages": 1, "bytes": 100}, "update": {"messages": 1, "bytes": 5000}}
+    assert (done.json["epsilon_charged"], done.json["connections_not_closed"], len(done.json["entries"])) == (0.5, 1, 5)
+    table = site_cli("egress", "--home", sent, "--csv")
+    rows = list(csv.DictReader(io.StringIO(table.out)))
+    assert [row["kind"] for row in rows] == [
+        *("connection-opened", "decision", "update", "connection-closed", "connection-opened"),
+    ]
+    assert (rows[2]["time"], rows[2]["epsilon_charged"]) == ("2025-11-30T08:06:40.000+00:00", "0.5")
+    people = site_cli("egress", "--home", sent)
+    assert people.status == 0
+    assert all(word in people.out for word in ("server.example:9092", "update", "decision", "5321", "run-1"))
+
+
+@pytest.mark.parametrize(
+    ("since", "left"),
+    [
+        *(("2025-11-30", 5), ("2025-11-30T08:06:40", 5), ("2025-11-30T08:06:41", 0), ("2025-11-30T09:06:40+01:00", 5)),
+        *(("2025-11-30T08:06:40Z", 5), ("1s", 0), ("999999d", 5)),
+    ],
+)
+def test_what_left_since_a_time_is_shown_alone(site_cli, sent, since, left):
+    assert len(site_cli("egress", "--since", since, "--home", sent, "--json").json["entries"]) == left
+
+
+def test_the_record_is_verified_and_its_head_can_be_noted(site_cli, sent):
+    done = site_cli("egress", "--verify", "--home", sent, "--json")
+    assert (done.status, done.json["verified"], done.json["entries_in_chain"]) == (0, True, 5)
+    head = done.json["head"]
+    with EgressLog(sent / "egress.db") as record:
+        record.append(next(iter(record.entries())).sent)
+    again = site_cli("egress", "--verify", "--head", head, "--home", sent, "--json")
+    assert (again.status, again.json["entries_in_chain"]) == (0, 6)
+    assert head not in site_cli("egress", "--verify", "--home", sent).out
+    fails(site_cli("egress", "--verify", "--head", digest.of_bytes(b"other"), "--home", sent, "--json"), "PF914")
+    with closing(sqlite3.connect(sent / "egress.db")) as connection:
+        connection.execute("DROP TRIGGER egress_no_update")
+        connection.execute("UPDATE egress SET at = 5 WHERE sequence = 2")
+        connection.commit()
+    fails(site_cli("egress", "--verify", "--home", sent, "--json"), "PF913")
+
+
+@pytest.mark.parametrize("since", ["yesterday", "", "24", "24y", "-1h", "2025-13-01", "2025-11-30T25:00", "9" * 400 + "d"])
+def test_a_time_that_is_none_is_refused(site_cli, sent, since):
+    fails(site_cli("egress", f"--since={since}", "--home", sent, "--json"), "PF905")
+
+
+def test_a_head_that_is_none_is_refused(site_cli, sent):
+    fails(site_cli("egress", "--verify", "--head", "abc", "--home", sent, "--json"), "PF905")
+
+
+@pytest.mark.parametrize("options", [["--csv", "--json"], ["--head", "sha256:" + "0" * 64]])
+def test_options_that_do_not_go_together_are_refused(site_cli, sent, options):
+    assert site_cli("egress", *options, "--home", sent).status == 2
+
+
+@pytest.mark.parametrize("content", [None, b"no database" * 200])
+def test_a_record_that_is_gone_or_damaged_is_told(site_cli, sent, content):
+    for file in sent.glob("egress.db*"):
+        file.unlink()
+    if content is not None:
+        (sent / "egress.db").write_bytes(content)
+    fails(site_cli("egress", "--home", sent, "--json"), "PF913")
+
+
 def test_a_slide_is_inspected_under_a_signed_plan(world, site_cli, copy_home, tmp_path):
     home = copy_home().root
     asked = ["inspect", "Oyelaran_biopsy.tif", "--plan", world.signed_plan, "--home", home, "--out", tmp_path / "look"]
@@ -174,6 +260,7 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
         ["status"],
         ["ledger", "show"],
         ["ledger", "verify"],
+        ["egress"],
         ["start"],
         ["patients"],
         ["withdraw", "--slides-from", "PLAN"],

@@ -99,7 +99,7 @@ def prepared(world, policy, monkeypatch) -> Iterator[Callable[..., RoundComputer
         monkeypatch.setattr(computing, "state_shapes", lambda plan: shapes)
         monkeypatch.setattr(computing, "update_shapes", lambda plan: shapes)
         made.append(RoundComputer(policy(**given)))
-        made[-1].prepare(plan, plan.mechanism(4), build(plan).state_dict())
+        made[-1].prepare(plan, build(plan).state_dict())
         return made[-1]
 
     prepare.plan = plan  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ def test_a_limit_of_memory_chooses_how_many_tiles_the_cpu_takes_at_once(prepared
     assert 1 <= tight < 8
 
 
-def test_an_engine_is_kept_from_round_to_round_and_made_anew_for_another_mechanism(prepared, monkeypatch) -> None:
+def test_an_engine_is_kept_from_round_to_round_and_made_anew_for_another_plan(prepared, monkeypatch) -> None:
     """What an engine compiled would otherwise be compiled again in every round."""
     made: list[object] = []
 
@@ -140,9 +140,10 @@ def test_an_engine_is_kept_from_round_to_round_and_made_anew_for_another_mechani
     monkeypatch.setattr(computing, "make_engine", make)
     computer, plan = prepared(faulty_ranks.small), prepared.plan
     state = faulty_ranks.small(plan).state_dict()
-    computer.prepare(plan, plan.mechanism(4), state)
+    computer.prepare(plan, state)
     assert len(made) == 1
-    computer.prepare(plan, plan.mechanism(5), state)
+    other = plan.model_copy(update={"rounds": plan.rounds.model_copy(update={"steps": plan.rounds.steps + 1})})
+    computer.prepare(other, state)
     assert len(made) == 2
 
 
@@ -160,11 +161,11 @@ def carried_far(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_weights_that_noise_has_carried_far_do_not_end_a_run_that_leaves_the_engine_open(world, policy) -> None:
     plan, computer = few_tiles(world.plan), RoundComputer(policy())
-    mechanism, first = plan.mechanism(4), build_model(plan).state_dict()
-    computer.prepare(plan, mechanism, first)
+    first = build_model(plan).state_dict()
+    computer.prepare(plan, first)
     assert computer.context(plan)["engine"] == "book_keeping"
-    computer.prepare(plan, mechanism, carried_far(first))
-    computer.prepare(plan, mechanism, first)
+    computer.prepare(plan, carried_far(first))
+    computer.prepare(plan, first)
     assert computer.context(plan)["engine"] == "book_keeping"
 
 
@@ -173,11 +174,11 @@ def test_an_engine_that_does_not_agree_is_replaced_where_the_plan_leaves_it_open
 ) -> None:
     monkeypatch.setattr(book_keeping, "_agree", lambda *_: False)
     plan, computer = few_tiles(world.plan), RoundComputer(policy())
-    computer.prepare(plan, plan.mechanism(4), build_model(plan).state_dict())
+    computer.prepare(plan, build_model(plan).state_dict())
     assert computer.context(plan)["engine"] == "serial"
     named = few_tiles(world.plan, engine="book_keeping")
     with pytest.raises(PrivacyError) as caught:
-        computer.prepare(named, named.mechanism(4), build_model(named).state_dict())
+        computer.prepare(named, build_model(named).state_dict())
     assert caught.value.code is ErrorCode.ENGINE_UNFIT
 
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import sys, time
 import typer
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.errors import ErrorCode, PlanError
 
@@ -39,7 +39,7 @@ def bug() -> None:
 
 @app.command()
 def wait(as_json: Json = False) -> None:
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     console.teller(as_json=as_json)("waiting")
     sys.stdout.flush()
     time.sleep(30)

@@ -199,7 +199,7 @@ def test_an_interrupt_that_comes_while_the_owner_forks_is_not_lost(number):
     """Python runs its handler in the first fork handler, and throws away what is raised there."""
     script = f"""
 import os, signal
-from pathfed_common.console import end_on_terminate
+from pathfed_common.interrupts import end_on_terminate
 from pathfed_common.processes import start_owned
 end_on_terminate()
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{number}))

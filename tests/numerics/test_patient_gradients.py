@@ -96,7 +96,7 @@ def test_the_clipped_sum_equals_that_of_opacus_per_sample_gradients() -> None:
     factors = (mechanism.gradient_bound / norms).clamp(max=1)
     total = JointSum(trainable(model), mechanism)
     for tile in tiles:
-        add_patient(model, trainable(model), PatientTiles(tile[None], {}), mechanism, total)
+        add_patient(model, trainable(model), PatientTiles(tile[None], {}), total)
     for name, sample in samples.items():
         assert torch.allclose(total.gradient(name).float(), torch.einsum("n,n...->...", factors, sample), atol=2e-4), name
 
@@ -106,9 +106,9 @@ def test_removing_a_patient_moves_the_joint_sum_by_at_most_the_clip_norm(leaving
     m, parameters, drawn = mechanism(), trainable(objective), patients(objective, 5)
     with_all, without = JointSum(parameters, m), JointSum(parameters, m)
     for index, patient in enumerate(drawn):
-        add_patient(objective, parameters, patient, m, with_all)
+        add_patient(objective, parameters, patient, with_all)
         if index != leaving:
-            add_patient(objective, parameters, patient, m, without)
+            add_patient(objective, parameters, patient, without)
     gradient = math.sqrt(sum(float((with_all.gradient(n) - without.gradient(n)).square().sum()) for n in parameters))
     loss = (with_all.loss_units - without.loss_units) * with_all.unit
     assert 0 < math.hypot(gradient, loss, m.figure_scale) <= m.clip_norm

@@ -30,7 +30,7 @@ def server_cli(run_main: Callable[..., Done]) -> Callable[..., Done]:
 @pytest.fixture
 def server_home(tmp_path: Path) -> ServerHome:
     """A fresh server."""
-    return app.init(tmp_path / "server", consortium="test", host="127.0.0.1", listen="127.0.0.1", fleet_port=None, database="")
+    return app.init(tmp_path / "server", consortium="test", host="127.0.0.1", listen="127.0.0.1", database="")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_a_card_that_cannot_be_kept_enrols_nobody(server_home, member, monkeypat
 def test_a_database_that_cannot_be_reached_leaves_no_home(tmp_path):
     url = "postgresql+psycopg://nobody@127.0.0.1:1/none?connect_timeout=2"
     with pytest.raises(RoundError, match="PF512"):
-        app.init(tmp_path / "home", consortium="test", host="127.0.0.1", listen="127.0.0.1", fleet_port=None, database=url)
+        app.init(tmp_path / "home", consortium="test", host="127.0.0.1", listen="127.0.0.1", database=url)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from pathfed_common import console
+from pathfed_common import interrupts
 from pathfed_common.errors import PathfedError
 from pathfed_server import cli
 from pathfed_server.transport.certificates import make_tls
@@ -170,7 +170,7 @@ def test_a_key_that_others_may_read_stops_the_command(server_cli, server_home, p
 
 
 def test_a_server_whose_certificate_has_expired_does_not_start(server_cli, server_home, monkeypatch):
-    monkeypatch.setattr(console, "end_on_terminate", lambda: None)  # this process's signals stay as they are
+    monkeypatch.setattr(interrupts, "end_on_terminate", lambda: None)  # this process's signals stay as they are
     old = make_tls("test", ["127.0.0.1"], now=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=500))
     server_home.tls_certificate.write_bytes(old.certificate)
     done = server_cli("start", "--home", server_home.root, "--json")

@@ -8,15 +8,17 @@ from pathfed_common.ids import SiteName
 from pathfed_common.provenance.documents import ServerCard
 from pathfed_server.home import ServerHome, ServerSettings, create_home
 
+PORTS = {"fleet_port": 4433, "control_port": 4434, "enrolment_port": 4435}
+
 
 def made(root, **changes) -> ServerHome:
-    options = {"consortium": "test", "host": "server.example", "listen": "0.0.0.0", "fleet_port": 4433, "database": "", **changes}
+    options = {"consortium": "test", "host": "server.example", "listen": "0.0.0.0", "database": "", **PORTS, **changes}
     return create_home(root, **options)
 
 
 def test_a_home_reads_back_what_it_was_made_with(tmp_path):
     home = ServerHome(made(tmp_path / "home").root)
-    assert home.settings == ServerSettings(consortium="test", host="server.example", listen="0.0.0.0", fleet_port=4433)
+    assert home.settings == ServerSettings(consortium="test", host="server.example", listen="0.0.0.0", database="", **PORTS)
     assert home.database_url == f"sqlite:///{home.root}/pathfed.db"
     assert made(tmp_path / "other", database="postgresql://u@h/d").database_url == "postgresql://u@h/d"
 
@@ -25,6 +27,7 @@ def test_the_card_names_address_key_and_ca_and_is_signed(tmp_path):
     home = made(tmp_path / "home")
     card = ServerCard.from_bytes(home.card_file.read_bytes())
     assert (card.name, card.fleet_address) == ("test", "server.example:4433")
+    assert (card.control_address, card.enrolment_address) == ("server.example:4434", "server.example:4435")
     assert card.evidence_key == home.evidence_key.public
     assert card.ca_pem == home.ca_file.read_text()
 
@@ -47,11 +50,15 @@ def test_every_key_is_its_owners_alone(tmp_path):
     assert not any(key.read_bytes() in home.card_file.read_bytes() for key in keys)
 
 
-def test_a_free_port_is_chosen_where_none_is_given(tmp_path):
-    assert 1024 <= made(tmp_path / "home", fleet_port=None).settings.fleet_port <= 65535
+def test_free_ports_are_chosen_where_none_are_given_each_another(tmp_path):
+    settings = made(tmp_path / "home", **dict.fromkeys(PORTS)).settings
+    ports = {settings.fleet_port, settings.control_port, settings.enrolment_port}
+    assert len(ports) == 3
+    assert all(1024 <= port <= 65535 for port in ports)
+    assert made(tmp_path / "other", fleet_port=None).settings.control_port == 4434
 
 
-@pytest.mark.parametrize("changes", [{"consortium": "Not A Name"}, {"consortium": ""}, {"fleet_port": 70000}])
+@pytest.mark.parametrize("changes", [{"consortium": "Not A Name"}, {"consortium": ""}, {"fleet_port": 70000}, {"control_port": 4433}])
 def test_settings_out_of_bounds_make_no_home(tmp_path, changes):
     with pytest.raises(HostError, match="PF905"):
         made(tmp_path / "home", **changes)

@@ -160,7 +160,7 @@ def audit_of_rounds(compute: Compute) -> float:
     cohort = Cohort.of(
         [Patient(Pseudonym(f"{i:032x}"), (SlideTiles(SlideId(i), TILES, f"{i:032x}"),)) for i in np.flatnonzero(included).tolist()]
     )
-    engine = make_engine(model, trainable(model), SAMPLED, compute, tiles_per_patient=TILES, tile_px=SIDE)
+    engine = make_engine(model, trainable(model), compute, tiles_per_patient=TILES, tile_px=SIDE)
     base_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number in range(ROUNDS):
         outcome = local_round.run_round(
@@ -261,7 +261,7 @@ def audit_of_steps(made: Canaries, compute: Compute) -> float:
     """Lower bound on a step's epsilon, 95% confidence, from STEPS steps with coins of their own: the better of the two decoders'."""
     included = coins(STEPS * TOGETHER).reshape(STEPS, TOGETHER)
     parameters = trainable(made.model)
-    engine = make_engine(made.model, parameters, WHOLE, compute, tiles_per_patient=SHOWN, tile_px=16)
+    engine = make_engine(made.model, parameters, compute, tiles_per_patient=SHOWN, tile_px=16)
     released = []
     for number, chosen in enumerate(included):
         loaders = [lambda patient=made.patients[i]: patient for i in np.flatnonzero(chosen)]

@@ -86,7 +86,7 @@ def attack(model: ObjectiveModule, compute: Compute, seed: int, sigma: float) ->
         sampling_rate=1.0, noise_multiplier=sigma, clip_norm=0.5, expected_patients=1.0, figure_share=0.3, loss_bound=4.0
     )
     parameters, random = trainable(model), KeyedRandom(bytes(range(32)), {"s": seed})
-    engine = make_engine(model, parameters, mechanism, compute, tiles_per_patient=1, tile_px=SIDE)
+    engine = make_engine(model, parameters, compute, tiles_per_patient=1, tile_px=SIDE)
     released = private_step(model, parameters, [lambda: PatientTiles(tile, drawn)], mechanism, random, engine=engine).gradients
     tokens_LD = released["encoder.pos_embed"][0, 1:].double()
     seen = torch.arange(len(tokens_LD))

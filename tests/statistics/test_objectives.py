@@ -93,7 +93,7 @@ def check_removal_in_one_pass(model: ObjectiveModule) -> None:
 def check_removal_in_the_step(model: ObjectiveModule, compute: Compute = SERIAL, counts: Sequence[int] = COUNTS) -> None:
     """The private step as sites take it, with the same noise: removing any patient moves what is released by <= C."""
     patients, parameters = patients_for(model, counts=counts), trainable(model)
-    engine = make_engine(model, parameters, MECHANISM, compute, tiles_per_patient=max(counts), tile_px=SPEC.img_size)
+    engine = make_engine(model, parameters, compute, tiles_per_patient=max(counts), tile_px=SPEC.img_size)
 
     def released(chosen: Sequence[Patient]) -> np.ndarray[Any, Any]:
         loaders = [lambda tiles=tiles, draws=draws: PatientTiles(tiles, draws) for tiles, draws in chosen]

@@ -23,7 +23,8 @@ and each spread term, *MAE, DINO* one form of each.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,12 @@ class Bench:
     mechanism: Callable[..., PatientMechanism]
     compute: Compute = PLAIN
     clip: float = CLIP
-    engines: dict[PatientMechanism, Engine] = field(default_factory=dict)
 
-    def engine(self, mechanism: PatientMechanism) -> Engine:
+    @cached_property
+    def engine(self) -> Engine:
         """The engine that `compute` names, made once."""
-        if mechanism not in self.engines:
-            side, parameters = self.objective.spec.img_size, trainable(self.objective)
-            made = make_engine(self.objective, parameters, mechanism, self.compute, tiles_per_patient=4, tile_px=side)
-            self.engines[mechanism] = made
-        return self.engines[mechanism]
+        side, parameters = self.objective.spec.img_size, trainable(self.objective)
+        return make_engine(self.objective, parameters, self.compute, tiles_per_patient=4, tile_px=side)
 
     def joint(self, gradients: dict[str, torch.Tensor], figures: Any, steps: int = 1) -> np.ndarray:
         """The released vector as it stood in the joint ball: gradients times B, then the two figures at their scale."""
@@ -81,7 +79,7 @@ class Bench:
         """One private step over exactly these patients."""
         random = KeyedRandom(bytes(32), {"key": key})
         parameters, m = trainable(self.objective), replace(self.mechanism(), noise_multiplier=sigma)
-        release = private_step.private_step(self.objective, parameters, patients, m, random, engine=self.engine(m))
+        release = private_step.private_step(self.objective, parameters, patients, m, random, engine=self.engine)
         return self.joint(release.gradients, release.figures)
 
     def round(self, number: int, *tile_counts: int, rate: float = 1.0, tiles: Any = None) -> tuple[np.ndarray, int]:
@@ -97,7 +95,7 @@ class Bench:
             steps=1,
             local_learning_rate=0.1,
             random=KeyedRandom(bytes(32), {"round": number}),
-            engine=self.engine(mechanism),
+            engine=self.engine,
         )
         return self.joint(outcome.update, outcome.figures), outcome.notes.patients_drawn
 
@@ -217,9 +215,9 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 def tile_as_the_unit(patch: pytest.MonkeyPatch) -> None:
     whole = serial.add_patient
 
-    def add(objective, parameters, patient, mechanism, total, **options) -> None:
+    def add(objective, parameters, patient, total, **options) -> None:
         for tile in range(len(patient.tiles)):
-            whole(objective, parameters, patient.part(tile, tile + 1), mechanism, total, **options)
+            whole(objective, parameters, patient.part(tile, tile + 1), total, **options)
 
     patch.setattr(serial, "add_patient", add)
 
@@ -295,9 +293,9 @@ def non_finite_patients_let_in(patch: pytest.MonkeyPatch) -> None:
 def non_finite_patients_counted(patch: pytest.MonkeyPatch) -> None:
     original = serial.add_patient
 
-    def add(objective, parameters, patient, mechanism, total, **options) -> None:
+    def add(objective, parameters, patient, total, **options) -> None:
         total.patients += 1
-        original(objective, parameters, patient, mechanism, total, **options)
+        original(objective, parameters, patient, total, **options)
         total.patients -= 1
 
     patch.setattr(serial, "add_patient", add)

@@ -58,3 +58,10 @@ def by_plan(entries: Sequence[LedgerEntry]) -> dict[Digest, PlanSpend]:
         )
         for plan, group in groups.items()
     }
+
+
+def charged_for(entries: Sequence[LedgerEntry], run: str, round_index: int) -> float:
+    """By how much a round's charges raised the site's epsilon, at the policy's delta; all of them, where a draw was discarded."""
+    totals = [0.0, *(entry.epsilon_total for entry in entries)]
+    of_round = [number for number, entry in enumerate(entries) if (entry.run, entry.round_index) == (run, round_index)]
+    return sum(max(0.0, totals[number + 1] - totals[number]) for number in of_round)

@@ -101,7 +101,7 @@ def run_round(
         local_learning_rate: step size of the local SGD when there are several.
         random: keyed by everything the round's release depends on, and used for no other round.
         augmentation: how tiles are changed before training sees them.
-        engine: made for this objective and mechanism (`engines.choice.make_engine`), the one that `try_base_state` tried; the serial one
+        engine: made for this objective (`engines.choice.make_engine`), the one that `try_base_state` tried; the serial one
             in float32 if not given. What its bits depend on (`Compute.context`) belongs to what keys `random`.
 
     Raises:

@@ -105,7 +105,7 @@ def private_step(
         drawn: one loader for each drawn patient.
         mechanism: the public constants.
         random: the step's own source; never used for another step.
-        engine: made for this objective, these parameters and this mechanism; the serial one if not given.
+        engine: made for this objective and these parameters; the serial one if not given.
         notes: filled in with what stays at the site.
 
     Raises:
@@ -113,7 +113,7 @@ def private_step(
     """
     check_objective(objective, parameters)
     notes = SiteNotes() if notes is None else notes
-    engine = SerialEngine(objective, parameters, mechanism) if engine is None else engine
+    engine = SerialEngine(objective, parameters) if engine is None else engine
     total = JointSum(parameters, mechanism)
     loaders = iter(drawn)
     while batch := list(islice(loaders, engine.patients)):

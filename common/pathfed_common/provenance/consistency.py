@@ -124,28 +124,42 @@ def without_slots(contents: Contents) -> dict[SiteName, int]:
 
 
 def check_epsilons(contents: Contents) -> Faults:
-    """Stated epsilons of the plan never fall, the last is at least what the site's recorded releases cost, and a site's delta is one."""
+    """A site's stated epsilons never fall; the last is at least what its releases cost, and within the limit it approved; delta is one."""
+    limit = contents.plan.privacy.epsilon_limit
+    by_site = statements_by_site(contents)
     for site, recomputed in recomputed_epsilons(contents).items():
-        deltas = {index: contents.statements[index, site].statement.delta_total for index in _rounds_of(contents, site)}
-        for (_, first), (index, delta) in pairwise(deltas.items()):
-            if delta != first:
-                yield _fault("the site's delta changed, which is fixed for its ledger", record.statement_path(index, site), delta)
-        stated = [(index, contents.statements[index, site].statement.epsilon_plan) for index in _rounds_of(contents, site)]
-        for (_, before), (index, after) in pairwise(stated):
-            if after < before - EPSILON_SLACK:
-                yield _fault("the stated epsilon fell", record.statement_path(index, site), f"{after} after {before}")
-        index, last = stated[-1]
-        if last < recomputed - EPSILON_SLACK:
-            yield _fault("the site understates its epsilon", record.statement_path(index, site), f"{last}, recomputed {recomputed}")
+        statements = [sealed.statement for sealed in by_site[site]]
+        for first, later in pairwise(statements):
+            where = record.statement_path(later.round_index, site)
+            if later.delta_total != first.delta_total:
+                yield _fault("the site's delta changed, which is fixed for its ledger", where, later.delta_total)
+            if later.epsilon_plan < first.epsilon_plan - EPSILON_SLACK:
+                yield _fault("the stated epsilon fell", where, f"{later.epsilon_plan} after {first.epsilon_plan}")
+        last = statements[-1]
+        where = record.statement_path(last.round_index, site)
+        if last.epsilon_plan < recomputed - EPSILON_SLACK:
+            yield _fault("the site understates its epsilon", where, f"{last.epsilon_plan}, recomputed {recomputed}")
+        if max(last.epsilon_plan, recomputed) > limit + EPSILON_SLACK:
+            value = f"stated {last.epsilon_plan}, recomputed {recomputed}, limit {limit}"
+            yield _fault("the site's epsilon is above the limit that it approved", where, value, code=ErrorCode.EPSILON_EXCEEDED)
 
 
 def recomputed_epsilons(contents: Contents) -> dict[SiteName, float]:
     """Epsilon of each site's recorded releases together, at the plan's delta."""
-    epsilons = {}
-    for site in _sites(contents):
-        events = [_event(contents.statements[index, site].statement.privacy) for index in _rounds_of(contents, site)]
-        epsilons[site] = composed_epsilon(events, contents.plan.privacy.delta)
-    return epsilons
+    return {site: composed_epsilon(events, contents.plan.privacy.delta) for site, events in events_by_site(contents).items()}
+
+
+def events_by_site(contents: Contents) -> dict[SiteName, list[PrivacyEvent]]:
+    """The privacy events of each site's recorded releases, by site and round."""
+    return {site: [_event(sealed.statement.privacy) for sealed in given] for site, given in statements_by_site(contents).items()}
+
+
+def statements_by_site(contents: Contents) -> dict[SiteName, list[Sealed]]:
+    """Each site's statements, by site and round."""
+    found: dict[SiteName, list[Sealed]] = {site: [] for site in _sites(contents)}
+    for (_, site), sealed in sorted(contents.statements.items(), key=lambda item: item[0]):
+        found[site].append(sealed)
+    return found
 
 
 def _check_weights(found: RoundRecord, plan: Plan, where: str) -> Faults:
@@ -195,10 +209,6 @@ def _links(contents: Contents, site: SiteName) -> Iterator[tuple[Sealed, Digest 
 
 def _sites(contents: Contents) -> list[SiteName]:
     return sorted({site for _, site in contents.statements})
-
-
-def _rounds_of(contents: Contents, site: SiteName) -> list[int]:
-    return sorted(index for index, name in contents.statements if name == site)
 
 
 def _event(privacy: Privacy) -> PrivacyEvent:

@@ -5,7 +5,7 @@ and nothing more: whose card it is, people settle by comparing key texts over an
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
@@ -20,7 +20,11 @@ from pathfed_common.units import UtcSeconds
 SITE_CARD_TYPE = "application/vnd.pathfed.site-card.v1+json"
 SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
 APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
+CARD_CHANGE_TYPE = "application/vnd.pathfed.site-card-change.v1+json"
 PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
+
+_LONGEST_PUBLIC_NAME = 120
+_NAME_SIGNS = " .,:'&()/+-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +69,17 @@ class ServerCard(Value):
         name: the consortium's name.
         evidence_key: the public key its plans, offers and round records are signed with.
         ca_pem: the consortium's CA certificate, PEM.
-        fleet_address: HOST:PORT that sites connect to.
+        fleet_address: HOST:PORT of Flower's exchange, for the site's SuperNode.
+        control_address: HOST:PORT of the control service, for the site's agent.
+        enrolment_address: HOST:PORT of the enrolment service, for the first contact.
     """
 
     name: str
     evidence_key: VerifyKey
     ca_pem: str
     fleet_address: str
+    control_address: str
+    enrolment_address: str
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The card, signed by its own evidence key.
@@ -103,6 +111,8 @@ class Approval(Value):
         declared_patients: the public lower bound of its cohort, N_public.
         reply_slots: whether its replies wait for public time slots.
         approved_at: UTC seconds.
+        named_as: what a release's model card may call the site; empty: it is counted there and not named. Left out of the bytes where it
+            is empty, so that approvals made before there was such a field stay what they are.
     """
 
     site: SiteName
@@ -110,10 +120,22 @@ class Approval(Value):
     declared_patients: int
     reply_slots: bool
     approved_at: UtcSeconds
+    named_as: str = ""
 
     def _check(self) -> None:
         if self.declared_patients < 1:
             raise ValueError(f"declared_patients must be at least 1, got {self.declared_patients}")
+        check_public_name(self.named_as)
+
+    def plain(self) -> dict[str, Any]:
+        """The approval as a JSON object."""
+        raw = super().plain()
+        return raw if self.named_as else {name: value for name, value in raw.items() if name != "named_as"}
+
+    @classmethod
+    def from_plain(cls, raw: object) -> Self:
+        """See `Value.from_plain`."""
+        return super().from_plain({"named_as": "", **raw} if isinstance(raw, dict) else raw)
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The approval, signed by the site's evidence key."""
@@ -127,6 +149,34 @@ class Approval(Value):
             ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
         """
         return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
+
+
+def check_public_name(text: str) -> str:
+    """Check what a hospital may be called in public; empty is allowed.
+
+    Raises:
+        ValueError: longer than 120 characters, or with more than letters, digits, inner spaces and .,:'&()/+- in it: it stands in a page.
+    """
+    if len(text) > _LONGEST_PUBLIC_NAME or text != text.strip() or not all(sign.isalnum() or sign in _NAME_SIGNS for sign in text):
+        raise ValueError(f"a public name is at most {_LONGEST_PUBLIC_NAME} letters, digits and {_NAME_SIGNS!r}, got {text[:130]!r}")
+    return text
+
+
+def seal_card_change(card: bytes, key: SigningKey) -> bytes:
+    """A site's new card, signed again by the evidence key that it keeps: the continuity of a new Flower node key.
+
+    The card's own signature says that who made the card holds its key. This one says that the site means it to replace the card before.
+    """
+    return dsse.seal(card, CARD_CHANGE_TYPE, key)
+
+
+def open_card_change(data: bytes, key: VerifyKey, *, where: str = "card change") -> bytes:
+    """Verify a change of card, and return the new card's bytes.
+
+    Raises:
+        ProvenanceError: PF602, not signed by `key` as a change of card.
+    """
+    return dsse.open_envelope(data, payload_type=CARD_CHANGE_TYPE, keys=key, where=where)
 
 
 def seal_plan(plan: Plan, key: SigningKey) -> bytes:

@@ -16,6 +16,7 @@ list is no part of the record. Here are the manifest, the round record and the n
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from pathfed_common import digest
@@ -74,6 +75,14 @@ def update_path(round_index: int, site: str) -> str:
     return f"updates/round-{round_index:04d}/{site}.safetensors"
 
 
+def left_out(path: str, rounds: int) -> bool:
+    """Whether a release's bundle leaves this file of a record of so many rounds out: updates, and the states between first and last.
+
+    Their digests stand in the record; who has the updates can recompute all states.
+    """
+    return path.startswith("updates/") or (path.startswith("states/") and path not in (state_path(0), state_path(rounds)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileEntry(Value):
     """One file of the record: its place (POSIX, relative), the digest of its bytes and their number."""
@@ -115,7 +124,11 @@ class Manifest(Value):
 
     def entry(self, path: str) -> FileEntry | None:
         """The entry of a path, or None."""
-        return next((entry for entry in self.files if entry.path == path), None)
+        return self._by_path.get(path)
+
+    @cached_property
+    def _by_path(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.files}
 
     def to_bytes(self, key: SigningKey) -> bytes:
         """The manifest signed by the server.

@@ -3,7 +3,7 @@
 Errors name the file by its place in the record. See `verify` for what it all proves.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,9 +126,9 @@ class RecordReader:
         return read(self._folder, path)
 
 
-def file_faults(folder: Path, manifest: Manifest) -> Iterator[ProvenanceError]:
-    """Every listed file that is missing, a link, or not the listed bytes."""
-    for entry in manifest.files:
+def file_faults(folder: Path, entries: Iterable[FileEntry]) -> Iterator[ProvenanceError]:
+    """Every one of these files that is missing, a link, or not the listed bytes."""
+    for entry in entries:
         try:
             _check_file(folder / entry.path, entry)
         except ProvenanceError as error:

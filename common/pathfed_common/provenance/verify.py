@@ -17,7 +17,8 @@ What does not follow:
     - That the states are the aggregate of the updates: recomputing them needs the updates. The verdict says `aggregation_proven = False`.
     - That these are all rounds: the record as it stood after an earlier round is consistent, too. Compare the number of rounds.
 
-This module, `first_state` and `record_reader` read files, through pathlib and `encoder.weights`; nothing else of `provenance` does.
+This module, `first_state`, `state_files`, `record_reader` and the release's readers read files, through pathlib and `encoder.weights`;
+nothing else of `provenance` does.
 """
 
 import json
@@ -25,11 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from pathfed_common import digest, model
 from pathfed_common.digest import Digest
-from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName, site_name
 from pathfed_common.provenance import consistency, record
@@ -39,6 +36,7 @@ from pathfed_common.provenance.first_state import FirstState, check_first_state
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.record import Manifest
 from pathfed_common.provenance.record_reader import RecordReader, TrustedKeys, check_trusted, file_faults, read
+from pathfed_common.provenance.state_files import exported_faults, shape_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,40 +149,66 @@ def verify_record(folder: Path, trusted: TrustedKeys | None = None, *, redraw: b
     Returns:
         The verdict. Faults of the record are findings in it, never exceptions.
     """
+    examined = examine_record(folder, trusted, redraw=redraw)
+    if examined.contents is None:
+        return examined.verdict
+    return replace(examined.verdict, notes=(*_notes(folder, examined.contents), *examined.verdict.notes))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A record's verdict and, where they could be read, its documents."""
+
+    verdict: Verdict
+    contents: Contents | None = None
+
+
+def examine_record(folder: Path, trusted: TrustedKeys | None = None, *, redraw: bool = True, thin: bool = False) -> Examined:
+    """Check the record in a folder, and hand its documents on; see `verify_record`.
+
+    Args:
+        folder: the record.
+        trusted: the keys you know; None for none.
+        redraw: as of `verify_record`.
+        thin: the files that `record.left_out` names may be absent, as in a release's bundle, and are not looked at.
+    """
     trusted = trusted or TrustedKeys()
     try:
         manifest = Manifest.from_bytes(read(folder, record.MANIFEST))
         check_trusted(manifest.server_key, trusted.server, record.MANIFEST)
     except ProvenanceError as error:
-        return Verdict(findings=(error,))
+        return Examined(Verdict(findings=(error,)))
     verdict = Verdict(findings=(), run=manifest.run, plan=manifest.plan, server_key=manifest.server_key, rounds=manifest.rounds)
+    here = [entry for entry in manifest.files if not (thin and record.left_out(entry.path, manifest.rounds))]
     # All below rests on the files being the listed ones: a changed file is reported as that, not as what it then seems to say.
-    changed = tuple(file_faults(folder, manifest))
+    changed = tuple(file_faults(folder, here))
     if changed:
-        return replace(verdict, findings=changed)
+        return Examined(replace(verdict, findings=changed))
     try:
         reader = RecordReader(folder, manifest, trusted)
         contents = reader.contents()
     except ProvenanceError as error:
-        return replace(verdict, findings=(error,))
-    misshaped = tuple(_shape_faults(folder, contents))
+        return Examined(replace(verdict, findings=(error,)))
+    states = (0, manifest.rounds) if thin else range(manifest.rounds + 1)
+    misshaped = tuple(shape_faults(folder, contents, states))
     first = FirstState(()) if misshaped else check_first_state(folder / record.state_path(0), contents.plan, redraw=redraw)
     findings = (
         *_content_faults(contents),
         *misshaped,
         *first.faults,
-        *_exported_faults(folder, contents),
+        *exported_faults(folder, contents),
         *_retained_faults(contents),
     )
     sites = () if findings else _site_verdicts(contents, reader.cards, trusted)
-    return replace(
+    judged = replace(
         verdict,
         findings=findings,
-        notes=(*_notes(folder, contents), *((first.note,) if first.note else ())),
+        notes=(first.note,) if first.note else (),
         identities_proven=not findings and trusted.server is not None and all(site.key_trusted for site in sites),
         delta=contents.plan.privacy.delta,
         sites=sites,
     )
+    return Examined(judged, contents)
 
 
 def _content_faults(contents: Contents) -> Iterator[ProvenanceError]:
@@ -193,57 +217,6 @@ def _content_faults(contents: Contents) -> Iterator[ProvenanceError]:
     ]
     # Composing what the documents above do not agree on would prove nothing, and costs seconds.
     yield from faults or consistency.check_epsilons(contents)
-
-
-def _shape_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
-    shapes = model.state_shapes(contents.plan)
-    expected = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
-    listed = {entry.path for entry in contents.manifest.files}
-    for index in range(contents.manifest.rounds + 1):
-        path = record.state_path(index)
-        if path not in listed:
-            yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "a round's state is missing", where=path)
-        elif _header(folder / path) != expected:
-            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
-
-
-def _exported_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
-    listed = {entry.path for entry in contents.manifest.files}
-    exported = listed & {record.ENCODER, record.ENCODER_CONFIG}
-    if len(exported) == 1:
-        yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "weights or configuration of the exported encoder is missing", where="encoder")
-    elif exported:
-        yield from _encoder_faults(folder, contents)
-
-
-def _encoder_faults(folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
-    state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
-    prefix = model.released_prefix(contents.plan)
-    names = {name.removeprefix(prefix): name for name in model.state_shapes(contents.plan) if name.startswith(prefix)}
-    header, base = _header(encoder), _header(state)
-    if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
-        yield ProvenanceError(
-            ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
-        )
-        return
-    for name, full in names.items():
-        # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
-        ours, theirs = (weights.read_tensor(path, key).view(torch.uint8) for path, key in ((encoder, name), (state, full)))
-        if not torch.equal(ours, theirs):
-            yield ProvenanceError(
-                ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
-            )
-    if (folder / record.ENCODER_CONFIG).read_bytes() != digest.canonical(model.timm_config(contents.plan)):
-        yield ProvenanceError(
-            ErrorCode.RECORD_CHANGED, "the exported encoder's configuration is not the plan's", where=record.ENCODER_CONFIG
-        )
-
-
-def _header(path: Path) -> dict[str, tuple[torch.dtype, weights.Shape]] | None:
-    try:
-        return weights.header(path)
-    except ValueError:
-        return None
 
 
 def _retained_faults(contents: Contents) -> Iterator[ProvenanceError]:
@@ -256,10 +229,9 @@ def _retained_faults(contents: Contents) -> Iterator[ProvenanceError]:
 
 def _site_verdicts(contents: Contents, cards: Mapping[SiteName, SiteCard], trusted: TrustedKeys) -> tuple[SiteVerdict, ...]:
     verdicts = []
+    by_site = consistency.statements_by_site(contents)
     for site, recomputed in consistency.recomputed_epsilons(contents).items():
-        statements = [
-            sealed.statement for (_, name), sealed in sorted(contents.statements.items(), key=lambda item: item[0]) if name == site
-        ]
+        statements = [sealed.statement for sealed in by_site[site]]
         verdicts.append(
             SiteVerdict(
                 site=site,

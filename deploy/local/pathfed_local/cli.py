@@ -1,15 +1,22 @@
 """`pathfed`: what belongs to neither side: the demo, planning what a run costs, and checking a run's record."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
+from pathfed_common.errors import ErrorCode, ProvenanceError
+
+if TYPE_CHECKING:
+    from pathfed_common.provenance.record_reader import TrustedKeys
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Try pathfed, and check what others made with it.", pretty_exceptions_enable=False
@@ -27,10 +34,6 @@ class Objective(StrEnum):
 
     mae = "mae"
     dino = "dino"
-
-
-#: Exit status of `verify` when everything is consistent but nobody's identity was checked.
-UNPROVEN = 3
 
 
 @app.command()
@@ -52,7 +55,7 @@ def demo(
     from pathfed_local.plans import demo_plan
     from pathfed_local.view import View
 
-    console.end_on_terminate()
+    interrupts.end_on_terminate()
     options = DemoOptions(
         out=out,
         slides=slides,
@@ -81,29 +84,85 @@ def _where(out: Path) -> None:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A run's record, or the folder of a demo.")],
-    trust: Annotated[Path | None, typer.Option(help="JSON file with the keys you got by another way; `pathfed demo` writes one.")] = None,
+    given: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A release's bundle, folder or archive; a run's record; or the folder of a demo.")
+    ],
+    trust: Annotated[
+        Path | None, typer.Option(help="Keys you got by another way: a JSON file, a card, or a folder of them; `pathfed demo` writes one.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="UPDATES", help="Folder of the retained updates: recompute every state from them, bit for bit.")
+    ] = None,
     redraw: Annotated[
         bool, typer.Option(help="Draw the first state's random weights again from the plan's seed; takes as much memory as the model.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Check a run's record offline: every byte, signature, chain and epsilon, and that it started where its plan says.
+    """Check a release or a run's record offline: every byte, signature, chain and epsilon, and that it started where its plan says.
 
-    Exit status 0: proven. 3: consistent, but without --trust nobody's identity is proven. 16: something does not verify.
+    Exit status 0: all is proven. 3: identities are not, without --trust. 4: the aggregation is not, without --replay. 5: neither is.
+    6: it cannot be read. 16: something does not verify. A run's record alone has no log: there, 0 says nothing of the aggregation.
     """
-    from pathfed_common.provenance.verify import verify_record
-    from pathfed_local.verifying import find_record, summary, trusted_keys
+    from pathfed_common.provenance.release_verify import is_bundle
+    from pathfed_local import verifying
+    from pathfed_local.trusting import trusted_keys
 
-    verdict = verify_record(find_record(folder), trusted_keys(trust), redraw=redraw)
-    if verdict.findings:
-        for finding in verdict.findings[1:]:
-            console.show_error(finding)
-        raise verdict.findings[0]
+    keys = trusted_keys(trust)
+    try:
+        with verifying.opened(given) as folder:
+            check = _verify_bundle if is_bundle(folder) else _verify_record
+            ended = check(folder, keys, replay, redraw=redraw, as_json=as_json)
+    except ProvenanceError as error:
+        if error.code is not ErrorCode.BUNDLE_UNREADABLE:
+            raise
+        console.show_error(error, as_json=as_json)
+        sys.exit(verifying.Status.UNREADABLE)
+    sys.exit(ended)
+
+
+def _verify_bundle(folder: Path, keys: "TrustedKeys | None", updates: Path | None, *, redraw: bool, as_json: bool) -> int:
+    from pathfed_common.provenance.release_verify import verify_release
+    from pathfed_local import verifying
+    from pathfed_local.replaying import replay
+
+    given = None if updates is None else partial(replay, updates)
+    verdict = verify_release(folder, keys, redraw=redraw, replay=given)
+    _demand(verdict.findings)
+    proven, unproven = verifying.proven(verdict), verifying.not_proven(verdict)
+    if as_json:
+        show({**verifying.release_summary(verdict), "proven": proven, "not_proven": unproven}, as_json=True)
+    else:
+        show(verifying.release_summary(verdict), as_json=False, title="Nothing is wrong with this release.")
+        for title, sentences in (("Proven", proven), ("Not proven", unproven)):
+            console.out.print(f"\n[bold]{title}[/]")
+            for sentence in sentences:
+                console.out.print(f"  - {sentence}", markup=False, highlight=False)
+    return verifying.status(verdict)
+
+
+def _verify_record(folder: Path, keys: "TrustedKeys | None", updates: Path | None, *, redraw: bool, as_json: bool) -> int:
+    from pathfed_common.provenance.verify import examine_record, verify_record
+    from pathfed_local.replaying import replay
+    from pathfed_local.verifying import Status, summary
+
+    verdict = verify_record(folder, keys, redraw=redraw)
+    _demand(verdict.findings)
+    if updates is not None:
+        contents = examine_record(folder, keys, redraw=False).contents
+        _demand(tuple(replay(updates, folder, contents)) if contents else ())
+        notes = tuple(note for note in verdict.notes if not note.startswith("aggregation not proven"))
+        verdict = replace(verdict, aggregation_proven=True, notes=notes)
     title = "consistent, identities proven" if verdict.identities_proven else "consistent, IDENTITIES UNPROVEN (PF604)"
     show(summary(verdict), as_json=as_json, title=title)
-    if not verdict.identities_proven:
-        sys.exit(UNPROVEN)
+    return Status.PROVEN if verdict.identities_proven else Status.IDENTITIES_UNPROVEN
+
+
+def _demand(findings: Sequence[ProvenanceError]) -> None:
+    """Tell every finding; the first ends the command."""
+    for finding in findings[1:]:
+        console.show_error(finding)
+    if findings:
+        raise findings[0]
 
 
 @plan_app.command("privacy")

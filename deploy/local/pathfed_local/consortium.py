@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pathfed_common import interrupts
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, error_from_dict
 from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections, end_all, start_owned
 
@@ -108,6 +109,7 @@ class Consortium:
 
     def begin(self, command: str, *arguments: str | Path) -> "subprocess.Popen[str]":
         """Begin a command beside others. It is owned until it is finished: `stop`, or this process's death, ends it."""
+        interrupts.heed()
         argv = [str(part) for part in (program(command), *arguments)]
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "commands.log").open("a", encoding="utf-8") as log:

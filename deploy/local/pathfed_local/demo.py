@@ -16,6 +16,7 @@ from pathfed_client.app import glance
 from pathfed_client.cohort.patient_list import read_patient_list
 from pathfed_client.home import SiteHome
 from pathfed_client.io.scan_workers import usable_cpus
+from pathfed_common import interrupts
 from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import CohortPlan, Plan, load_plan
@@ -97,6 +98,7 @@ class Demo:
                 consortium.stop()
 
     def _timed(self, name: str, step: Any, *arguments: Any) -> Any:
+        interrupts.heed()
         began = time.monotonic()
         try:
             return step(*arguments)
@@ -145,6 +147,7 @@ class Demo:
             }
             with self.view.table():
                 while any(process.poll() is None for process in begun.values()):
+                    interrupts.heed()
                     self.view.update("scan", self._lines(consortium, {}))
                     time.sleep(_POLL_S / 2)
                 self.view.update("scan", self._lines(consortium, {}))

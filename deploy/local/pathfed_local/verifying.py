@@ -1,44 +1,146 @@
-"""`pathfed verify`: reads a record and the keys a person trusts, and says what holds."""
+"""`pathfed verify`: reads a bundle or a record, and the keys a person trusts, and says in plain words what holds and what does not."""
 
-from pathlib import Path
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pathfed_common.errors import ErrorCode, HostError, ProvenanceError
+from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.provenance.record import MANIFEST
-from pathfed_common.provenance.record_reader import TrustedKeys
-from pathfed_common.provenance.verify import Verdict, read_trust
+from pathfed_common.provenance.release import RELEASE
+from pathfed_common.provenance.release_verify import ReleaseVerdict
+from pathfed_common.provenance.verify import Verdict
+
+#: Folders of a demo in which a release or a record lies.
+_WITHIN = ("", "release", "record")
+
+
+class Status(IntEnum):
+    """Exit statuses of `pathfed verify`, beside 16 for what does not verify."""
+
+    PROVEN = 0
+    IDENTITIES_UNPROVEN = 3
+    AGGREGATION_UNPROVEN = 4
+    BOTH_UNPROVEN = 5
+    UNREADABLE = 6
 
 
 def find_record(folder: Path) -> Path:
-    """The record in a folder: the folder itself, or `record/` in a demo's.
+    """The bundle or record in a folder: the folder itself, or `release/` or `record/` in a demo's.
 
     Raises:
-        ProvenanceError: PF605, there is none.
+        ProvenanceError: PF615, there is none.
     """
-    for place in (folder, folder / "record"):
-        if (place / MANIFEST).is_file():
-            return place
-    raise ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "no record is there", where=folder, remedy=f"name the folder that holds {MANIFEST}")
+    for place in _WITHIN:
+        if any((folder / place / name).is_file() for name in (RELEASE, MANIFEST)):
+            return folder / place
+    raise _unreadable("no release and no record is there", folder)
 
 
-def trusted_keys(file: Path | None) -> TrustedKeys | None:
-    """The keys of a trust file, or None without one.
+@contextmanager
+def opened(given: Path) -> Iterator[Path]:
+    """A folder to verify, out of what a person named: a folder, or an archive, which is unpacked for the time being.
 
     Raises:
-        HostError: PF904, it cannot be read.
-        ProvenanceError: PF604, it is not a trust file.
+        ProvenanceError: PF615, neither a release nor a record is there, or the archive cannot be read.
     """
-    if file is None:
-        return None
+    if not given.is_file():
+        yield find_record(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="pathfed-verify-") as place:
+        _unpack(given, Path(place))
+        yield find_record(Path(place))
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Only folders and files of their own, below the folder, each once: anything else is refused before it is written."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HostError(ErrorCode.HOME_UNUSABLE, f"the trust file cannot be read: {error}", where=file) from None
-    return read_trust(text, where=file)
+        with tarfile.open(archive) as packed:
+            seen: set[str] = set()
+            for member in packed:
+                path = PurePosixPath(member.name)
+                if not (member.isfile() or member.isdir()) or path.is_absolute() or ".." in path.parts or str(path) in seen:
+                    raise _unreadable(f"an archive of a bundle has no such entry: {member.name[:80]!r}", archive)
+                seen.add(str(path))
+                packed.extract(member, folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise _unreadable(f"not an archive that can be read: {error}", archive) from None
+
+
+def status(verdict: ReleaseVerdict) -> Status:
+    """The exit status of a bundle in which nothing is wrong."""
+    return {
+        (True, True): Status.PROVEN,
+        (False, True): Status.IDENTITIES_UNPROVEN,
+        (True, False): Status.AGGREGATION_UNPROVEN,
+        (False, False): Status.BOTH_UNPROVEN,
+    }[verdict.identities_proven, verdict.aggregation_proven]
+
+
+def proven(verdict: ReleaseVerdict) -> list[str]:
+    """What a bundle in which nothing is wrong proves, sentence by sentence."""
+    sites, card = len(verdict.record.sites), verdict.card
+    limit = card.epsilon_limit if card else 0
+    told = [
+        f"The encoder is the last of {verdict.record.rounds + 1} states, each made from the one before in a recorded round.",
+        "The first state is the plan's: the checkpoint it names, or its seed's draw.",
+        f"{sum(site.rounds for site in verdict.record.sites)} updates of {sites} sites went in. Each was signed at its site for this "
+        "round, plan and state, and is in the log in its place.",
+        f"No site's releases cost a patient more than epsilon {limit:g}, which each site approved, at delta {verdict.record.delta:g}.",
+        f"{len(verdict.cosigned)} of {len(verdict.enrolled)} enrolled sites have co-signed the log of {verdict.leaves} entries that holds "
+        "all this and this release. The operator was not counted.",
+        "The card says what the record says, the model signature is over these files, and no file is missing or extra.",
+    ]
+    if verdict.identities_proven:
+        told.append("The keys of server, sites and co-signers are those you trust.")
+    if verdict.aggregation_proven:
+        told.append("Recomputed from the sites' updates, every state is the recorded one, bit for bit.")
+    return told
+
+
+def not_proven(verdict: ReleaseVerdict) -> list[str]:
+    """What it does not prove, sentence by sentence."""
+    told = []
+    if not verdict.identities_proven:
+        told.append(
+            "IDENTITIES (PF604): whose keys these are. Anyone can make a consistent bundle with keys of their own. Give --trust with the "
+            "keys of the server, of every site in the run, and of more than half of the log's sites."
+        )
+    if not verdict.aggregation_proven:
+        told.append(
+            "AGGREGATION (PF623): that each state is the aggregate of its updates. Give --replay with the retained updates to recompute it."
+        )
+    return [
+        *told,
+        "That sites ran the code whose digest they state, or trained on the patients that they declare.",
+        "What the evaluation's figures mean, where there are some.",
+    ]
+
+
+def release_summary(verdict: ReleaseVerdict) -> dict[str, Any]:
+    """A bundle's verdict that found nothing wrong, for people and scripts."""
+    found = summary(verdict.record)
+    return {
+        "run": found["run"],
+        "encoder": verdict.release.encoder if verdict.release else None,
+        "plan": found["plan"],
+        "rounds": found["rounds"],
+        "identities_proven": verdict.identities_proven,
+        "aggregation_proven": verdict.aggregation_proven,
+        "log_entries": verdict.leaves,
+        "enrolled": sorted(verdict.enrolled),
+        "cosigned": sorted(verdict.cosigned),
+        "delta": found["delta"],
+        "sites": found["sites"],
+        "notes": found["notes"],
+    }
 
 
 def summary(verdict: Verdict) -> dict[str, Any]:
-    """A verdict that found nothing wrong, for people and scripts."""
+    """A record's verdict that found nothing wrong, for people and scripts."""
     return {
         "run": verdict.run,
         "plan": verdict.plan,
@@ -52,3 +154,8 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         },
         "notes": list(verdict.notes),
     }
+
+
+def _unreadable(what: str, where: Path) -> ProvenanceError:
+    remedy = f"name the folder that holds {RELEASE} or {MANIFEST}, or a bundle's archive"
+    return ProvenanceError(ErrorCode.BUNDLE_UNREADABLE, what, where=where, remedy=remedy)

@@ -24,7 +24,7 @@ FIELDS = {
     "DecideRequest": {"envelope": (1, "bytes")},
     "DecideReply": {},
     "ReportRequest": {"software": (1, "string"), "state": (2, "string")},
-    "ReportReply": {"now": (1, "double"), "certificate_until": (2, "double"), "log_size": (3, "uint64")},
+    "ReportReply": {"now": (1, "double"), "certificate_until": (2, "double"), "log_size": (3, "uint64"), "renew": (4, "bool")},
     "GetCheckpointRequest": {"known_size": (1, "uint64")},
     "GetCheckpointReply": {"note": (1, "bytes"), "consistency": (2, "bytes*")},
     "GetInclusionRequest": {"leaf_hash": (1, "bytes"), "size": (2, "uint64")},
@@ -51,6 +51,7 @@ TYPES = {
     FieldDescriptor.TYPE_ENUM: "enum",
     FieldDescriptor.TYPE_DOUBLE: "double",
     FieldDescriptor.TYPE_UINT64: "uint64",
+    FieldDescriptor.TYPE_BOOL: "bool",
 }
 #: Messages as version 0.1.0 put them on the wire, and what they say.
 GOLDEN: dict[str, tuple[str, Message]] = {

@@ -17,7 +17,14 @@ from pathfed_common.units import UtcSeconds
 KEY = SigningKey.generate()
 OTHER = SigningKey.generate()
 SITE = SiteCard(site=SiteName("a"), evidence_key=KEY.public, flower_key="ecdsa-sha2-nistp384 AAAA")
-SERVER = ServerCard(name="north", evidence_key=KEY.public, ca_pem="-----BEGIN CERTIFICATE-----\n", fleet_address="10.0.0.1:9092")
+SERVER = ServerCard(
+    name="north",
+    evidence_key=KEY.public,
+    ca_pem="-----BEGIN CERTIFICATE-----\n",
+    fleet_address="10.0.0.1:9092",
+    control_address="10.0.0.1:9093",
+    enrolment_address="10.0.0.1:9094",
+)
 
 
 def _approval() -> Approval:
@@ -72,6 +79,15 @@ def test_cards_hold_keys_as_keys() -> None:
     assert isinstance(SiteCard.from_bytes(SITE.to_bytes(KEY)).evidence_key, VerifyKey)
     with pytest.raises(ValueError, match="evidence_key must be VerifyKey"):
         SiteCard(site=SiteName("a"), evidence_key=KEY.public.to_text(), flower_key="x")  # type: ignore[arg-type]
+
+
+def test_a_change_of_card_opens_with_the_key_that_stays_alone() -> None:
+    card = SITE.to_bytes(KEY)
+    change = documents.seal_card_change(card, KEY)
+    assert documents.open_card_change(change, KEY.public) == card
+    for data, key in ((change, OTHER.public), (card, KEY.public), (documents.seal_card_change(card, OTHER), KEY.public)):
+        with pytest.raises(ProvenanceError, match="PF602"):
+            documents.open_card_change(data, key)
 
 
 def test_approval_round_trips_and_opens_with_the_sites_key_alone() -> None:

@@ -42,7 +42,6 @@ from pathfed_client.training.engines.passes import Passes
 from pathfed_client.training.engines.serial import SerialEngine, clear_gradients
 from pathfed_client.training.engines.taps import tapped
 from pathfed_client.training.joint_sum import JointSum
-from pathfed_common.privacy.mechanism import PatientMechanism
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +56,6 @@ class BookKeepingEngine:
         self,
         objective: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        mechanism: PatientMechanism,
         compute: Compute | None = None,
         *,
         patients: int,
@@ -68,7 +66,6 @@ class BookKeepingEngine:
         Args:
             objective: what is trained.
             parameters: its trainable parameters by name.
-            mechanism: the public constants of a step.
             compute: number type, checkpointing, compiling; default: plain float32.
             patients: P, how many in one pass.
             tiles_per_patient: k: passes are over P patients with k tiles each; patients with fewer are taken one by one.
@@ -85,7 +82,7 @@ class BookKeepingEngine:
         self._twin, self._book = tapped(objective, parameters)
         self._guard = StateGuard(self._twin)
         self._passes = Passes(self._twin, compute, tiles=patients * tiles_per_patient)
-        self._serial = SerialEngine(objective, parameters, mechanism, compute, tiles_per_patient=tiles_per_patient)
+        self._serial = SerialEngine(objective, parameters, compute, tiles_per_patient=tiles_per_patient)
 
     def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
         """See `engines.engine.Engine`."""

@@ -28,7 +28,6 @@ from pathfed_client.training.engines.engine import Engine, EngineUnfitError, tra
 from pathfed_client.training.engines.serial import SerialEngine
 from pathfed_client.training.engines.taps import tapped
 from pathfed_common.objectives.objective import Objective
-from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 
 #: Largest number of tiles in one pass of the book-keeping engine.
@@ -102,7 +101,6 @@ def decide(objective: nn.Module, compute: Compute, *, tiles_per_patient: int, ti
 def make_engine(
     objective: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    mechanism: PatientMechanism,
     compute: Compute,
     *,
     tiles_per_patient: int,
@@ -114,7 +112,6 @@ def make_engine(
     Args:
         objective: what is trained.
         parameters: its trainable parameters by name.
-        mechanism: the public constants of a step.
         compute: how.
         tiles_per_patient: k.
         tile_px: side of a tile, pixels.
@@ -126,9 +123,9 @@ def make_engine(
     decided = decide(objective, compute, tiles_per_patient=tiles_per_patient, tile_px=tile_px)
     if decided.engine == "serial":
         k = tiles_per_patient
-        return SerialEngine(objective, parameters, mechanism, decided, tiles_per_patient=k, tiles_at_once=tiles_at_once)
+        return SerialEngine(objective, parameters, decided, tiles_per_patient=k, tiles_at_once=tiles_at_once)
     patients = decided.patients_at_once or 1
-    return BookKeepingEngine(objective, parameters, mechanism, decided, patients=patients, tiles_per_patient=tiles_per_patient)
+    return BookKeepingEngine(objective, parameters, decided, patients=patients, tiles_per_patient=tiles_per_patient)
 
 
 def serial_cost(shapes: Shapes, k: int) -> float:

@@ -33,7 +33,6 @@ from pathfed_client.training.engines.guard import StateGuard, unchanged_buffers
 from pathfed_client.training.engines.norms import joint_norm
 from pathfed_client.training.engines.passes import Passes, can_checkpoint
 from pathfed_client.training.joint_sum import JointSum
-from pathfed_common.privacy.mechanism import PatientMechanism
 
 __all__ = ["PatientGradients", "SerialEngine", "add_patient", "clear_gradients", "gradient_norm", "patient_gradient", "unchanged_buffers"]
 
@@ -133,7 +132,6 @@ class SerialEngine:
         self,
         objective: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        mechanism: PatientMechanism,
         compute: Compute | None = None,
         *,
         tiles_per_patient: int | None = None,
@@ -144,7 +142,6 @@ class SerialEngine:
         Args:
             objective: what is trained.
             parameters: its trainable parameters by name.
-            mechanism: the public constants of a step.
             compute: number type, checkpointing, compiling; default: plain float32.
             tiles_per_patient: k: microbatches of this size are compiled, where `compute` asks for it.
             tiles_at_once: tiles of a patient in one pass, where k do not fit; only for a separable objective.
@@ -152,7 +149,7 @@ class SerialEngine:
         Raises:
             ValueError: `tiles_at_once` is out of bounds, or the objective is not separable.
         """
-        self._objective, self._parameters, self._mechanism = objective, parameters, mechanism
+        self._objective, self._parameters = objective, parameters
         self._gradients = PatientGradients(objective, parameters, compute, tiles_per_patient=tiles_per_patient, tiles_at_once=tiles_at_once)
 
     def add(self, patients: Sequence[PatientTiles], total: JointSum, /) -> list[str | None]:
@@ -176,7 +173,7 @@ class SerialEngine:
 
     def _add(self, patient: PatientTiles, total: JointSum) -> str | None:
         try:
-            add_patient(self._objective, self._parameters, patient, self._mechanism, total, gradients_of=self._gradients)
+            add_patient(self._objective, self._parameters, patient, total, gradients_of=self._gradients)
         except Exception as error:  # aborts are releases
             return why_not(error)
         finally:
@@ -195,7 +192,6 @@ def add_patient(
     objective: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     patient: PatientTiles,
-    mechanism: PatientMechanism,
     total: JointSum,
     *,
     gradients_of: PatientGradients | None = None,

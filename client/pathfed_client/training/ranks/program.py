@@ -93,7 +93,7 @@ class _Replicated:
     def __init__(self, objective: nn.Module, parameters: Mapping[str, nn.Parameter], mechanism: PatientMechanism, job: Join, ranks: Ranks):
         self._parameters, self._mechanism, self._ranks = parameters, mechanism, ranks
         k, px, at_once = job.tiles_per_patient, job.tile_px, job.tiles_at_once
-        self._engine = make_engine(objective, parameters, mechanism, job.compute, tiles_per_patient=k, tile_px=px, tiles_at_once=at_once)
+        self._engine = make_engine(objective, parameters, job.compute, tiles_per_patient=k, tile_px=px, tiles_at_once=at_once)
 
     def empty_sum(self) -> JointSum:
         return JointSum(self._parameters, self._mechanism)

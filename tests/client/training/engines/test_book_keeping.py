@@ -116,7 +116,7 @@ def test_norms_and_the_clipped_sum_are_those_of_brute_force(name, way, mechanism
     each = brute(model, drawn)
     norms = [norm_of(gradients) for gradients in each]
     m = mechanism(clip_norm=sorted(norms)[2])
-    engine = BookKeepingEngine(model, trainable(model), m, patients=5, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=5, tiles_per_patient=2)
     same_count = [drawn[place] for place in (0, 1, 3)]
     found = [norm for _, norm in engine._pass(same_count)]
     assert found == pytest.approx([norms[place] for place in (0, 1, 3)], rel=tolerance)
@@ -140,7 +140,7 @@ def test_norms_and_the_clipped_sum_are_those_of_brute_force(name, way, mechanism
 
 
 @pytest.mark.parametrize("planted", [False, True])
-def test_a_layer_used_twice_has_cross_terms_in_its_norm(planted: bool, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_used_twice_has_cross_terms_in_its_norm(planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: uses taken as independent, their squared norms added."""
     original = book.MatrixEntry.squared_norms
 
@@ -153,7 +153,7 @@ def test_a_layer_used_twice_has_cross_terms_in_its_norm(planted: bool, mechanism
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
-    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)._pass(drawn)
+    figures = BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)._pass(drawn)
     close = [norm == pytest.approx(exact, rel=1e-4) for (_, norm), exact in zip(figures, true, strict=True)]
     assert all(close) is not planted
 
@@ -203,10 +203,10 @@ def residual_gradients_scaled_in_place(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("plant", [gram_on_wrong_axes, a_factor_for_each_tile, stale_norm, residual_gradients_scaled_in_place])
-def test_a_planted_fault_is_refused_at_the_rehearsal(plant, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_refused_at_the_rehearsal(plant, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)
     engine.rehearse(drawn)
     plant(monkeypatch)
     with pytest.raises((EngineUnfitError, RuntimeError)):
@@ -219,13 +219,13 @@ def rehearse_twice(engine: BookKeepingEngine, drawn: list[PatientTiles]) -> None
 
 
 @pytest.mark.parametrize("planted", [False, True])
-def test_norms_are_fine_enough_to_find_one_taken_in_bfloat16(planted: bool, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_fine_enough_to_find_one_taken_in_bfloat16(planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2] * 6, torch.float32)
     true = [norm_of(gradients) for gradients in brute(model, drawn)]
     if planted:
         norm_in_bfloat16(monkeypatch)
-    figures = BookKeepingEngine(model, trainable(model), mechanism(), patients=6, tiles_per_patient=2)._pass(drawn)
+    figures = BookKeepingEngine(model, trainable(model), patients=6, tiles_per_patient=2)._pass(drawn)
     errors = [norm / exact - 1 for (_, norm), exact in zip(figures, true, strict=True)]
     assert (min(errors) > -1e-5 and max(errors) < 1e-4) is not planted
 
@@ -235,7 +235,7 @@ def test_a_patient_that_is_not_finite_leaves_no_trace_in_a_pass(value: float, me
     model = moved(Twice())
     drawn = patients(model, [2, 2, 2], torch.float32)
     poison = PatientTiles(torch.full_like(drawn[0].tiles, value), drawn[0].draws)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=4, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=4, tiles_per_patient=2)
     with_it, without = (JointSum(trainable(model), mechanism()) for _ in range(2))
     outcomes = engine.add([drawn[0], poison, drawn[1], drawn[2]], with_it)
     engine.add(drawn, without)
@@ -247,9 +247,9 @@ def test_a_patient_that_is_not_finite_leaves_no_trace_in_a_pass(value: float, me
 def test_a_pass_that_fails_is_taken_patient_by_patient(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2, 2], torch.float32)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)
     total, expected = (JointSum(trainable(model), mechanism()) for _ in range(2))
-    SerialEngine(model, trainable(model), mechanism()).add(drawn, expected)
+    SerialEngine(model, trainable(model)).add(drawn, expected)
 
     def exhausted(*args: Any) -> Tensor:
         raise MemoryError
@@ -268,28 +268,28 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [Scaled(), nn.Conv2d(3, 3, 3), nn.GroupNorm(1, 3), type("Sub", (nn.Linear,), {})(3, 3)])
-def test_an_owner_without_a_rule_is_refused(layer: nn.Module, mechanism) -> None:
+def test_an_owner_without_a_rule_is_refused(layer: nn.Module) -> None:
     model: Any = Twice()
     model.extra = layer
     with pytest.raises(EngineUnfitError, match=r"no rule for the parameter 'extra\."):
-        BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+        BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)
     with pytest.raises(EngineUnfitError):
         decide(model, Compute(engine="book_keeping"), tiles_per_patient=1, tile_px=SIDE)
     assert decide(model, Compute(engine="auto"), tiles_per_patient=1, tile_px=SIDE).engine == "serial"
 
 
-def test_a_parameter_used_outside_its_layer_is_refused_at_the_rehearsal(mechanism) -> None:
+def test_a_parameter_used_outside_its_layer_is_refused_at_the_rehearsal() -> None:
     class Outside(Twice):
         def patient_losses(self, tiles: Tensor, draws: Draws, counts: list[int]) -> Tensor:
             return super().patient_losses(tiles, draws, counts) + self.head.weight.square().sum()
 
     model = Outside()
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)
     with pytest.raises(EngineUnfitError, match=r"'head.weight' is used outside its layer"):
         engine.rehearse(patients(model, [2, 2], torch.float32))
 
 
-def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal(mechanism) -> None:
+def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal() -> None:
     class CropsFirst(Twice):
         def patient_losses(self, tiles: Tensor, draws: Draws, counts: list[int]) -> Tensor:
             both = self.head(self.encoder(torch.cat([tiles, tiles.flip(3)]))[:, 0]).square().mean(1)
@@ -297,7 +297,7 @@ def test_layers_that_see_crops_before_tiles_are_refused_at_the_rehearsal(mechani
             return torch.stack([of_patient.mean() for of_patient in mean.split(list(counts))])
 
     model = moved(CropsFirst())
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=3, tiles_per_patient=1)
+    engine = BookKeepingEngine(model, trainable(model), patients=3, tiles_per_patient=1)
     with pytest.raises((EngineUnfitError, NotContributed)):
         engine.rehearse(patients(model, [1, 1, 1], torch.float32))
 
@@ -309,13 +309,13 @@ def test_both_engines_agree_under_autocast_and_checkpointing(name, compute: Comp
     drawn = patients(model, [2, 2, 2], torch.float32)
     m = mechanism(clip_norm=0.3)
     left, right, plain = (JointSum(trainable(model), m) for _ in range(3))
-    engine = BookKeepingEngine(model, trainable(model), m, compute, patients=3, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), compute, patients=3, tiles_per_patient=2)
     engine.rehearse(drawn)
     engine.add(drawn, left)
-    SerialEngine(model, trainable(model), m, compute).add(drawn, right)
+    SerialEngine(model, trainable(model), compute).add(drawn, right)
     assert distance(gradients_of(left), gradients_of(right)) < (0.02 if compute.precision == "bfloat16" else 1e-4)
     if compute.activation_checkpointing:
-        BookKeepingEngine(model, trainable(model), m, patients=3, tiles_per_patient=2).add(drawn, plain)
+        BookKeepingEngine(model, trainable(model), patients=3, tiles_per_patient=2).add(drawn, plain)
         assert same_bits(left, plain)
 
 
@@ -326,13 +326,13 @@ def test_a_compiled_pass_gives_the_same_sum(checkpointing: bool, mechanism, monk
     model = unlike_its_start(BUILDERS["mae"]())
     drawn = patients(model, [2, 2], torch.float32)
     compute = Compute(compile=True, activation_checkpointing=checkpointing)
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), compute, patients=2, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), compute, patients=2, tiles_per_patient=2)
     compiled, plain = (JointSum(trainable(model), mechanism()) for _ in range(2))
     # A pass that failed would be taken by the serial engine, and prove nothing.
     monkeypatch.setattr(engine, "_serial", None)
     assert engine.add(drawn, compiled) == [None, None]
     assert engine._passes._compiled
-    BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2).add(drawn, plain)
+    BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2).add(drawn, plain)
     assert distance(gradients_of(compiled), gradients_of(plain)) < 1e-5
 
 
@@ -359,7 +359,7 @@ def test_equal_notes_are_taken_as_often_as_they_are_made(monkeypatch: pytest.Mon
 def test_the_objective_is_as_it_was(mechanism) -> None:
     model = Twice()
     before = {name: (type(module), tuple(module.__dict__)) for name, module in model.named_modules()}
-    engine = BookKeepingEngine(model, trainable(model), mechanism(), patients=2, tiles_per_patient=2)
+    engine = BookKeepingEngine(model, trainable(model), patients=2, tiles_per_patient=2)
     engine.add(patients(model, [2, 2], torch.float32), JointSum(trainable(model), mechanism()))
     assert {name: (type(module), tuple(module.__dict__)) for name, module in model.named_modules()} == before
 
@@ -383,11 +383,11 @@ def lattice(total: JointSum) -> Tensor:
     return torch.cat([total.integers[name].flatten() for name in sorted(total.integers)]).to(torch.int64)
 
 
-def both(model: Any, m: Any, compute: Compute = Compute()) -> dict[str, Any]:  # noqa: B008  a frozen value
+def both(model: Any, compute: Compute = Compute()) -> dict[str, Any]:  # noqa: B008  a frozen value
     parameters = trainable(model)
     return {
-        "serial": SerialEngine(model, parameters, m, compute, tiles_per_patient=2),
-        "book-keeping": BookKeepingEngine(model, parameters, m, compute, patients=4, tiles_per_patient=2),
+        "serial": SerialEngine(model, parameters, compute, tiles_per_patient=2),
+        "book-keeping": BookKeepingEngine(model, parameters, compute, patients=4, tiles_per_patient=2),
     }
 
 
@@ -421,7 +421,7 @@ SOME_COUNTS = [2, 2, 1, 2, 2, 2, 3, 2, 2]
 def test_a_patient_who_leaves_takes_just_that_patients_lattice_vector(name: str, engine: str, compute: Compute, mechanism) -> None:
     model, m = unlike_its_start(BUILDERS[name]()), mechanism(clip_norm=0.3)
     drawn = patients(model, SOME_COUNTS, torch.float32)
-    assert is_exact(model, m, both(model, m, compute)[engine], drawn)
+    assert is_exact(model, m, both(model, compute)[engine], drawn)
 
 
 @pytest.mark.parametrize("engine", ["serial", "book-keeping"])
@@ -429,7 +429,7 @@ def test_a_patient_who_leaves_takes_just_that_patients_lattice_vector(name: str,
 def test_the_order_of_patients_changes_no_bit_of_the_sum(name: str, engine: str, mechanism) -> None:
     model, m = unlike_its_start(BUILDERS[name]()), mechanism(clip_norm=0.3)
     drawn = patients(model, SOME_COUNTS, torch.float32)
-    made = both(model, m)[engine]
+    made = both(model)[engine]
     mixed = [drawn[place] for place in (5, 2, 8, 0, 6, 1, 7, 4, 3)]
     first = summed(model, m, made, drawn)
     assert same_bits(first, summed(model, m, made, drawn[::-1]))
@@ -485,14 +485,14 @@ def a_pass_mixes_its_patients(patch: pytest.MonkeyPatch) -> None:
 def test_a_fault_planted_in_the_exact_sum_is_caught(plant, mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model, m = moved(Twice()), mechanism(clip_norm=0.3)
     drawn = patients(model, [2] * 6, torch.float32)
-    assert is_exact(model, m, both(model, m)["book-keeping"], drawn)
+    assert is_exact(model, m, both(model)["book-keeping"], drawn)
     plant(monkeypatch)
-    assert not is_exact(model, m, both(model, m)["book-keeping"], drawn)
+    assert not is_exact(model, m, both(model)["book-keeping"], drawn)
 
 
 def test_a_pass_has_the_same_shape_whoever_is_in_it(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model, m = moved(Twice()), mechanism()
-    engine = both(model, m)["book-keeping"]
+    engine = both(model)["book-keeping"]
     shapes: list[tuple[int, ...]] = []
     original = engine._passes.patient_losses
 
@@ -510,7 +510,7 @@ def test_a_pass_has_the_same_shape_whoever_is_in_it(mechanism, monkeypatch: pyte
 def test_a_pass_in_which_a_patients_place_counts_is_refused_at_the_rehearsal(mechanism, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(Twice())
     drawn = patients(model, [2] * 4, torch.float32)
-    engine = both(model, mechanism())["book-keeping"]
+    engine = both(model)["book-keeping"]
     engine.rehearse(drawn)
     a_pass_mixes_its_patients(monkeypatch)
     with pytest.raises(EngineUnfitError, match="depends on who shares the pass"):

@@ -51,14 +51,14 @@ def test_shapes_are_those_of_the_layers() -> None:
     assert shapes.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_plans_engine_is_taken_and_what_is_decided_keys_the_randomness(mechanism) -> None:
+def test_the_plans_engine_is_taken_and_what_is_decided_keys_the_randomness() -> None:
     model = mae()
     kinds: dict[EngineName, type] = {"serial": SerialEngine, "book_keeping": BookKeepingEngine}
     for name, kind in kinds.items():
         decided = decide(model, Compute(engine=name), tiles_per_patient=2, tile_px=SIDE)
         assert decided.decided
         assert decided.context()["engine"] == name
-        assert isinstance(make_engine(model, trainable(model), mechanism(), decided, tiles_per_patient=2, tile_px=SIDE), kind)
+        assert isinstance(make_engine(model, trainable(model), decided, tiles_per_patient=2, tile_px=SIDE), kind)
     automatic = decide(model, Compute(engine="auto"), tiles_per_patient=2, tile_px=SIDE)
     assert automatic == decide(model, Compute(engine="auto"), tiles_per_patient=2, tile_px=SIDE)
     with pytest.raises(ValueError, match="still to be decided"):

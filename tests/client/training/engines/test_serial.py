@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_patients_tiles() -> None
 def test_a_parameter_without_a_gradient_counts_as_zero(mechanism) -> None:
     toy = Toy()
     total = JointSum(trainable(toy), mechanism())
-    add_patient(toy, trainable(toy), PATIENT, mechanism(), total)
+    add_patient(toy, trainable(toy), PATIENT, total)
     assert total.integers["unused"].tolist() == [0, 0]
     assert total.patients == 1
 
@@ -65,9 +65,9 @@ def test_a_parameter_without_a_gradient_counts_as_zero(mechanism) -> None:
 def test_no_gradient_of_one_patient_is_left_for_the_next(mechanism) -> None:
     toy = Toy()
     total = JointSum(trainable(toy), mechanism(clip_norm=100.0))
-    add_patient(toy, trainable(toy), PATIENT, mechanism(clip_norm=100.0), total)
+    add_patient(toy, trainable(toy), PATIENT, total)
     first = total.integers["w"].clone()
-    add_patient(toy, trainable(toy), PATIENT, mechanism(clip_norm=100.0), total)
+    add_patient(toy, trainable(toy), PATIENT, total)
     assert first.any()
     assert torch.equal(total.integers["w"], 2 * first)
 
@@ -102,7 +102,7 @@ def test_a_buffer_that_changes_is_put_back_and_the_patient_contributes_zero(repl
     buffer = counting.count
     total = JointSum(trainable(toy), mechanism())
     with pytest.raises(NotContributed, match="a buffer changed"):
-        add_patient(toy, trainable(toy), PATIENT, mechanism(), total)
+        add_patient(toy, trainable(toy), PATIENT, total)
     assert counting.count is buffer
     assert buffer.item() == 0
     assert (total.patients, total.integers["w"].any().item()) == (0, False)
@@ -118,7 +118,7 @@ def test_a_patient_during_whose_pass_a_parameter_changes_contributes_zero(mechan
     toy = Clamping()
     total = JointSum(trainable(toy), mechanism())
     with pytest.raises(NotContributed, match="a parameter changed"):
-        add_patient(toy, trainable(toy), PATIENT, mechanism(), total)
+        add_patient(toy, trainable(toy), PATIENT, total)
     assert total.patients == 0
 
 
@@ -149,7 +149,7 @@ def test_a_patient_whose_numbers_are_not_finite_adds_nothing(value: float, mecha
     toy = Toy()
     total = JointSum(trainable(toy), mechanism())
     with pytest.raises(NotContributed, match="not finite"):
-        add_patient(toy, trainable(toy), PatientTiles(torch.full((1, 3), value), {}), mechanism(), total)
+        add_patient(toy, trainable(toy), PatientTiles(torch.full((1, 3), value), {}), total)
     assert (total.patients, total.loss_units, total.integers["w"].any().item()) == (0, 0, False)
 
 
@@ -202,7 +202,7 @@ def test_a_patient_that_fits_in_no_part_contributes_zero(mechanism) -> None:
     model = Separable()
     model.most = 0
     total = JointSum(trainable(model), mechanism())
-    assert SerialEngine(model, trainable(model), mechanism()).add([FIVE], total) == ["OutOfMemoryError"]
+    assert SerialEngine(model, trainable(model)).add([FIVE], total) == ["OutOfMemoryError"]
     assert (total.patients, total.integers["w"].any().item()) == (0, False)
 
 
@@ -218,12 +218,12 @@ def test_an_error_that_is_no_want_of_memory_is_not_tried_again() -> None:
     assert model.sizes == [5]
 
 
-def test_tiles_at_once_are_for_separable_objectives(mechanism) -> None:
+def test_tiles_at_once_are_for_separable_objectives() -> None:
     model = Separable()
-    SerialEngine(model, trainable(model), mechanism(), tiles_at_once=2).rehearse([FIVE])
+    SerialEngine(model, trainable(model), tiles_at_once=2).rehearse([FIVE])
     assert model.sizes == [2, 2, 1]
     with pytest.raises(ValueError, match="not separable"):
-        SerialEngine(Toy(), trainable(Toy()), mechanism(), tiles_at_once=2)
+        SerialEngine(Toy(), trainable(Toy()), tiles_at_once=2)
 
 
 def test_a_frozen_parameter_that_changes_is_noticed() -> None:

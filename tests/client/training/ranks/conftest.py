@@ -83,7 +83,7 @@ def compare(cohort, mechanism) -> Callable[..., tuple[RoundOutcome, RoundOutcome
         on_ranks = run_round_on_ranks(group, secret=SECRET, context={"round": 1}, tiles=tiles(), **values)
         # A rank with patients of its own takes a patient's tiles in passes of the same size.
         at_once = group.spec.tiles_at_once if group.spec.mode == "replicated" else None
-        engine = SerialEngine(single, trainable(single), values["mechanism"], group.spec.compute, tiles_at_once=at_once)
+        engine = SerialEngine(single, trainable(single), group.spec.compute, tiles_at_once=at_once)
         random = KeyedRandom(SECRET, {"round": 1})
         return on_ranks, run_round(objective=single, random=random, tiles=tiles(), engine=engine, **values)
 

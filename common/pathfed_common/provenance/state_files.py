@@ -1,0 +1,74 @@
+"""Whether the tensors in a record's states and exported encoder are what its plan and its last state make them.
+
+Reads files, through `encoder.weights`; the documents were checked before.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pathfed_common import digest, model
+from pathfed_common.encoder import weights
+from pathfed_common.errors import ErrorCode, ProvenanceError
+from pathfed_common.provenance import record
+from pathfed_common.provenance.consistency import Contents
+
+Faults = Iterator[ProvenanceError]
+
+
+def shape_faults(folder: Path, contents: Contents, rounds: range | tuple[int, ...]) -> Faults:
+    """States that the manifest does not list, or whose tensors are not those of the plan's model.
+
+    Args:
+        folder: the record.
+        contents: its documents.
+        rounds: rounds whose states are looked at.
+    """
+    shapes = model.state_shapes(contents.plan)
+    expected = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
+    for index in rounds:
+        path = record.state_path(index)
+        if contents.manifest.entry(path) is None:
+            yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "a round's state is missing", where=path)
+        elif _header(folder / path) != expected:
+            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
+
+
+def exported_faults(folder: Path, contents: Contents) -> Faults:
+    """An exported encoder that is not the last state's, bit for bit, or is half there; none is no fault."""
+    exported = [contents.manifest.entry(path) for path in (record.ENCODER, record.ENCODER_CONFIG)]
+    if exported.count(None) == 1:
+        yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "weights or configuration of the exported encoder is missing", where="encoder")
+    elif None not in exported:
+        yield from _encoder_faults(folder, contents)
+
+
+def _encoder_faults(folder: Path, contents: Contents) -> Faults:
+    state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
+    prefix = model.released_prefix(contents.plan)
+    names = {name.removeprefix(prefix): name for name in model.state_shapes(contents.plan) if name.startswith(prefix)}
+    header, base = _header(encoder), _header(state)
+    if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
+        yield ProvenanceError(
+            ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
+        )
+        return
+    ours, theirs = weights.reader(encoder), weights.reader(state)
+    for name, full in names.items():
+        # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
+        if not torch.equal(ours(name).view(torch.uint8), theirs(full).view(torch.uint8)):
+            yield ProvenanceError(
+                ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
+            )
+    if (folder / record.ENCODER_CONFIG).read_bytes() != digest.canonical(model.timm_config(contents.plan)):
+        yield ProvenanceError(
+            ErrorCode.RECORD_CHANGED, "the exported encoder's configuration is not the plan's", where=record.ENCODER_CONFIG
+        )
+
+
+def _header(path: Path) -> dict[str, tuple[torch.dtype, weights.Shape]] | None:
+    try:
+        return weights.header(path)
+    except ValueError:
+        return None

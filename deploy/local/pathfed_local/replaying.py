@@ -1,0 +1,78 @@
+"""`pathfed verify --replay`: recomputes a record's states from the updates that sites signed, with the server's own aggregation."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pathfed_common import digest
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, HostError, ProvenanceError, RoundError
+from pathfed_common.ids import SiteName
+from pathfed_common.provenance import record
+from pathfed_common.provenance.consistency import Contents
+
+_CHUNK = 2**20
+
+
+def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    """Recompute every state; what differs, the first alone, for all later states rest on it.
+
+    Args:
+        updates: folder with `round-0001/<site>.safetensors` and so on.
+        folder: the record, whose documents were verified and whose first state is there.
+        contents: its documents.
+
+    Yields:
+        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates.
+
+    Raises:
+        HostError: the disk is full (PF901) or cannot be written (PF904).
+    """
+    missing = list(_update_faults(updates, contents))
+    if missing:
+        yield from missing
+        return
+    from pathfed_server.rounds.replay import replay_states
+
+    sites = [[site.site for site in found.admitted] for found, _ in contents.rounds]
+    with tempfile.TemporaryDirectory(prefix="pathfed-replay-") as work:
+        first = folder / record.state_path(0)
+        try:
+            for index, state in replay_states(
+                contents.plan, sites, lambda index, site: _place(updates, index, site), first=first, work=Path(work)
+            ):
+                found, due = _digest(state), contents.rounds[index - 1][0].next_state
+                if found != due:
+                    yield _differs(index, f"{found}, recorded {due}")
+                    return
+        except (ValueError, RoundError) as error:
+            yield _differs(None, str(error))
+
+
+def _update_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    for (index, site), sealed in sorted(contents.statements.items(), key=lambda item: item[0]):
+        path = _place(updates, index, site)
+        try:
+            found = _digest(path)
+        except HostError as error:
+            yield ProvenanceError(ErrorCode.UPDATE_MISSING, error.what, where=path)
+            continue
+        if found != sealed.statement.update:
+            yield ProvenanceError(ErrorCode.UPDATE_MISSING, "the update is not the one that its site signed", where=path, value=found)
+
+
+def _place(updates: Path, index: int, site: SiteName) -> Path:
+    return updates / record.update_path(index, site).removeprefix("updates/")
+
+
+def _digest(path: Path) -> Digest:
+    try:
+        with path.open("rb") as file:
+            return digest.of_chunks(iter(lambda: file.read(_CHUNK), b""))
+    except OSError as error:
+        raise HostError(ErrorCode.HOME_UNUSABLE, f"cannot be read: {error.strerror}", where=path) from None
+
+
+def _differs(index: int | None, value: str) -> ProvenanceError:
+    where = None if index is None else record.state_path(index)
+    return ProvenanceError(ErrorCode.REPLAY_DIFFERS, "the updates do not give the recorded state", where=where, value=value)
