@@ -14,7 +14,7 @@ from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.ids import run_name as check_run_name
 from pathfed_common.ids import site_name as check_site_name
-from pathfed_server.log_cli import log_app
+from pathfed_server.log_cli import lineage, log_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
@@ -28,6 +28,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
 app.add_typer(log_app, name="log")
+app.command("lineage")(lineage)
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]

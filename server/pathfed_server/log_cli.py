@@ -1,4 +1,4 @@
-"""`pathfed-server log`: the transparency log, as the operator sees it."""
+"""`pathfed-server log` and `pathfed-server lineage`: what was recorded, as the operator sees it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -63,3 +63,31 @@ def log_verify(home: _Home = _HOME, as_json: Json = False) -> None:
         raise
     shown = {"leaves": report.leaves, "checkpoints": report.checkpoints, "cosignatures": report.cosignatures, "rows": report.rows}
     show(shown, as_json=as_json, title="The database agrees with the log, and the log with what was signed.")
+
+
+def lineage(
+    name: Annotated[
+        str | None, typer.Argument(help="A site, a release (its digest, or enough of its start) or a run; every site if not given.")
+    ] = None,
+    home: _Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Show which states and releases a site's updates are in and what its withdrawal can undo, or which sites are in a release."""
+    from pathfed_server import lineage as lineages
+
+    if name is None:
+        show(lineages.overview(ServerHome(home)), as_json=as_json, title="How far each site's updates went")
+        return
+    found = lineages.of(ServerHome(home), name)
+    if as_json:
+        show(found, as_json=True)
+        return
+    apart = ("runs", "sites", "can_be_undone", "cannot_be_undone")
+    show({key: value for key, value in found.items() if key not in apart}, as_json=False, title=f"Lineage of {name}")
+    for key in apart:
+        if key in found and key.endswith("undone"):
+            out.print(f"[bold]What {key.replace('_', ' ')}[/]")
+            for line in found[key]:
+                out.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
+        elif key in found:
+            show(found[key], as_json=False, title=key)

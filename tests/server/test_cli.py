@@ -17,6 +17,7 @@ COMMANDS = (
     *(("sites", name) for name in ("add", "approval", "revoke", "list")),
     *(("plan", name) for name in ("check", "publish", "list")),
     ("encoder", "import"),
+    ("lineage",),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
 )
