@@ -165,6 +165,30 @@ def test_history_holds_each_sites_latest_cosignature_and_no_more(log_store: SqlS
     assert len(earlier.leaves) == 9
 
 
+def test_standing_says_what_a_reader_of_the_history_finds(log_store: SqlStore, sites: list[Watcher]) -> None:
+    log = keeper(log_store)
+    assert log.quorate() is None
+    sizes = []
+    for step in range(5):
+        append(log_store, statement(step))
+        for site in sites[: 1 + step % 3]:
+            site.cosign(log)
+        if step == 3:
+            log_store.revoke_site(sites[2].name, at=AT)
+        sizes.append(log.checkpoint(0).size)
+    sites[0].cosign(log)
+    for size in sizes:
+        standing, history = log.standing(size), log.history(size)
+        assert standing.shortfalls == history.shortfalls
+        assert standing.enrolled == tuple(history.roll.enrolled)
+        quorate = {each for each in sizes if not log.history(each).shortfalls}
+    assert log.quorate() == max(quorate) == sizes[4]
+    assert log.standing().cosigned == {"a": 9, "b": 9}
+    append(log_store, statement(9))
+    assert log.quorate() == sizes[4]
+    assert len(log.standing().shortfalls) == 1
+
+
 def test_cosignature_again_changes_nothing(log_store: SqlStore, sites: list[Watcher]) -> None:
     log = keeper(log_store)
     found = opened(log)
@@ -259,6 +283,16 @@ def test_changed_or_shortened_log_is_not_signed_by_a_process_that_starts_with_it
         with refusal(ErrorCode.LOG_DAMAGED):
             ask()
     assert len({*log_store.log_leaves(0, 100)}) >= 5
+
+
+def test_log_that_is_set_back_under_a_running_keeper_is_not_signed(log_store: SqlStore) -> None:
+    append(log_store, *(statement(number) for number in range(6)))
+    log = keeper(log_store)
+    log.checkpoint(0)
+    tampered(log_store, "DELETE FROM log_entry WHERE leaf_index >= 3")
+    append(log_store, statement(7))
+    with refusal(ErrorCode.LOG_DAMAGED):
+        log.checkpoint(0)
 
 
 def test_checkpoint_of_another_key_in_the_database_is_refused(log_store: SqlStore) -> None:
