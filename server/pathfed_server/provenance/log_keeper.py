@@ -118,13 +118,13 @@ class LogKeeper:
         """See `LogService.leaves`."""
         if not 0 <= start <= stop:
             raise ProvenanceError(ErrorCode.LEAF_UNKNOWN, "leaves go from 0 upwards", where="log", value=f"{start} to {stop}")
-        return self._records.log_leaves(start, min(stop, start + MOST_LEAVES))
+        # A number from outside may be larger than a database takes.
+        end = min(stop, start + MOST_LEAVES, self._records.log_size())
+        return self._records.log_leaves(start, end) if start < end else []
 
     def cosign(self, site: SiteName, size: int, line: bytes) -> None:
         """See `LogService.cosign`."""
-        kept = self._records.log_checkpoint(size) if size > 0 else None
-        if kept is None:
-            raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no checkpoint of this size", where="log", value=size)
+        kept = self._kept(size)
         with self._lock:
             self._grow()
             now, then = self._tree.roll(self._tree.size), self._tree.roll(size)
@@ -160,12 +160,9 @@ class LogKeeper:
             ProvenanceError: PF609, no checkpoint of this size was signed, or the log is empty; PF607, the log is not the one signed.
         """
         with self._lock:
-            signed, found = self._latest(0)
-        if size is not None:
-            signed = self._records.log_checkpoint(size) or b""
-        if not signed:
-            raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no such checkpoint", where="log", value=size)
+            _, found = self._latest(0)
         of = size if size is not None else found.size if found else 0
+        self._kept(of)
         leaves = tuple(leaf for start in range(0, of, _PAGE) for leaf in self._records.log_leaves(start, min(start + _PAGE, of)))
         return LogFile(leaves, self._notes(of))
 
@@ -203,10 +200,15 @@ class LogKeeper:
         Raises:
             ProvenanceError: PF609, no checkpoint of this size was signed.
         """
-        kept = self._records.log_checkpoint(size)
+        self._kept(size)
+        return self._with_lines(size, [given for given in self._records.cosignatures(size) if given.size == size])
+
+    def _kept(self, size: int) -> bytes:
+        """The note of a checkpoint, as it was signed."""
+        kept = self._records.log_checkpoint(size) if 0 < size <= self._records.log_size() else None
         if kept is None:
             raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no checkpoint of this size", where="log", value=size)
-        return self._with_lines(size, [given for given in self._records.cosignatures(size) if given.size == size])
+        return kept
 
     def _notes(self, size: int) -> tuple[Note, ...]:
         """What the quorum rule looks at: of each of a site's keys, the largest checkpoint it cosigned."""

@@ -102,11 +102,16 @@ def test_what_is_not_there_is_refused_with_its_code(log_store: SqlStore) -> None
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.file(3)),
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), 3, b"x")),
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), -(2**63), b"x")),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), 2**64 - 1, b"x")),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.signed(2**64 - 1)),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.file(2**64 - 1)),
+        (ErrorCode.LOG_BEHIND, lambda: log.checkpoint(2**64 - 1)),
+        (ErrorCode.LOG_BEHIND, lambda: log.inclusion(inside, 2**64 - 1)),
     ):
         with refusal(code):
             ask()
     assert log.leaves(3, 100) == log.leaves(3, 5)
-    assert log.leaves(7, 100) == []
+    assert log.leaves(7, 100) == log.leaves(2**64 - 2, 2**64 - 1) == []
 
 
 def test_answer_holds_so_many_leaves_at_most(log_store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
