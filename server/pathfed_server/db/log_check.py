@@ -153,7 +153,7 @@ def _approval_fault(row: RowMapping, log: ReadLog) -> str | None:
         said = Approval.from_bytes(envelope, _signer(envelope, row, log))
     except PathfedError as error:
         return error.what
-    changed = [name for name, value in said.plain().items() if value != row[name]]
+    changed = [name for name, value in said.plain().items() if name in row and value != row[name]]
     return f"the approval says otherwise of {', '.join(changed)}" if changed else None
 
 

@@ -186,7 +186,8 @@ def test_every_row_that_came_without_a_leaf_is_found(evidence: SqlStore) -> None
 
 def test_row_and_leaf_changed_together_are_found_where_they_were_signed(evidence: SqlStore) -> None:
     """A careful forger replaces a plan, its leaf and the leaf's hash."""
-    plan, old = make_plan(rounds=9), rows_of(evidence, schema.plan)[0]
+    plan = make_plan(rounds=9)
+    old = next(row for row in rows_of(evidence, schema.plan) if row["digest"] == make_plan().digest)
     leaf, entries = PlanPublished(plan=plan.digest), rows_of(evidence, schema.log_entry)
     place = next(row for row in entries if bytes(row["leaf"]) == PlanPublished(plan=old["digest"]).to_bytes())
     forged = {"digest": plan.digest, "canonical": plan.canonical_bytes(), "signed": seal_plan(plan, SERVER)}

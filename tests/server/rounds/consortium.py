@@ -1,7 +1,7 @@
 """A whole consortium in memory around the real loop: real store (SQLite), real files, real signatures, tiny tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,11 @@ class Consortium:
         return {each.site: each.code for each in self.store.participations(RUN, round_index)}
 
 
+def _row(given: Approval, envelope: bytes) -> ApprovalRow:
+    columns = {field.name for field in fields(ApprovalRow)}
+    return ApprovalRow(**{name: value for name, value in vars(given).items() if name in columns}, envelope=envelope)
+
+
 def found(home: Path, plan: Plan, sites: Sequence[SiteName], *, url: str | None = None) -> Consortium:
     """A consortium whose sites have all approved the plan, and one planned run. `home` holds a migrated server.db, or `url` names one."""
     store = SqlStore(url or f"sqlite:///{home}/server.db").open()
@@ -238,7 +243,7 @@ def found(home: Path, plan: Plan, sites: Sequence[SiteName], *, url: str | None 
     store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=clock.now())
     for name in sites:
         given = Approval(site=name, plan=plan.digest, declared_patients=DECLARED, reply_slots=True, approved_at=UtcSeconds(clock.now()))
-        store.add_approval(ApprovalRow(**vars(given), envelope=given.to_bytes(KEYS[name])), at=clock.now())
+        store.add_approval(_row(given, given.to_bytes(KEYS[name])), at=clock.now())
     store.create_run(RUN, plan_digest=plan.digest, sites=sites, at=clock.now())
     return Consortium(home, store, plan, clock, FakeSites(plan, clock), FakeRecorder())
 
