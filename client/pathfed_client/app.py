@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathfed_client.gate.site_policy import SitePolicy, check_plan
+from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.egress_log import EgressLog
+from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
-from pathfed_common import files
+from pathfed_common import files, process_lock
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
-from pathfed_common.provenance.documents import Approval, open_plan
-from pathfed_common.units import UtcSeconds
+from pathfed_common.provenance.documents import open_plan
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
-    from pathfed_common.processes import ProcessEnd
+    from pathfed_client.transport.site_engine import SiteFiles
+    from pathfed_common.processes import ProcessEnd, Supervisor
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
 _TICK_S = 0.25
 _RUNNER_PATIENCE_S = 20.0
+#: Processes of a site from which something could leave: the stop switch ends them.
+_ANSWERING = ("runner", "supernode")
 
 
 def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
@@ -184,51 +187,6 @@ def plan_epsilon(plan: Plan, declared_patients: int, delta: float) -> float:
     return epsilon(sampling_rate=rate, noise_multiplier=plan.privacy.noise_multiplier, steps=plan.total_steps, delta=delta)
 
 
-def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path) -> Approval:
-    """Approve a plan: check it against the policy and the scan, record it, write the signed approval for the operator.
-
-    Raises:
-        PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
-        SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
-        HostError: PF910, a device that the policy names is not there.
-    """
-    from pathfed_client.io import site_cohort
-    from pathfed_client.io.site_records import StoredApproval
-    from pathfed_common.errors import PrivacyError
-
-    data, plan = read_signed_plan(home, signed_plan)
-    check_devices(home)
-    check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
-    with closing(open_store(home)) as store:
-        found = site_cohort.summary(store, plan.cohort, home.pseudonym_key).patients
-        if found == 0:
-            raise SiteDataError(
-                ErrorCode.NOT_SCANNED, "no slide was scanned under this plan's rules", remedy=f"pathfed-site scan {signed_plan}"
-            )
-        if found < declared_patients:
-            raise PrivacyError(
-                ErrorCode.COHORT_TOO_SMALL,
-                "the declared number of patients must be a lower bound of the cohort",
-                value=f"declared {declared_patients}, found {found}",
-                remedy="declare a round number at or below the patients you will always have",
-            )
-        approval = Approval(
-            site=home.name,
-            plan=plan.digest,
-            declared_patients=declared_patients,
-            reply_slots=home.policy.reply_slots,
-            approved_at=UtcSeconds(time.time()),
-        )
-        envelope = approval.to_bytes(home.evidence_key)
-        files.write_atomic(out, envelope)
-        store.add_approval(
-            StoredApproval(
-                plan=plan.digest, signed_plan=data, signed_approval=envelope, declared_patients=declared_patients, at=approval.approved_at
-            )
-        )
-    return approval
-
-
 def check_devices(home: SiteHome) -> None:
     """See that the devices which the policy names are there. Imports torch only where one could be missing.
 
@@ -278,9 +236,12 @@ def status(home: SiteHome) -> dict[str, Any]:
             )
         withdrawn = [one.kind for one in store.withdrawn()]
         spent = open_ledger(home, store).spent().epsilon
-    policy = home.policy
+    policy, stopped = home.policy, home.stop_switch.stop()
     return {
         "site": home.name,
+        "stopped": home.stop_switch.is_on,
+        "stopped_at": None if stopped is None else stopped.at,
+        "stopped_for": None if stopped is None else stopped.reason or None,
         "server": home.server_card.fleet_address,
         "epsilon_spent": spent,
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
@@ -396,6 +357,47 @@ def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerE
     }
 
 
+def stop(home: SiteHome, reason: str) -> dict[str, Any]:
+    """Throw the stop switch and end what computes or sends, at once and by force.
+
+    Safe at any instant: what is sealed stays and is not sent, what was being computed is lost with its charge on record, and after
+    `resume` the same round is the same release again, charged once.
+
+    Raises:
+        HostError: PF904, no site was initialised there, or it cannot be written; PF903, a process does not end.
+    """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    home.stop_switch.throw(at=time.time(), reason=reason)
+    for what in _ANSWERING:
+        if not process_lock.end_holder(home.lock(what)):
+            raise HostError(
+                ErrorCode.PROCESS_ENDED, f"the site is stopped, but its {what} does not end", where=home.lock(what), remedy="end it by hand"
+            )
+    _note(home, "stopped")
+    stopped = home.stop_switch.stop()
+    return {"site": home.name, "stopped_at": None if stopped is None else stopped.at, "reason": None if stopped is None else stopped.reason}
+
+
+def resume(home: SiteHome) -> dict[str, Any]:
+    """Release the stop switch; a running `pathfed-site start` connects again.
+
+    Raises:
+        HostError: PF904, no site was initialised there, or the file cannot be removed.
+    """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    was = home.stop_switch.is_on
+    home.stop_switch.release()
+    if was:
+        _note(home, "resumed")
+    return {"site": home.name, "was_stopped": was}
+
+
+def _note(home: SiteHome, what: str) -> None:
+    """Write it into the log book, if that can be written: the switch must work with a database that is damaged."""
+    with suppress(HostError), closing(open_store(home)) as store:
+        store.add_event(Event(at=time.time(), kind="switch", detail=what))
+
+
 def open_egress(home: SiteHome) -> EgressLog:
     """The record of what left this site.
 
@@ -420,7 +422,7 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.site_engine import SiteFiles, start_site
+    from pathfed_client.transport.site_engine import SiteFiles
     from pathfed_common.processes import Supervisor
 
     for key in (home.flower_key, home.superexec_secret):
@@ -432,21 +434,21 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
+    answers: bool | None = None
+    files_of_site = SiteFiles(
+        ca=home.ca_file,
+        fleet_address=home.server_card.fleet_address,
+        flower_key=home.flower_key,
+        superexec_secret=home.superexec_secret,
+        flower=flower,
+        logs=home.logs,
+        runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
+        threads=home.policy.threads,
+        supernode_lock=home.lock("supernode"),
+    )
     try:
-        start_site(
-            supervisor,
-            SiteFiles(
-                ca=home.ca_file,
-                fleet_address=home.server_card.fleet_address,
-                flower_key=home.flower_key,
-                superexec_secret=home.superexec_secret,
-                flower=flower,
-                logs=home.logs,
-                runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
-                threads=home.policy.threads,
-            ),
-        )
         while True:
+            answers = _heed_switch(home, supervisor, files_of_site, tell, answers=answers)
             for end in supervisor.poll():
                 _tell_end(end, home, tell)
             time.sleep(_TICK_S)
@@ -454,6 +456,23 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         tell(f"site {home.name}: stopping")
     finally:
         supervisor.stop()
+
+
+def _heed_switch(
+    home: SiteHome, supervisor: "Supervisor", files_of_site: "SiteFiles", tell: Callable[[str], None], *, answers: bool | None
+) -> bool:
+    """Start or end what answers, as the stop switch is; whether it answers now. `answers`: as it was, None: nothing was said yet."""
+    from pathfed_client.transport.site_engine import start_site
+
+    stopped = home.stop_switch.is_on
+    if stopped and answers is not False:
+        supervisor.end(_ANSWERING)
+        tell(f"{ErrorCode.SITE_STOPPED.value} site {home.name} is stopped by its own people; `pathfed-site resume` lets it go on")
+    elif not stopped and not answers:
+        if answers is False:
+            tell(f"site {home.name}: goes on")
+        start_site(supervisor, files_of_site)
+    return not stopped
 
 
 def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
@@ -493,11 +512,15 @@ def run_resident(home: SiteHome, address: str) -> None:
 
     Raises:
         HostError: PF904, another runner works in this home and does not end.
+        TransportError: PF440, the site is stopped.
     """
+    from pathfed_client.io.process_limits import limit_memory
     from pathfed_client.transport import resident_runner
 
     # A runner that is being replaced may need a moment to end.
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
+        home.stop_switch.check()
+        limit_memory(home.policy.memory_gb)
         app = make_flower_app(home, store)
         warm_up(home)
         resident_runner.run(address, home.superexec_secret, app)

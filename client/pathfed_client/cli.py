@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pathfed_client import plan_commands
 from pathfed_client.home import SiteHome
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
-from pathfed_common.digest import short
 
 if TYPE_CHECKING:
     from pathfed_client.io.listing import Preview
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Show and check what this site's releases have cost.")
 app.add_typer(ledger_app, name="ledger")
+plan_commands.register(app)
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
-PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
 _HOME = Path("pathfed-site")
 
 
@@ -66,7 +66,7 @@ def init(
 
 @app.command()
 def scan(
-    plan: PlanFile,
+    plan: plan_commands.PlanName,
     workers: Annotated[int | None, typer.Option(min=1, help="Reading processes; one for each usable CPU if not given.")] = None,
     slide_timeout: Annotated[float, typer.Option(min=1, help="Seconds a slide may take to read.")] = 300.0,
     watch: Annotated[bool, typer.Option("--watch", help="Go on and take up new and changed slides, until Ctrl-C.")] = False,
@@ -81,10 +81,12 @@ def scan(
 ) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
+    from pathfed_client import deciding
     from pathfed_client.io.scan_where import ScanWhere
 
     here = SiteHome(home)
-    _, found = site.read_signed_plan(here, plan)
+    with closing(site.open_store(here)) as store:
+        found = deciding.find_plan(here, store, plan).plan
     interrupts.end_on_terminate()
     where = ScanWhere(
         workers=workers,
@@ -267,38 +269,6 @@ def _identifiers(source: str | None) -> "WithdrawalInput | None":
     if source == "-":
         return WithdrawalInput(sys.stdin.buffer.read(), "standard input")
     return WithdrawalInput(read_given(Path(source)), source)
-
-
-@app.command()
-def approve(
-    plan: PlanFile,
-    patients_at_least: Annotated[
-        int, typer.Option(min=1, help="A public lower bound of the patients you contribute; it sets the sampling rate.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Where the signed approval is written; in the home if not given.")] = None,
-    home: Home = _HOME,
-    as_json: Json = False,
-) -> None:
-    """Approve a plan by its digest, inside this site's policy, and write the approval for the operator."""
-    from pathfed_client import app as site
-
-    here = SiteHome(home)
-    data, found = site.read_signed_plan(here, plan)
-    del data
-    target = out or home / f"approval-{short(found.digest)}.dsse"
-    given = site.approve(here, plan, patients_at_least, target)
-    epsilon = site.plan_epsilon(found, patients_at_least, here.policy.delta)
-    show(
-        {
-            "plan": given.plan,
-            "declared_patients": given.declared_patients,
-            "epsilon_of_a_whole_run": epsilon,
-            "delta": here.policy.delta,
-            "approval": str(target),
-        },
-        as_json=as_json,
-        title="Approved. Hand the approval to the operator.",
-    )
 
 
 @app.command()

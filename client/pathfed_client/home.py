@@ -6,9 +6,9 @@ secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the led
 updates/   sealed updates, resent as they are
 logs/      one file per process
 *.lock     held while the site runs (`hold`)
+stopped    there while the site is stopped (`io.stop_switch`)
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from pydantic import Field, field_validator
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.io.ledger_head import HeadFile
 from pathfed_client.io.run_secrets import RunSecrets
-from pathfed_common import files
+from pathfed_client.io.stop_switch import StopSwitch
+from pathfed_common import files, process_lock
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import SiteName, site_name
 from pathfed_common.provenance.documents import ServerCard, SiteCard
@@ -96,8 +97,21 @@ class SiteHome:
 
     @cached_property
     def policy(self) -> SitePolicy:
-        """`policy.toml`."""
+        """`policy.toml`, as it was when it was first read."""
+        return self.policy_now()
+
+    def policy_now(self) -> SitePolicy:
+        """`policy.toml` as it is now."""
         return read_settings(SitePolicy, self.root / "policy.toml")
+
+    @property
+    def stop_switch(self) -> StopSwitch:
+        """The switch that stops the site."""
+        return StopSwitch(self.root)
+
+    def lock(self, what: str) -> Path:
+        """The lock that the process which does `what` holds (`hold`)."""
+        return self.root / f"{what}.lock"
 
     @property
     def name(self) -> SiteName:
@@ -213,26 +227,24 @@ def hold(home: SiteHome, what: str, *, patience_s: float = 0.0) -> Iterator[None
     Raises:
         HostError: PF904, another process holds it, or the home cannot be written.
     """
-    path = home.root / f"{what}.lock"
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise files.disk_error(error, path) from error
-    with file:
-        last = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= last:
-                    raise HostError(
-                        ErrorCode.HOME_UNUSABLE,
-                        "another process runs this site already",
-                        where=path,
-                        remedy="stop the other `pathfed-site start` of this home; two would spend and erase each other's secrets",
-                    ) from None
-                time.sleep(_LOOK_AGAIN_S)
+    path = home.lock(what)
+    last = time.monotonic() + patience_s
+    while True:
+        try:
+            held = process_lock.take(path)
+        except OSError as error:
+            raise files.disk_error(error, path) from error
+        if held is not None:
+            break
+        if time.monotonic() >= last:
+            raise HostError(
+                ErrorCode.HOME_UNUSABLE,
+                "another process runs this site already",
+                where=path,
+                remedy="stop the other `pathfed-site start` of this home; two would spend and erase each other's secrets",
+            )
+        time.sleep(_LOOK_AGAIN_S)
+    with held:
         yield
 
 

@@ -444,9 +444,11 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.PLAN_NOT_APPROVED: CatalogEntry(
         "The plan is not approved at this site",
-        "A round was offered for a plan that this hospital has not approved. A site trains for approved plans only.",
-        "Read the plan (`pathfed-site approve` shows it and its cost before it asks) and approve it, or let it be: the round goes"
-        " on without this site.",
+        "A round was offered for a plan that this hospital has not approved, has rejected, or whose approval it has "
+        "revoked. A site trains for "
+        "approved plans only.",
+        "Read the plan (`pathfed-site show`) and approve it, or let it be: the round goes on without this site. A plan of the same name is "
+        "another plan where its digest is another.",
         "site",
     ),
     Code.BASE_STATE_MISMATCH: CatalogEntry(
@@ -471,6 +473,53 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "Something went wrong at the site which has no code of its own. By design the server learns no more than this; the "
         "details are in the site's log.",
         "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
+        "site",
+    ),
+    Code.SITE_STOPPED: CatalogEntry(
+        "The site was stopped by its own people",
+        "Somebody at the hospital has thrown the stop switch (`pathfed-site stop`). A round that was being computed was broken off, "
+        "nothing of it left the site, and what was charged for it stays charged.",
+        "`pathfed-site status` says since when and why. `pathfed-site resume` lets the site answer again.",
+        "site",
+    ),
+    Code.OUTSIDE_HOURS: CatalogEntry(
+        "No round begins at this hour",
+        "The hospital's policy has hours within which rounds may begin, and the offer came outside them. Nothing was charged; the round "
+        "goes on without this site.",
+        "Nothing at the site. An operator who wants this site in a run plans the run's rounds for its hours. The hours are `hours`, "
+        "`weekends` and `time_zone` in `policy.toml`.",
+        "both",
+    ),
+    Code.SECOND_PERSON_MISSING: CatalogEntry(
+        "A second person must sign the approval",
+        "The hospital's policy (`second_person`) wants two approvers under an approval, each with a key of their own, and "
+        "fewer have signed these very figures, or one of them is no approver any more. The site answers no offer for the plan.",
+        "Let another approver run `pathfed-site approve` for the plan, with the same number of patients, `--approver` and `--key`. "
+        "`pathfed-site show` says who has signed.",
+        "site",
+    ),
+    Code.APPROVER_UNKNOWN: CatalogEntry(
+        "The approver is not known, or known already",
+        "The name that was given is no approver of this site, has another key, or is to be added while an approver of "
+        "this name or with this key is there.",
+        "`pathfed-site approvers list` shows names and keys. Two people have two names and two keys; to exchange a "
+        "key, remove the person and add them again.",
+        "site",
+    ),
+    Code.PLAN_NOT_HERE: CatalogEntry(
+        "No plan, or several, go by this name",
+        "A command named a plan that did not come to this site, or named several: two plans may have one name, and "
+        "digests may begin alike. Nothing was done.",
+        "`pathfed-site plans` lists what is here. Name the plan by as much of its digest as makes it one, or by the file that the operator "
+        "handed over.",
+        "site",
+    ),
+    Code.PLAN_DECIDED: CatalogEntry(
+        "The site has decided on this plan already",
+        "A plan that was approved cannot be rejected, only one that is approved can be revoked, and an approval that "
+        "was revoked is not given again: what a site has said about a plan is evidence, and stays.",
+        "Take an approval back with `pathfed-site revoke`. To take part after a revocation, ask the operator to publish the plan under "
+        "another name.",
         "site",
     ),
     Code.INVITATION_UNREADABLE: CatalogEntry(

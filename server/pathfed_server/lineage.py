@@ -11,6 +11,7 @@ from pathfed_common.provenance.record import Manifest
 from pathfed_server.db.rows import RunRow, SiteRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.operators import Role, opened_by
 from pathfed_server.provenance.lineage import RunLine, Touched, can_be_undone, cannot_be_undone, sites_in, touched_by
 from pathfed_server.rounds.state import RunState, SiteState
 
@@ -19,7 +20,7 @@ _OPEN = (RunState.PLANNED, RunState.RUNNING, RunState.STOPPED, RunState.FAILED)
 
 def overview(home: ServerHome) -> list[dict[str, Any]]:
     """Every site, and how far its updates went."""
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         sites, lines = store.sites(), run_lines(home, store)
     return [_overview(site, touched_by(site.name, lines)) for site in sites]
 
@@ -30,7 +31,7 @@ def of(home: ServerHome, name: str) -> dict[str, Any]:
     Raises:
         ProvenanceError: PF612, nothing has this name, or several releases begin so.
     """
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         lines = run_lines(home, store)
         sites = {site.name: site for site in store.sites()}
     if name in sites:

@@ -11,6 +11,7 @@ from pathfed_common.provenance.log_quorum import Shortfall, quorum_of
 from pathfed_server.db.log_check import LogReport, check_log
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.operators import Role, opened_by
 from pathfed_server.provenance.log_keeper import LogKeeper
 
 
@@ -34,7 +35,7 @@ def standing(home: ServerHome) -> dict[str, Any]:
     Raises:
         ProvenanceError: PF607, the log is not the one that was signed.
     """
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         keeper = log_keeper(home, store)
         found, quorate = keeper.standing(), keeper.quorate()
     return {
@@ -55,7 +56,7 @@ def checkpoint(home: ServerHome, out: Path | None) -> str:
     Raises:
         ProvenanceError: PF609, the log is empty; PF607, it is not the one that was signed.
     """
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         keeper = log_keeper(home, store)
         signed = keeper.signed(keeper.checkpoint(0).size)
     if out is not None:
@@ -69,7 +70,7 @@ def leaves(home: ServerHome, start: int, stop: int) -> list[dict[str, Any]]:
     Raises:
         ProvenanceError: PF601, an entry is not a leaf.
     """
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         found = store.log_leaves(start, stop)
     parsed = [read_leaf(data, where=f"log, leaf {index}") for index, data in enumerate(found, start=start)]
     return [{"leaf": index, "kind": leaf.kind, "says": leaf.plain()} for index, leaf in enumerate(parsed, start=start)]
@@ -81,7 +82,7 @@ def verify(home: ServerHome) -> LogReport:
     Raises:
         LogCheckError: PF606, a row and its leaf disagree; PF607, the log is not the one that was signed.
     """
-    with SqlStore(home.database_url) as store:
+    with opened_by(home.root, Role.AUDITOR) as (store, _):
         report = check_log(store, log_key(origin_of(home.settings.consortium), home.evidence_key.public))
     if report.findings:
         raise LogCheckError(report)

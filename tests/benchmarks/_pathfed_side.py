@@ -99,6 +99,7 @@ class PathfedSide:
                 logs=site.logs,
                 runner=["env", f"{TRAIN_S}={self.train_s}", *runner, str(site.root)],
                 threads=1,
+                supernode_lock=site.lock("supernode"),
             )
             start_site(self._owner(_StockSuperNode if self.stock_supernode else Supervisor), files)
 

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 from tls_listener import listening
 
-from pathfed_client import app
+from pathfed_client import app, deciding
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, hold
 from pathfed_client.io.site_store import SiteStore
@@ -62,7 +62,7 @@ def test_a_plan_that_cannot_be_approved_leaves_no_approval(world, copy_home, tmp
     home = copy_home(max_epsilon=20.0)
     plan = other_plan(world, **changes)
     with pytest.raises(kind) as caught:
-        app.approve(home, world.sign("refused.dsse", plan), declared, tmp_path / "approval.dsse")
+        deciding.approve(home, world.sign("refused.dsse", plan), declared, tmp_path / "approval.dsse")
     assert caught.value.code is code
     assert not (tmp_path / "approval.dsse").exists()
     with closing(SiteStore(home.database)) as store:
@@ -75,14 +75,14 @@ def test_a_plan_of_another_server_is_not_authentic(world, copy_home, tmp_path):
     forged = tmp_path / "forged.dsse"
     forged.write_bytes(seal_plan(world.plan, SigningKey.generate()))
     with pytest.raises(PlanError, match="PF106"):
-        app.approve(copy_home(), forged, 4, tmp_path / "approval.dsse")
+        deciding.approve(copy_home(), forged, 4, tmp_path / "approval.dsse")
 
 
 def test_a_plan_with_other_cohort_rules_wants_a_scan_of_its_own(world, copy_home, tmp_path):
     cohort = CohortPlan(tile_px=64, mpp=0.5)
     plan = world.plan.model_copy(update={"cohort": cohort})
     with pytest.raises(SiteDataError, match=r"PF213.*pathfed-site scan"):
-        app.approve(copy_home(), world.sign("unscanned.dsse", plan), 4, tmp_path / "approval.dsse")
+        deciding.approve(copy_home(), world.sign("unscanned.dsse", plan), 4, tmp_path / "approval.dsse")
 
 
 def test_status_and_ledger_tell_what_was_spent(world, copy_home):

@@ -28,7 +28,11 @@ from pathfed_common.privacy.accounting import PrivacyEvent
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw", "egress")
+COMMANDS = (
+    *("init", "doctor", "patients", "scan", "inspect", "start", "status", "ledger", "withdraw", "egress"),
+    *("plans", "show", "approve", "reject", "revoke", "stop", "resume", "approvers"),
+)
+GROUPS = {"ledger": ("show", "verify"), "approvers": ("add", "list", "remove")}
 
 
 def fails(done, code: str) -> None:
@@ -67,7 +71,10 @@ def test_the_commands_are_those_the_documentation_names():
     assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "ledger"), "ledger show", "ledger verify"])
+@pytest.mark.parametrize(
+    "command",
+    [*(name for name in COMMANDS if name not in GROUPS), *(f"{group} {name}" for group, names in GROUPS.items() for name in names)],
+)
 def test_every_command_has_help_and_json(site_cli, command):
     done = site_cli(*command.split(), "--help")
     assert done.status == 0
@@ -266,6 +273,15 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
         ["withdraw", "--slides-from", "PLAN"],
         ["scan", "PLAN"],
         ["approve", "PLAN", "--patients-at-least", 4],
+        ["plans"],
+        ["show", "PLAN"],
+        ["reject", "PLAN"],
+        ["revoke", "PLAN"],
+        ["stop"],
+        ["resume"],
+        ["approvers", "list"],
+        ["approvers", "add", "anna", "--key", "ed25519:x"],
+        ["approvers", "remove", "anna"],
     ],
 )
 @pytest.mark.parametrize("there", [False, True])

@@ -9,6 +9,8 @@ from pathfed_common.flower_environment import flower_environment
 from pathfed_common.processes import ProcessSpec, Supervisor, free_port
 
 LOOPBACK = "127.0.0.1"
+#: Environment variable with the path of the lock that a SuperNode holds while it lives.
+LOCK_VARIABLE = "PATHFED_SUPERNODE_LOCK"
 _RESTARTS = 1000
 #: SuperLink refuses a SuperNode's return until it has noticed that the old one is gone (exit status 305, up to a minute).
 _SUPERNODE_DELAY_S = 5.0
@@ -27,6 +29,7 @@ class SiteFiles:
         logs: folder of logs.
         runner: command of the runner; the SuperNode's address is appended.
         threads: CPU threads the runner's libraries may use.
+        supernode_lock: held by the SuperNode while it lives.
     """
 
     ca: Path
@@ -37,6 +40,7 @@ class SiteFiles:
     logs: Path
     runner: Sequence[str]
     threads: int
+    supernode_lock: Path
 
 
 def start_site(supervisor: Supervisor, files: SiteFiles) -> None:
@@ -62,7 +66,7 @@ def start_site(supervisor: Supervisor, files: SiteFiles) -> None:
             name="supernode",
             argv=supernode,
             log=files.logs / "supernode.log",
-            environment=environment,
+            environment=environment | {LOCK_VARIABLE: str(files.supernode_lock)},
             restarts=_RESTARTS,
             restart_delay_s=_SUPERNODE_DELAY_S,
         )

@@ -5,15 +5,16 @@ Leaves were written in the transactions of the rows, so the two agree unless som
 | table | with |
 | --- | --- |
 | log_entry, log_checkpoint, cosignature | each other and the signatures, see `log_signed` |
-| site | admission, revocation and key rotations |
+| site, site_key | admission, revocation and key rotations; a later Flower node key, with the card that the evidence key vouched for |
 | plan | its leaf, its own digest, the server's signature |
 | approval | its leaf, the site's signature, and in every column what the envelope says |
 | update_statement, participation | the same |
 | checkpoint, round | the leaf of the round's state |
 | release | its leaf |
 
-Not found is what no leaf holds: Flower node keys, times of publication, release and commit, places and sizes of files, the optimiser's
-digest, the audit trail. Leaves after the last signed checkpoint are compared with the rows alone: who changes a row and its leaf before a
+Not found is what no leaf holds: a site's first Flower node key, unless it is in use, or one that came with a new evidence key; times of rotation, publication, release and commit; places and sizes of files; the optimiser's digest; the audit trail.
+
+Leaves after the last signed checkpoint are compared with the rows alone: who changes a row and its leaf before a
 checkpoint is signed is found by the site that keeps the envelope, and cosigns nothing without its leaf.
 """
 
@@ -24,9 +25,8 @@ from sqlalchemy import Connection, RowMapping, and_, select
 
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, PathfedError, ProvenanceError
-from pathfed_common.plan import plan_from_bytes
 from pathfed_common.provenance import dsse
-from pathfed_common.provenance.documents import PLAN_TYPE, Approval
+from pathfed_common.provenance.documents import Approval, open_plan
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.log_leaves import (
     AnyLeaf,
@@ -41,6 +41,7 @@ from pathfed_common.provenance.log_leaves import (
 from pathfed_common.provenance.note import NoteKey
 from pathfed_common.provenance.statement import UpdateStatement
 from pathfed_server.db.database import Database
+from pathfed_server.db.log_keys import check_keys
 from pathfed_server.db.log_signed import Finding, ReadLog, read_log, subject_of
 from pathfed_server.db.schema import approval, checkpoint, participation, plan, release, round_, site, update_statement
 
@@ -90,7 +91,7 @@ def check_connection(connection: Connection, key: NoteKey) -> LogReport:
         _compare(where, leaf, fault, left.pop(subject_of(leaf), None), log)
     for index, leaf in left.values():
         _find(log, f"log_entry {index}", f"what the leaf says ({leaf.kind}) is no longer in the database")
-    rows += _check_sites(connection, log) + _check_rounds(connection, log)
+    rows += _check_sites(connection, log) + check_keys(connection, log) + _check_rounds(connection, log)
     return LogReport(log.tree.size, log.checkpoints, log.cosignatures, rows, tuple(log.findings))
 
 
@@ -140,8 +141,8 @@ _STATEMENTS = select(
 def _plan_fault(row: RowMapping, server: VerifyKey) -> str | None:
     where, canonical = f"plan {row['digest']}", bytes(row["canonical"])
     try:
-        signed = dsse.open_envelope(bytes(row["signed"]), payload_type=PLAN_TYPE, keys=server, where=where)
-        held = (digest.of_bytes(canonical), signed, plan_from_bytes(canonical, where=where).name) == (row["digest"], canonical, row["name"])
+        signed = open_plan(bytes(row["signed"]), server, where=where)
+        held = (digest.of_bytes(canonical), signed.canonical_bytes(), signed.name) == (row["digest"], canonical, row["name"])
     except PathfedError as error:
         return error.what
     return None if held else "digest, name, canonical bytes and signed plan are not of one plan"

@@ -19,6 +19,7 @@ def test_a_supernode_that_ends_at_once_is_told_later_and_does_not_end_the_site(t
         logs=tmp_path / "logs",
         runner=[sys.executable, "-c", "import time; time.sleep(600)"],
         threads=1,
+        supernode_lock=tmp_path / "supernode.lock",
     )
     supervisor = Supervisor()
     ends: list[ProcessEnd] = []

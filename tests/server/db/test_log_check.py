@@ -1,6 +1,7 @@
 """`log verify` finds every change of every row of evidence, made behind the triggers' back; on SQLite and on PostgreSQL."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.server.rounds.consortium import KEYS, NAMES, RUN, found, make_plan
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_common.provenance.documents import seal_plan
+from pathfed_common.provenance.documents import SiteCard, seal_card_change, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_checkpoint import cosign_checkpoint, log_key, open_checkpoint, origin_of
 from pathfed_common.provenance.log_leaves import PlanPublished, rotate_key
@@ -21,7 +22,6 @@ from pathfed_common.provenance.note import Note
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db import schema
 from pathfed_server.db.log_check import LogReport, check_connection, check_log
-from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.provenance.log_keeper import LogKeeper
 
@@ -31,6 +31,7 @@ AT = 1_795_470_000.5
 #: Tables of evidence, and those whose rows must agree with them.
 TABLES = (
     schema.site,
+    schema.site_key,
     schema.plan,
     schema.approval,
     schema.update_statement,
@@ -42,7 +43,8 @@ TABLES = (
 )
 #: What no leaf and no signature holds, as the module's docstring says.
 UNHELD = {
-    "site.flower_key",
+    *(f"site_key.{name}, {kind}" for name in ("seq", "at") for kind in ("evidence", "flower")),
+    "site_key.key, flower",
     "plan.published_at",
     "release.released_at",
     *(f"checkpoint.{name}" for name in ("state_path", "state_bytes", "optimiser", "optimiser_path", "optimiser_bytes", "committed_at")),
@@ -60,9 +62,12 @@ def evidence(url: str, tmp_path: Path) -> Iterator[SqlStore]:
     store.add_release(digest.of_bytes(b"release"), run=RUN, at=AT)
     store.revoke_site(NAMES[2], at=AT)
     new = SigningKey.generate()
-    with store._write() as connection:
-        connection.execute(update(schema.site).where(schema.site.c.name == NAMES[1]).values(evidence_key=new.public.to_text()))
-        append_leaves(connection, [rotate_key(NAMES[1], KEYS[NAMES[1]], new, UtcSeconds(AT))])
+    leaf = rotate_key(NAMES[1], KEYS[NAMES[1]], new, UtcSeconds(AT))
+    card = SiteCard(site=NAMES[1], evidence_key=new.public, flower_key=store.site(NAMES[1]).flower_key)
+    store.rotate_keys(card, before=store.site(NAMES[1]), continuity=leaf.to_bytes(), leaf=leaf, at=AT)
+    again = replace(card, flower_key="another")
+    change = seal_card_change(again.to_bytes(new), new)
+    store.rotate_keys(again, before=store.site(NAMES[1]), continuity=change, leaf=None, at=AT)
     log = LogKeeper(store, SERVER, ORIGIN, least_interval_s=0.0)
     for _ in range(2):
         served = log.checkpoint(0)
@@ -94,7 +99,9 @@ def changed(table: Table, column: str, row: Any) -> Any:
         return bytes(raw)
     if column in ("state",) and table is schema.site:
         return "enrolled" if value == "revoked" else "revoked"
-    if column in ("site", "name") and table in (schema.approval, schema.update_statement, schema.cosignature, schema.site):
+    if isinstance(value, str) and table is schema.site_key and column == "kind":
+        return "flower" if value == "evidence" else "evidence"
+    if column in ("site", "name") and table in (schema.approval, schema.update_statement, schema.cosignature, schema.site, schema.site_key):
         return "d-hospital"
     if isinstance(value, str) and value.startswith("sha256:"):
         return digest.of_bytes(value.encode())
@@ -103,7 +110,7 @@ def changed(table: Table, column: str, row: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if value is None:
-        return 1.5
+        return b"x" if column == "continuity" else 1.5
     return f"{value}x" if isinstance(value, str) else value + 1
 
 
@@ -135,7 +142,7 @@ def test_everything_agrees_where_nothing_was_changed(evidence: SqlStore) -> None
     assert report.findings == ()
     assert report.leaves == evidence.log_size() > 15
     assert (report.checkpoints, report.cosignatures) == (2, 4)
-    assert report.rows == sum(len(rows_of(evidence, table)) for table in (*TABLES[:6], schema.round_))
+    assert report.rows == sum(len(rows_of(evidence, table)) for table in (*TABLES[:7], schema.round_))
 
 
 def test_every_changed_value_of_every_row_is_found(evidence: SqlStore) -> None:
@@ -148,13 +155,13 @@ def test_every_changed_value_of_every_row_is_found(evidence: SqlStore) -> None:
                 report = after(evidence, update(table).where(here(table, row)).values({column.name: value}))
                 tried += report is not None
                 if report is not None and not report.findings:
-                    unfound.add(f"{table.name}.{column.name}")
+                    unfound.add(f"{table.name}.{column.name}" + (f", {row['kind']}" if table is schema.site_key else ""))
     assert unfound == UNHELD
     assert tried > 100
 
 
 def test_every_deleted_row_is_found(evidence: SqlStore) -> None:
-    for table in (*TABLES[:7], schema.log_checkpoint):
+    for table in (*TABLES[:8], schema.log_checkpoint):
         for row in rows_of(evidence, table):
             report = after(evidence, delete(table).where(here(table, row)))
             last = table is schema.log_checkpoint and row["size"] == max(each["size"] for each in rows_of(evidence, table))

@@ -7,16 +7,14 @@ from typing import Annotated
 import typer
 
 from pathfed_common.console import Json, out, show
+from pathfed_server.cli_options import HOME, Home
 from pathfed_server.home import ServerHome
 
 log_app = typer.Typer(no_args_is_help=True, help="The transparency log: where it stands, and whether the database agrees with it.")
 
-_Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
-_HOME = Path("pathfed-server")
-
 
 @log_app.command("show")
-def log_show(home: _Home = _HOME, as_json: Json = False) -> None:
+def log_show(home: Home = HOME, as_json: Json = False) -> None:
     """Say how large the log is, who cosigned its latest checkpoint, and who is lacking for a quorum."""
     from pathfed_server import logkeeping
 
@@ -25,7 +23,7 @@ def log_show(home: _Home = _HOME, as_json: Json = False) -> None:
 
 @log_app.command("checkpoint")
 def log_checkpoint(
-    to: Annotated[Path | None, typer.Option("--out", help="Also write it to this file.")] = None, home: _Home = _HOME, as_json: Json = False
+    to: Annotated[Path | None, typer.Option("--out", help="Also write it to this file.")] = None, home: Home = HOME, as_json: Json = False
 ) -> None:
     """Print the latest checkpoint with its cosignatures: a C2SP signed note that anybody can verify."""
     from pathfed_server import logkeeping
@@ -41,7 +39,7 @@ def log_checkpoint(
 def log_leaves(
     start: Annotated[int, typer.Option(min=0, help="The first leaf.")] = 0,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="How many to show, at most.")] = 100,
-    home: _Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """List what the log says, leaf by leaf."""
@@ -51,7 +49,7 @@ def log_leaves(
 
 
 @log_app.command("verify")
-def log_verify(home: _Home = _HOME, as_json: Json = False) -> None:
+def log_verify(home: Home = HOME, as_json: Json = False) -> None:
     """Compare every row of evidence with the log, and the log with the checkpoints that were signed."""
     from pathfed_server import logkeeping
 
@@ -69,7 +67,7 @@ def lineage(
     name: Annotated[
         str | None, typer.Argument(help="A site, a release (its digest, or enough of its start) or a run; every site if not given.")
     ] = None,
-    home: _Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Show which states and releases a site's updates are in and what its withdrawal can undo, or which sites are in a release."""
