@@ -22,6 +22,7 @@ COMMANDS = (
     ("lineage",),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("release", name) for name in ("create", "list")),
 )
 
 

@@ -118,7 +118,7 @@ def verify_release(
         keys: dict[str, VerifyKey] = {site: _recorded_key(bundle, site, family) for site, family in families.items()}
     except ProvenanceError as error:
         return replace(verdict, findings=(error,))
-    examined = examine_record(folder, TrustedKeys(server=trusted.server, sites=keys), redraw=redraw, thin=True)
+    examined = examine_record(folder, TrustedKeys(server=trusted.server, sites=keys), redraw=redraw, thin=True, manifest=bundle.manifest)
     if examined.contents is None or examined.verdict.findings:
         return replace(verdict, record=examined.verdict, findings=examined.verdict.findings)
     contents = examined.contents
