@@ -1008,6 +1008,12 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "server knows; compare the keys.",
         "both",
     ),
+    Code.LINEAGE_UNKNOWN: CatalogEntry(
+        "Nothing of this name has a lineage",
+        "No site, release or run has this name, or several releases begin with these digits.",
+        "See `pathfed-server sites list`, `pathfed-server run status` and `pathfed-server log leaves`, and give more digits.",
+        "operator",
+    ),
     Code.FIRST_STATE: CatalogEntry(
         "The run did not start where its plan says",
         "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "
