@@ -31,6 +31,8 @@ VICTIMS = {
     "superlink": (("pathfed_server.transport.superlink",), r"{owner}: PF903 superlink ended \(-9\) and is started again"),
     "superexec": (("flower-superexec",), r"{owner}: PF903 superexec ended \(-9\) and is started again"),
     "round loop": (("flwr-serverapp",), rf"{{owner}}: PF903 run {RUN}: the round loop ended early"),
+    "control plane": (("pathfed_server.control",), r"{owner}: PF903 control ended \(-9\) and is started again"),
+    "agent": (("pathfed_client.control.agent",), r"{owner}: PF\d+ agent ended \(-9\) and is started again"),
     "server": (("pathfed-server", "start"), r"PF903 {owner} ended \(-9\) and is started again"),
 }
 #: Generous: they bound a hang, and are reached by no machine that works. Their sum, and the fixture's time, stay below the limit.
@@ -38,10 +40,11 @@ pytestmark = pytest.mark.timeout(1500)
 _COMMITS_WITHIN_S = 400
 _TOLD_WITHIN_S = 200
 _ENDS_WITHIN_S = 120
+_OPTIONS = ("--no-reply-slots", "--max-epsilon", "900", "--delta", "1e-5")
 
 
 @pytest.fixture(scope="module")
-def consortium(tmp_path_factory, plan_file, hospitals) -> Iterator[Consortium]:
+def consortium(tmp_path_factory, plan_file, hospitals, wait_for) -> Iterator[Consortium]:
     """A running consortium with a run of many rounds, set up through the commands."""
     out = tmp_path_factory.mktemp("faults")
     made = Consortium(out, find_hospitals(hospitals, 3), restarts=20)  # no victim uses up another's
@@ -49,31 +52,19 @@ def consortium(tmp_path_factory, plan_file, hospitals) -> Iterator[Consortium]:
     text = plan_file.read_text().replace("count = 2", "count = 1000").replace("epsilon_limit = 8.0", "epsilon_limit = 900.0")
     plan.write_text(text.replace("noise_multiplier = 4.0", "noise_multiplier = 20.0").replace("deadline_s = 120", "deadline_s = 40"))
     made.server_command("init")
-    for hospital in made.hospitals:
-        options: list[str | Path] = [
-            "--name",
-            hospital.name,
-            "--slides",
-            hospital.slides,
-            "--patients",
-            hospital.patients,
-            "--no-reply-slots",
-        ]
-        made.site_command(
-            hospital.name, "init", *options, "--server-card", made.server / "server-card.dsse", "--max-epsilon", "900", "--delta", "1e-5"
-        )
-        made.server_command("sites", "add", made.site(hospital.name) / "site-card.dsse")
-    signed = out / "plan.dsse"
-    digest = made.server_command("plan", "publish", plan, "--out", signed)["plan"]
-    for hospital in made.hospitals:
-        made.site_command(hospital.name, "scan", signed)
-        made.site_command(hospital.name, "approve", signed, "--patients-at-least", "6", "--out", out / f"{hospital.name}.dsse")
-        made.server_command("sites", "approval", out / f"{hospital.name}.dsse")
-    # Copied while nothing writes to it: the folder of a running site changes under a copy's hands.
-    shutil.copytree(made.site(made.hospitals[0].name), _site_at_rest(made))
+    made.start_server()
     try:
-        made.start_server()
+        made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
+        signed = out / "plan.dsse"
+        digest = made.server_command("plan", "publish", plan, "--out", signed)["plan"]
+        for hospital in made.hospitals:
+            made.site_command(hospital.name, "scan", signed)
+            made.site_command(hospital.name, "approve", signed, "--patients-at-least", "6")
+        # Copied while nothing writes to it: the folder of a running site changes under a copy's hands.
+        shutil.copytree(made.site(made.hospitals[0].name), _site_at_rest(made))
         made.start_sites()
+        with SqlStore(ServerHome(made.server).database_url) as store:
+            assert wait_for(lambda: len(store.approvals(digest)), until=lambda found: found == len(made.hospitals), within_s=_TOLD_WITHIN_S)
         made.server_command("run", "start", digest, "--name", RUN)
         yield made
     finally:

@@ -9,15 +9,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pathfed_common.digest import Digest
 from pathfed_local.generator import generate_hospitals
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.home import ServerHome
 
 BIN = Path(sys.executable).parent
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
-#: What `pathfed verify` ends with when nobody's identity was proven, as the page says.
-UNPROVEN = 3
+#: What `pathfed verify` ends with when neither identities nor aggregation are proven, as the page says.
+UNPROVEN = 5
+#: Commands that people leave running in a terminal of their own.
+STAY = ("start", "enroll")
 pytestmark = pytest.mark.timeout(1300)
 
 
@@ -49,31 +55,66 @@ def test_the_commands_of_the_tutorial_lead_to_a_verified_record(tmp_path, wait_f
     def run(line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
 
-    def state_of_run() -> str:
-        return json.loads(run("pathfed-server run status first --home by-hand/server --json").stdout)[0]["state"]
+    def asked(line: str) -> Any:
+        return json.loads(run(line + " --json").stdout)
 
+    def there(line: str) -> Any:
+        """What a command shows once there is something to show."""
+        return wait_for(lambda: asked(line), until=bool, within_s=120)
+
+    def prepared(line: str) -> str:
+        """The line as a person would give it: with what earlier commands printed, and once what it needs is there."""
+        for letter in re.findall(r"(?:INVITATION|FINGERPRINT)-([AB])", line):
+            line = line.replace(f"INVITATION-{letter}", invitations.get(f"hospital-{letter.lower()}", ""))
+            if "FINGERPRINT" in line:
+                there("pathfed-server sites pending --home by-hand/server")
+                line = line.replace(f"FINGERPRINT-{letter}", asked(f"pathfed-site keys show --home by-hand/{letter.lower()}")["enrolment"])
+        if "sha256:DIGEST" in line:
+            (plan,) = asked("pathfed-server plan list --home by-hand/server")
+            wait_for(lambda: approvals(plan["plan"]), until=lambda found: found == 2, within_s=120)
+            line = line.replace("sha256:DIGEST", plan["plan"][:20])
+        if "run report" in line:
+            state = wait_for(state_of_run, until=lambda state: state not in ("planned", "running"), within_s=900)
+            assert state == "finished", [path.read_text() for path in tmp_path.glob("stay-*.log")]
+        return line
+
+    def approvals(plan: str) -> int:
+        with SqlStore(ServerHome(tmp_path / "by-hand" / "server").database_url) as store:
+            return len(store.approvals(Digest(plan)))
+
+    def state_of_run() -> str:
+        return str(asked("pathfed-server run status first --home by-hand/server")[0]["state"])
+
+    def stay(line: str) -> None:
+        with (tmp_path / f"stay-{len(started)}.log").open("wb") as log:
+            started.append(subprocess.Popen(shlex.split(line), cwd=tmp_path, env=environment, stdout=log, stderr=log))
+
+    invitations: dict[str, str] = {}
     ran = 0
     for language, block in blocks():
         if language == "toml":
             (tmp_path / "by-hand" / "plan.toml").write_text(block)
             continue
-        for line in lines(block):
+        for line in map(prepared, lines(block)):
+            words = shlex.split(line)
             if line.startswith(". "):
                 continue  # the tests' own environment is active
-            if shlex.split(line)[1:2] == ["start"]:
-                log = (tmp_path / f"start-{len(started)}.log").open("wb")
-                started.append(subprocess.Popen(shlex.split(line), cwd=tmp_path, env=environment, stdout=log, stderr=log))
-                log.close()
+            if words[1] in STAY:
+                if words[:2] == ["pathfed-site", "start"]:
+                    assert [process.wait(120) for process in started[1:3]] == [0, 0], "both hospitals were enrolled"
+                stay(line)
+                if words[0] == "pathfed-server":
+                    assert wait_for((tmp_path / "by-hand/server/ports.json").exists, until=bool, within_s=120)
                 continue
-            if "run start" in line:
-                (plan,) = json.loads(run("pathfed-server plan list --home by-hand/server --json").stdout)
-                line = line.replace("sha256:DIGEST", plan["plan"][:20])
-            if "run report" in line:
-                state = wait_for(state_of_run, until=lambda state: state not in ("planned", "running"), within_s=900)
-                assert state == "finished", [path.read_text() for path in tmp_path.glob("start-*.log")]
+            if words[1] == "invite":
+                invitations[words[2]] = asked(line)["invitation"]
+                continue
+            if words[:2] == ["pathfed-site", "plans"]:
+                there("pathfed-site plans --home by-hand/b")
+                there(line)
             done = run(line)
             assert done.returncode == (UNPROVEN if line.startswith("pathfed verify") else 0), (line, done.stdout, done.stderr)
             ran += 1
-    assert ran >= 15
-    assert len(started) == 3
+    assert ran >= 18
+    assert len(started) == 5
     assert (tmp_path / "by-hand" / "report.html").stat().st_size > 10_000

@@ -73,11 +73,12 @@ def demo(
 def _where(out: Path) -> None:
     places = {
         "encoder": out / "record" / "encoder" / "model.safetensors",
+        "release": out / "release",
         "report": out / "report.html",
         "database": out / "server" / "pathfed.db",
         "logs": out / "logs",
         "commands": out / "commands.log",
-        "next": f"pathfed verify {out} --trust {out / 'trust.json'}",
+        "next": f"pathfed verify {out / 'release'} --trust {out / 'trust.json'} --replay {out / 'record' / 'updates'}",
     }
     show(places, as_json=False, title="Done.")
 

@@ -9,7 +9,8 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,20 +104,30 @@ class Consortium:
         """Run a `pathfed-site` command; its result."""
         return self.finish(self.begin_site(site, *arguments))
 
-    def begin_site(self, site: str, *arguments: str | Path) -> "subprocess.Popen[str]":
+    def begin_site(self, site: str, *arguments: str | Path, secret: str = "") -> "subprocess.Popen[str]":
         """Begin a `pathfed-site` command beside others."""
-        return self.begin("pathfed-site", *arguments, "--home", self.site(site))
+        return self.begin("pathfed-site", *arguments, "--home", self.site(site), secret=secret)
 
-    def begin(self, command: str, *arguments: str | Path) -> "subprocess.Popen[str]":
-        """Begin a command beside others. It is owned until it is finished: `stop`, or this process's death, ends it."""
+    def begin(self, command: str, *arguments: str | Path, secret: str = "") -> "subprocess.Popen[str]":
+        """Begin a command beside others. It is owned until it is finished: `stop`, or this process's death, ends it.
+
+        Args:
+            command: `pathfed-server` or `pathfed-site`.
+            arguments: what follows it.
+            secret: what it reads from standard input: in no list of processes, and not in `commands.log`.
+        """
         interrupts.heed()
         argv = [str(part) for part in (program(command), *arguments)]
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "commands.log").open("a", encoding="utf-8") as log:
             log.write(shlex.join([command, *argv[1:]]) + "\n")
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-        process = start_owned([*argv, "--json"], **pipes)
+        stdin = subprocess.PIPE if secret else subprocess.DEVNULL
+        process = start_owned([*argv, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
         self._begun.append(process)
+        if process.stdin is not None:
+            with suppress(BrokenPipeError), process.stdin:  # one that ended without reading says why when it is finished
+                process.stdin.write(secret)
+            process.stdin = None
         return process
 
     def finish(self, process: "subprocess.Popen[str]") -> Any:
@@ -138,6 +149,25 @@ class Consortium:
         if process.returncode and "error" in result:
             raise error_from_dict(result["error"])
         return result
+
+    def enrol(self, options: Mapping[str, Sequence[str | Path]]) -> None:
+        """Enrol hospitals at the running server, by an invitation each. Here one program plays all who would talk by telephone.
+
+        Args:
+            options: of `pathfed-site init`, by hospital.
+
+        Raises:
+            PathfedError: what one of the commands refused.
+        """
+        self._each({name: self.begin_site(name, "init", "--name", name, *given) for name, given in options.items()})
+        invitations = {name: str(self.server_command("invite", name)["invitation"]) for name in options}
+        asked = self._each({name: self.begin_site(name, "enroll", "-", "--no-wait", secret=text) for name, text in invitations.items()})
+        for name, found in asked.items():
+            self.server_command("sites", "admit", name, found["fingerprint"])
+        self._each({name: self.begin_site(name, "enroll", "-", secret=text) for name, text in invitations.items()})
+
+    def _each(self, begun: Mapping[str, "subprocess.Popen[str]"]) -> dict[str, Any]:
+        return {name: self.finish(process) for name, process in begun.items()}
 
     def start_server(self) -> None:
         """Start `pathfed-server start` and wait until sites can connect."""

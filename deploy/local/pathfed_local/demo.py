@@ -7,7 +7,7 @@ gives them in order, watches, and shows.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from pathfed_client.app import glance
 from pathfed_client.cohort.patient_list import read_patient_list
 from pathfed_client.home import SiteHome
 from pathfed_client.io.scan_workers import usable_cpus
-from pathfed_common import interrupts
+from pathfed_common import files, interrupts
 from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import CohortPlan, Plan, load_plan
 from pathfed_common.provenance.documents import ServerCard, SiteCard
+from pathfed_common.settings import read_settings, to_toml
 from pathfed_local.consortium import Consortium, Hospital, find_hospitals
 from pathfed_local.memory import MemoryWatch
 from pathfed_local.view import SiteLine, View
 from pathfed_server.app import read_plan
 from pathfed_server.db.sql_store import SqlStore
-from pathfed_server.home import ServerHome
+from pathfed_server.home import ServerHome, ServerSettings
 from pathfed_server.rounds.state import ParticipationState, RunState
 
 RUN = RunName("demo")
@@ -34,6 +35,8 @@ MARK = ".pathfed-demo"
 _MAX_EPSILON = 10.0
 _POLL_S = 1.0
 _DECLARE_TO = 4
+#: Agents look for a new checkpoint every ten seconds while all is well.
+_COSIGNED_WITHIN_S = 120
 _PATIENTS = 40
 _SIDE_PX = (768, 1024)
 
@@ -85,11 +88,13 @@ class Demo:
         out = _fresh(self.options.out)
         consortium = Consortium(out, self._hospitals(out))
         try:
-            plan = self._timed("set up", self._set_up, consortium)
+            self._timed("set up", self._set_up, consortium)
+            plan = self._timed("publish", self._publish, consortium)
+            self._timed("start", self._start_sites, consortium)
             self._timed("scan", self._scan, consortium, plan)
             self._timed("approve", self._approve, consortium, plan)
-            self._timed("start", self._start, consortium)
-            self._timed("rounds", self._rounds, consortium, plan)
+            self._timed("rounds", self._rounds, consortium)
+            self._timed("release", self._release, consortium)
             self._timed("report", self._report, consortium)
             if self.options.keep:
                 self._keep(consortium)
@@ -118,26 +123,29 @@ class Demo:
         self.phases["paint"] = time.monotonic() - began
         return find_hospitals(out / "data", self.options.sites)
 
-    def _set_up(self, consortium: Consortium) -> Path:
-        """Server and site homes, the plan published and signed; the signed plan's path."""
-        with self.view.phase("homes and keys: one server, one for each hospital"):
+    def _set_up(self, consortium: Consortium) -> None:
+        """The server is made and started; every hospital makes its home and keys, and enrols by an invitation."""
+        with self.view.phase("the server is up, in processes of its own"):
             consortium.server_command("init", "--consortium", "demo")
-            card = consortium.server / "server-card.dsse"
-            begun = [
-                consortium.begin_site(hospital.name, "init", *_init_options(hospital, card, reply_slots=self.options.reply_slots))
-                for hospital in consortium.hospitals
-            ]
-            for process in begun:
-                consortium.finish(process)
-            for hospital in consortium.hospitals:
-                consortium.server_command("sites", "add", consortium.site(hospital.name) / "site-card.dsse")
-        with self.view.phase("the plan is signed"):
+            _retain_updates(consortium)
+            consortium.start_server()
+        with self.view.phase("each hospital makes its keys and enrols by an invitation"):
+            consortium.enrol({one.name: _init_options(one, reply_slots=self.options.reply_slots) for one in consortium.hospitals})
+        _write_trust(consortium)
+
+    def _publish(self, consortium: Consortium) -> Path:
+        """Fit, sign and publish the plan; the signed plan's path."""
+        with self.view.phase("the plan is signed and published"):
             file = consortium.out / "plan.toml"
             file.write_text(_plan_text(self.options, consortium.hospitals), encoding="utf-8")
             self.plan = load_plan(file.read_text(encoding="utf-8"), where=file)
             signed = consortium.out / "plan.dsse"
             consortium.server_command("plan", "publish", file, "--out", signed)
         return signed
+
+    def _start_sites(self, consortium: Consortium) -> None:
+        with self.view.phase("the sites are up, each in processes of its own"):
+            consortium.start_sites()
 
     def _scan(self, consortium: Consortium, plan: Path) -> None:
         workers = str(max(1, usable_cpus() // len(consortium.hospitals)))  # all hospitals share this machine
@@ -161,27 +169,22 @@ class Demo:
 
     def _approve(self, consortium: Consortium, plan: Path) -> None:
         with self.view.phase("each hospital approves the plan by its digest"):
-            begun = []
-            for hospital in consortium.hospitals:
-                # A lower bound, rounded down: a real hospital chooses it without looking.
-                declared = str(max(1, self.patients[hospital.name] // _DECLARE_TO * _DECLARE_TO))
-                given = consortium.out / f"approval-{hospital.name}.dsse"
-                begun.append(
-                    (consortium.begin_site(hospital.name, "approve", plan, "--patients-at-least", declared, "--out", given), given)
-                )
-            for process, given in begun:
+            # A lower bound, rounded down: a real hospital chooses it without looking.
+            declared = {name: str(max(1, found // _DECLARE_TO * _DECLARE_TO)) for name, found in self.patients.items()}
+            begun = [consortium.begin_site(name, "approve", plan, "--patients-at-least", number) for name, number in declared.items()]
+            for process in begun:
                 consortium.finish(process)
-                consortium.server_command("sites", "approval", given)
-        _write_trust(consortium)
+        with self.view.phase("the sites hand their approvals over"), SqlStore(ServerHome(consortium.server).database_url) as store:
+            self._until(consortium, lambda: len(store.approvals(self.plan.digest)) == len(consortium.hospitals))
 
-    def _start(self, consortium: Consortium) -> None:
-        with self.view.phase("server and sites are up, each in processes of its own"):
-            consortium.start_server()
-            consortium.start_sites()
+    def _until(self, consortium: Consortium, come: Callable[[], bool]) -> None:
+        """Watch until something has come, or a process ends for good."""
+        while not come():
+            consortium.watch(self.view.event)
+            time.sleep(_POLL_S / 2)
 
-    def _rounds(self, consortium: Consortium, plan: Path) -> None:
-        digest = consortium.server_command("plan", "list")[0]["plan"]
-        consortium.server_command("run", "start", digest, "--name", RUN)
+    def _rounds(self, consortium: Consortium) -> None:
+        consortium.server_command("run", "start", self.plan.digest, "--name", RUN)
         home = ServerHome(consortium.server)
         with self.view.phase("rounds"), self.view.table(), SqlStore(home.database_url) as store:
             while True:
@@ -201,6 +204,14 @@ class Demo:
                 where=home.logs,
                 remedy=f"pathfed-server rounds {RUN} --home {consortium.server}",
             )
+
+    def _release(self, consortium: Consortium) -> None:
+        release, trust = consortium.out / "release", consortium.out / "trust.json"
+        with self.view.phase("the encoder is released, once the sites have co-signed the log"):
+            consortium.server_command("release", "create", RUN, "--out", release, "--wait", str(_COSIGNED_WITHIN_S))
+        with self.view.phase("the release is verified, and every state computed again from the updates"):
+            updates = ServerHome(consortium.server).record(RUN) / "updates"
+            consortium.finish(consortium.begin("pathfed", "verify", release, "--trust", trust, "--replay", updates))
 
     def _site_states(self, store: SqlStore) -> dict[str, tuple[str, int]]:
         """Each site's state in the latest round, and the rounds it was admitted in."""
@@ -256,10 +267,17 @@ def _fresh(out: Path) -> Path:
     return out.resolve()
 
 
-def _init_options(hospital: Hospital, card: Path, *, reply_slots: bool) -> list[str]:
+def _retain_updates(consortium: Consortium) -> None:
+    """Let the server keep what the sites send, so that a stranger can compute the aggregation again."""
+    path = consortium.server / "server.toml"
+    settings = read_settings(ServerSettings, path).model_copy(update={"retain_updates": True})
+    files.write_atomic(path, to_toml(settings, "The server of a demo.").encode())
+
+
+def _init_options(hospital: Hospital, *, reply_slots: bool) -> list[str]:
     slots = "--reply-slots" if reply_slots else "--no-reply-slots"
-    paths = ["--slides", str(hospital.slides), "--patients", str(hospital.patients), "--server-card", str(card)]
-    return ["--name", hospital.name, *paths, "--max-epsilon", str(_MAX_EPSILON), "--delta", "1e-5", slots]
+    paths = ["--slides", str(hospital.slides), "--patients", str(hospital.patients)]
+    return [*paths, "--max-epsilon", str(_MAX_EPSILON), "--delta", "1e-5", slots]
 
 
 def _plan_text(options: DemoOptions, hospitals: Sequence[Hospital]) -> str:
