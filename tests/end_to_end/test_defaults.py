@@ -56,7 +56,7 @@ def test_three_hospitals_are_painted_and_the_ready_plan_is_fitted_to_them(kept) 
 def test_every_phase_is_timed_and_memory_stays_within_its_limits(kept) -> None:
     out, _ = kept
     facts = json.loads((out / "demo.json").read_text())
-    assert list(facts["phases_s"]) == ["paint", "set up", "scan", "approve", "start", "rounds"]
+    assert list(facts["phases_s"]) == ["paint", "set up", "publish", "start", "scan", "approve", "rounds", "release"]
     peaks = facts["memory_peak_mb"]
     assert sorted(peaks) == [*SITES, "server"]
     assert 100 < peaks["server"] < SERVER_MEMORY_LIMIT_MB

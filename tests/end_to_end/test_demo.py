@@ -47,7 +47,15 @@ def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -
 
 def test_everything_it_says_is_there_is_there(demo) -> None:
     out, printed = demo
-    for place in ("record/encoder/model.safetensors", "report.html", "server/pathfed.db", "logs", "commands.log", "trust.json"):
+    for place in (
+        "release/encoder/model.safetensors",
+        "record/manifest.dsse",
+        "report.html",
+        "server/pathfed.db",
+        "logs",
+        "commands.log",
+        "trust.json",
+    ):
         assert (out / place).exists(), place
     assert "pathfed verify" in printed
 
@@ -70,10 +78,40 @@ def test_its_report_shows_the_participants_their_memory_and_painted_tiles_in_a_b
 
 def test_the_record_verifies_with_trusted_keys_and_says_so_without(demo) -> None:
     out, _ = demo
-    proven = _run("pathfed", "verify", out, "--trust", out / "trust.json", "--json")
+    proven = _run("pathfed", "verify", out / "record", "--trust", out / "trust.json", "--json")
     assert (proven.returncode, json.loads(proven.stdout)["identities_proven"]) == (0, True)
-    unproven = _run("pathfed", "verify", out, "--json")
+    unproven = _run("pathfed", "verify", out / "record", "--json")
     assert (unproven.returncode, json.loads(unproven.stdout)["identities_proven"]) == (3, False)
+
+
+@pytest.mark.parametrize(("trusted", "replayed", "status"), [(True, True, 0), (False, True, 3), (True, False, 4), (False, False, 5)])
+def test_the_release_says_what_is_proven_and_what_is_not(demo, trusted: bool, replayed: bool, status: int) -> None:
+    out, _ = demo
+    trust = ["--trust", out / "trust.json"] if trusted else []
+    replay = ["--replay", out / "record" / "updates"] if replayed else []
+    done = _run("pathfed", "verify", out / "release", *trust, *replay, "--no-redraw", "--json")
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["identities_proven"], said["aggregation_proven"]) == (status, trusted, replayed)
+    sites = [path.name for path in sorted((out / "sites").iterdir())]
+    assert said["enrolled"] == sites
+    assert len(said["cosigned"]) > len(sites) / 2
+
+
+def test_every_site_was_enrolled_by_an_invitation_that_stands_nowhere(demo) -> None:
+    out, _ = demo
+    enrolled = json.loads(_run("pathfed-server", "sites", "list", "--home", out / "server", "--json").stdout)
+    assert all(site["certificate_until_at"] for site in enrolled)
+    commands = (out / "commands.log").read_text()
+    assert commands.count("pathfed-site enroll - ") == 2 * SITES
+    for file in (path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        assert b"pathfed1." not in file.read_bytes(), file
+
+
+def test_a_site_can_list_every_byte_that_left(demo) -> None:
+    out, _ = demo
+    for site in sorted((out / "sites").iterdir()):
+        done = _run("pathfed-site", "egress", "--home", site, "--verify", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,7 +204,7 @@ def test_self_distillation_runs_from_slides_to_a_verified_teacher(tmp_path, hosp
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert load_plan((out / "plan.toml").read_text(), where="plan.toml").objective.name == "dino"
-    verified = _run("pathfed", "verify", out, "--trust", out / "trust.json", "--json")
+    verified = _run("pathfed", "verify", out / "record", "--trust", out / "trust.json", "--json")
     said = json.loads(verified.stdout)
     assert (verified.returncode, said["identities_proven"], said["rounds"]) == (0, True, 2)
     assert [site["rounds"] for site in said["sites"].values()] == [2, 2]
@@ -202,4 +240,5 @@ def test_mixed_real_slides_are_scanned_and_named_and_the_run_goes_on(tmp_path, p
     reasons = status["plans"][0]["reasons"]
     assert set(reasons) >= {"PF205", "PF206", "PF207", "PF208"}, reasons
     assert status["plans"][0]["patients"] >= 6 + 2  # the listed six, and the real slides that are fit
-    assert _run("pathfed", "verify", out, "--trust", out / "trust.json").returncode == 0
+    updates = out / "record" / "updates"
+    assert _run("pathfed", "verify", out, "--trust", out / "trust.json", "--replay", updates).returncode == 0

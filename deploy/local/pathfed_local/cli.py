@@ -72,7 +72,7 @@ def demo(
 
 def _where(out: Path) -> None:
     places = {
-        "encoder": out / "record" / "encoder" / "model.safetensors",
+        "encoder": out / "release" / "encoder" / "model.safetensors",
         "release": out / "release",
         "report": out / "report.html",
         "database": out / "server" / "pathfed.db",
