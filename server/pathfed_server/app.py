@@ -16,12 +16,11 @@ from pathfed_common.encoder.spec import preset
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan
-from pathfed_common.provenance import dsse
 from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
-from pathfed_common.provenance.keys import VerifyKey
-from pathfed_server.db.rows import ApprovalRow, PlanRow, RunRow
+from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
+from pathfed_server.words import record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -87,11 +86,11 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
         TransportError: PF402, its Flower node key is not one.
         RoundError: PF502, the name or a key is taken.
     """
-    from pathfed_server.transport.flower_control import node_key
+    from pathfed_server.transport.node_keys import read_node_key
 
     data = files.read_given(card_file)
     card = SiteCard.from_bytes(data, where=str(card_file))
-    node_key(card.flower_key)
+    read_node_key(card.flower_key)
     place = ServerHome(root).site_card_file(card.site)
     written = place.with_suffix(".new")
     with opened(root) as store:
@@ -112,32 +111,8 @@ def add_approval(root: Path, file: Path) -> Approval:
         RoundError: PF501, no such site; PF516, no such plan.
     """
     envelope = files.read_given(file)
-    key_id = dsse.parse(envelope, where=str(file)).key_id
     with opened(root) as store:
-        keys = {key.key_id: key for key in (VerifyKey.from_text(site.evidence_key) for site in store.sites())}
-        if key_id not in keys:
-            raise RoundError(
-                ErrorCode.SITE_UNKNOWN,
-                "signed with the key of no enrolled site",
-                where=file,
-                value=key_id,
-                remedy="add the site's card first",
-            )
-        approval = Approval.from_bytes(envelope, keys[key_id], where=str(file))
-        if store.site(approval.site).evidence_key != keys[key_id].to_text():
-            raise RoundError(
-                ErrorCode.SITE_UNKNOWN, "the approval names another site than the one that signed it", where=file, value=approval.site
-            )
-        row = ApprovalRow(
-            site=approval.site,
-            plan=approval.plan,
-            declared_patients=approval.declared_patients,
-            reply_slots=approval.reply_slots,
-            envelope=envelope,
-            approved_at=approval.approved_at,
-        )
-        store.add_approval(row, at=time.time())
-    return approval
+        return record_word(store, envelope, by="operator", where=str(file))
 
 
 def read_plan(file: Path) -> Plan:

@@ -167,6 +167,7 @@ FILLED = {
     "log_checkpoint": "INSERT INTO log_checkpoint VALUES (1, 'n')",
     "cosignature": "INSERT INTO cosignature VALUES (1, 'a', 'l')",
     "release": "INSERT INTO release VALUES ('d', 'r', 1)",
+    "site_key": "INSERT INTO site_key (seq, site, kind, key, at) VALUES (1, 'a', 'evidence', 'k', 1)",
 }
 #: A column of each, and what it is to be changed to.
 CHANGES = {
@@ -177,6 +178,7 @@ CHANGES = {
     "log_checkpoint": "note = 'changed'",
     "cosignature": "line = 'changed'",
     "release": "released_at = 2",
+    "site_key": "site = 'b'",
 }
 PARENTS = (
     "INSERT INTO site (name, evidence_key, flower_key, state, enrolled_at) VALUES ('a', 'k', 'f', 'enrolled', 1)",
