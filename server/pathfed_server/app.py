@@ -16,11 +16,11 @@ from pathfed_common.encoder.spec import preset
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan
-from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
+from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
-from pathfed_server.words import record_word
+from pathfed_server.words import Word, record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -103,12 +103,12 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
     return card
 
 
-def add_approval(root: Path, file: Path) -> Approval:
-    """Record a site's approval, signed with the key it enrolled with.
+def add_word(root: Path, file: Path) -> Word:
+    """Record a site's word on a plan: an approval, a rejection or a revocation.
 
     Raises:
         ProvenanceError: PF602, signed with another key.
-        RoundError: PF501, no such site; PF516, no such plan.
+        RoundError: PF501, no such site; PF516, no such plan; PF519, PF530, PF531, see `words.record_word`.
     """
     envelope = files.read_given(file)
     with opened(root) as store:
@@ -184,7 +184,8 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
     with opened(root) as store:
         row = _find_plan(store, plan)
         _check_start(root, row.plan())
-        chosen = list(sites) or [given.site for given in store.approvals(row.digest)]
+        against = store.words_against(row.digest)
+        chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in against]
         quorum = row.plan().rounds.quorum
         if len(chosen) < quorum:
             raise RoundError(

@@ -133,9 +133,10 @@ def plan_list(home: Home = HOME, as_json: Json = False) -> None:
                 "plan": row.digest,
                 "name": row.name,
                 "published_at": row.published_at,
-                "approved_by": [given.site for given in store.approvals(row.digest)],
+                "approved_by": [given.site for given in store.approvals(row.digest) if given.site not in against],
+                "against": against,
             }
-            for row in store.plans()
+            for row, against in ((row, store.words_against(row.digest)) for row in store.plans())
         ]
     show(rows, as_json=as_json, title="plans")
 
