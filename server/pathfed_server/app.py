@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pathfed_common import files
 from pathfed_common.encoder.spec import preset
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, ProvenanceError, RoundError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import Plan, load_plan
-from pathfed_common.provenance.documents import SiteCard, seal_plan
+from pathfed_common.plan import Plan, load_plan, plan_from_bytes
+from pathfed_common.provenance import cosigned
+from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
 from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
@@ -125,8 +126,6 @@ def read_plan(file: Path) -> Plan:
     try:
         return load_plan(files.read_given(file).decode("utf-8"), where=file)
     except UnicodeDecodeError as error:
-        from pathfed_common.errors import PlanError
-
         raise PlanError(ErrorCode.PLAN_UNREADABLE, f"not UTF-8 text: {error.reason}", where=file) from None
 
 
@@ -172,6 +171,37 @@ def publish_plan(root: Path, file: Path, out: Path) -> Plan:
         store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time())
     files.write_atomic(out, signed)
     return plan
+
+
+def read_signed_plan(file: Path) -> Plan:
+    """The plan in a signed plan's file; whose signatures it bears is not looked at.
+
+    Raises:
+        PlanError: PF1xx, it holds none; PF106, it is no signed plan.
+        HostError: PF904, it cannot be read.
+    """
+    try:
+        found = cosigned.parse(files.read_given(file), where=str(file))
+    except ProvenanceError as error:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, error.what, where=file) from None
+    if found.payload_type != PLAN_TYPE:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, "the signed file is no plan", where=file, value=found.payload_type[:100])
+    return plan_from_bytes(found.payload, where=str(file))
+
+
+def collect_signatures(root: Path, file: Path) -> tuple[Plan, int]:
+    """Add the signatures in a file to the published plan; the plan, and how many signatures it has now.
+
+    Raises:
+        PlanError: PF106, not a signed plan.
+        RoundError: PF516, the plan is not published here.
+        ProvenanceError: PF602, more signatures than a plan takes.
+    """
+    plan = read_signed_plan(file)
+    with opened(root) as store:
+        merged = cosigned.merge(store.plan(plan.digest).signed, files.read_given(file), where=str(file))
+        store.set_plan_signatures(plan.digest, merged, at=time.time())
+    return plan, len(cosigned.parse(merged).signatures)
 
 
 def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -> RunRow:

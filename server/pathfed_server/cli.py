@@ -10,6 +10,7 @@ import typer
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
+from pathfed_server import cli_plans
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
 )
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
+cli_plans.register(plan_app)
 encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
 run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
 app.command()(invite)

@@ -72,6 +72,22 @@ class SitesStore(LogStore):
             add_event(connection, actor=by, action="plan.published", subject=plan_digest, at=at, detail={"name": name})
             append_leaves(connection, [PlanPublished(plan=plan_digest)])
 
+    def set_plan_signatures(self, plan_digest: Digest, signed: bytes, *, at: float, by: str = "operator") -> None:
+        """Keep a published plan's envelope with more signatures; with the same ones nothing changes.
+
+        Raises:
+            RoundError: PF516, no such plan.
+        """
+        with self._write() as connection:
+            kept = connection.execute(select(plan.c.signed).where(plan.c.digest == plan_digest)).scalar()
+            if kept is None:
+                raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=plan_digest)
+            if bytes(kept) == signed:
+                return
+            connection.execute(update(plan).where(plan.c.digest == plan_digest).values(signed=signed))
+            detail = {"signed": digest.of_bytes(signed)}
+            add_event(connection, actor=by, action="plan.cosigned", subject=plan_digest, at=at, detail=detail)
+
     def plan(self, plan_digest: Digest) -> PlanRow:
         """One plan.
 
