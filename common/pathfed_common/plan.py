@@ -19,7 +19,7 @@ from pathfed_common.cohort_rules import MAX_WEIGHTS, CohortExclude, CohortInclud
 from pathfed_common.encoder.spec import preset
 from pathfed_common.errors import ErrorCode, PlanError
 from pathfed_common.ids import site_name
-from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.mechanism import MOST_NOISE, PatientMechanism
 from pathfed_common.validation import Fault, first_finding
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -312,8 +312,9 @@ class PrivacyPlan(_Section):
     unit: Literal["patient"] = "patient"
     #: Expected patients in one step at one site (B): the public denominator.
     expected_patients: Annotated[float, Field(ge=1, le=1e7)]
-    #: Noise standard deviation in units of the clip norm (sigma).
-    noise_multiplier: Annotated[float, Field(gt=0, le=1e4)]
+    #: Noise standard deviation in units of the clip norm (sigma). With more than 64 the whole numbers that the sum is kept in could wrap
+    #: around: that costs no privacy, but ruins the update. Less noise with a larger B or fewer steps does as well.
+    noise_multiplier: Annotated[float, Field(gt=0, le=MOST_NOISE)]
     #: Bound on the L2 norm of one patient's whole contribution (C).
     clip_norm: Annotated[float, Field(gt=0, le=1e6)]
     #: Share a of the clip norm that loss and patient count ride in; the gradient keeps sqrt(1 - a^2).

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
 from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
+from pathfed_server.operators import Role, opened_by
 from pathfed_server.words import Word, record_word
 
 if TYPE_CHECKING:
@@ -67,9 +67,24 @@ def init(
     return home
 
 
-def opened(root: Path) -> AbstractContextManager[SqlStore]:
-    """The store of a server's home, as a context manager."""
-    return SqlStore(ServerHome(root).database_url)
+def stop_run(root: Path, run: RunName) -> None:
+    """Stop a run before its next round.
+
+    Raises:
+        RoundError: PF510, no such run; PF511, it has finished or failed; PF522, PF523, see `operators.acting`.
+    """
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.stop_run(run, at=time.time(), by=by)
+
+
+def resume_run(root: Path, run: RunName) -> None:
+    """Let a failed or stopped run go on from its last committed round.
+
+    Raises:
+        RoundError: PF510, no such run; PF511, it is running or finished; PF522, PF523, see `operators.acting`.
+    """
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.reopen_run(run, at=time.time(), by=by)
 
 
 def serve(root: Path, tell: Callable[[str], None]) -> None:
@@ -94,10 +109,10 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
     read_node_key(card.flower_key)
     place = ServerHome(root).site_card_file(card.site)
     written = place.with_suffix(".new")
-    with opened(root) as store:
+    with opened_by(root, Role.OPERATOR) as (store, by):
         files.write_atomic(written, data)
         try:
-            store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time())
+            store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time(), by=by)
             written.replace(place)
         finally:
             written.unlink(missing_ok=True)
@@ -112,8 +127,8 @@ def add_word(root: Path, file: Path) -> Word:
         RoundError: PF501, no such site; PF516, no such plan; PF519, PF530, PF531, see `words.record_word`.
     """
     envelope = files.read_given(file)
-    with opened(root) as store:
-        return record_word(store, envelope, by="operator", where=str(file))
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        return record_word(store, envelope, by=by, where=str(file))
 
 
 def read_plan(file: Path) -> Plan:
@@ -167,8 +182,8 @@ def publish_plan(root: Path, file: Path, out: Path) -> Plan:
     plan = read_plan(file)
     _check_start(root, plan)
     signed = seal_plan(plan, ServerHome(root).evidence_key)
-    with opened(root) as store:
-        store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time())
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time(), by=by)
     files.write_atomic(out, signed)
     return plan
 
@@ -198,9 +213,9 @@ def collect_signatures(root: Path, file: Path) -> tuple[Plan, int]:
         ProvenanceError: PF602, more signatures than a plan takes.
     """
     plan = read_signed_plan(file)
-    with opened(root) as store:
+    with opened_by(root, Role.OPERATOR) as (store, by):
         merged = cosigned.merge(store.plan(plan.digest).signed, files.read_given(file), where=str(file))
-        store.set_plan_signatures(plan.digest, merged, at=time.time())
+        store.set_plan_signatures(plan.digest, merged, at=time.time(), by=by)
     return plan, len(cosigned.parse(merged).signatures)
 
 
@@ -211,7 +226,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
         RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum.
         PlanError: PF109, the server does not have the checkpoint that the plan starts from.
     """
-    with opened(root) as store:
+    with opened_by(root, Role.OPERATOR) as (store, by):
         row = _find_plan(store, plan)
         _check_start(root, row.plan())
         against = store.words_against(row.digest)
@@ -224,7 +239,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
                 value=f"{len(chosen)} of {quorum}",
                 remedy="record more approvals (`pathfed-server sites approval`) or name more sites",
             )
-        store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time())
+        store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time(), by=by)
         return store.run(name)
 
 
@@ -250,7 +265,10 @@ def import_encoder(
         spec = preset(preset_name, img_size=tile_px)
     except ValueError as error:
         raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="--preset and --tile-px") from None
-    return import_checkpoint(ServerHome(root), file, spec, prefix=prefix, tell=tell)
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        made = import_checkpoint(ServerHome(root), file, spec, prefix=prefix, tell=tell)
+        store.audit(actor=by, action="encoder.imported", subject=made.digest, at=time.time(), detail={"preset": preset_name})
+    return made
 
 
 def _find_plan(store: SqlStore, text: str) -> PlanRow:
@@ -268,7 +286,7 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
 
 def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
     """A run's rounds, with what became of each site."""
-    with opened(root) as store:
+    with opened_by(root, Role.AUDITOR) as (store, _):
         store.run(run)
         return [
             {

@@ -13,6 +13,7 @@ from pathfed_common.digest import short
 from pathfed_server import cli_plans
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.operators import Role, opened_by
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
@@ -127,9 +128,7 @@ def plan_publish(
 @plan_app.command("list")
 def plan_list(home: Home = HOME, as_json: Json = False) -> None:
     """List the published plans."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         rows = [
             {
                 "plan": row.digest,
@@ -196,8 +195,7 @@ def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: 
     """Stop a run before its next round. What is committed stays."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.stop_run(run_name(run), at=time.time())
+    server.stop_run(home, run_name(run))
     show({"run": run, "state": "stopped"}, as_json=as_json)
 
 
@@ -206,8 +204,7 @@ def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home
     """Let a failed or stopped run go on from its last committed round."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.reopen_run(run_name(run), at=time.time())
+    server.resume_run(home, run_name(run))
     show({"run": run, "state": "planned"}, as_json=as_json)
 
 
@@ -218,9 +215,7 @@ def run_status(
     as_json: Json = False,
 ) -> None:
     """Show where runs stand."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         runs = store.runs() if run is None else [store.run(run_name(run))]
         rows = [
             {
@@ -247,7 +242,8 @@ def run_report(
     from pathfed_server import reporting
     from pathfed_server.home import ServerHome
 
-    reporting.write_report(ServerHome(home), run_name(run), out)
+    with opened_by(home, Role.AUDITOR):
+        reporting.write_report(ServerHome(home), run_name(run), out)
     show({"run": run, "report": str(out)}, as_json=as_json)
 
 

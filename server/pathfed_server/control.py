@@ -7,6 +7,7 @@ import argparse
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from pathfed_common import console
@@ -28,7 +29,22 @@ _PORT_WITHIN_S = 10.0
 _GRACE_S = 2.0
 
 
-def start_control(home: ServerHome, store: SqlStore) -> Listening:
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Calls a second in the long run, and at once, that the ports take.
+
+    Attributes:
+        strangers: from one address on the enrolment port. A site asks again while it waits, and hospitals may share an address.
+        addresses: from one address on the control port.
+        sites: of one site.
+    """
+
+    strangers: tuple[float, int] = (5, 50)
+    addresses: tuple[float, int] = (200, 1000)
+    sites: tuple[float, int] = (20, 200)
+
+
+def start_control(home: ServerHome, store: SqlStore, rates: Rates = Rates()) -> Listening:
     """Listen on both ports.
 
     Raises:
@@ -37,15 +53,15 @@ def start_control(home: ServerHome, store: SqlStore) -> Listening:
     """
     home.authority()
     settings, log = home.settings, LogKeeper(store, home.evidence_key, origin_of(home.settings.consortium))
-    # A site polls while it waits for its admission, and hospitals may share an address behind a proxy.
-    outside = Door(RateLimit(per_second=5, burst=50))
-    inside = Door(RateLimit(per_second=200, burst=1000))
-    control = ControlService(Sites(home, store), log, inside, RateLimit(per_second=20, burst=200))
+    outside, inside, each_site = (
+        RateLimit(per_second=per_second, burst=burst) for per_second, burst in (rates.strangers, rates.addresses, rates.sites)
+    )
+    control = ControlService(Sites(home, store), log, Door(inside), each_site)
     files = home.authority_files
     servers = []
     try:
         for services, port, asks in (
-            ({ENROLMENT: enrolment_methods(Enrolments(home, store), outside)}, settings.enrolment_port, False),
+            ({ENROLMENT: enrolment_methods(Enrolments(home, store), Door(outside))}, settings.enrolment_port, False),
             ({CONTROL: control.methods()}, settings.control_port, True),
         ):
             servers.append(start_server(services, server_credentials(files, asks_clients=asks), host=settings.listen, port=port))

@@ -18,7 +18,7 @@ from pathfed_server.db.rows import CertificateRow, EnrolmentRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.desks import certificate_row
 from pathfed_server.home import ServerHome
-from pathfed_server.operators import Role, acting
+from pathfed_server.operators import Role, opened_by
 from pathfed_server.rounds.state import SiteState
 from pathfed_server.transport.authority import Authority
 
@@ -48,8 +48,8 @@ def invite(root: Path, site: SiteName, *, hours: float) -> Invited:
         server_key=home.evidence_key.public,
     )
     expires = now + hours * 3600
-    with SqlStore(home.database_url) as store:
-        store.add_invitation(secret_hash(secret), site, expires_at=expires, at=now, by=acting(store, Role.OPERATOR))
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.add_invitation(secret_hash(secret), site, expires_at=expires, at=now, by=by)
     return Invited(site=site, text=made.to_text(), expires_at=expires)
 
 
@@ -59,8 +59,7 @@ def pending(root: Path) -> list[tuple[EnrolmentRow, str]]:
     Raises:
         RoundError: PF522, see `operators.acting`.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        acting(store, Role.AUDITOR)
+    with opened_by(root, Role.AUDITOR) as (store, _):
         return [(row, request_fingerprint(row.site_card, row.tls_csr)) for row in store.enrolments("pending")]
 
 
@@ -72,8 +71,7 @@ def admit(root: Path, site: SiteName, fingerprint: str) -> CertificateRow:
         TransportError: PF421, the fingerprint is another one; PF414, the TLS key has a certificate already.
     """
     home = ServerHome(root)
-    with SqlStore(home.database_url) as store:
-        by = acting(store, Role.OPERATOR)
+    with opened_by(root, Role.OPERATOR) as (store, by):
         asked = store.pending(site)
         if not same_fingerprint(fingerprint, request_fingerprint(asked.site_card, asked.tls_csr)):
             raise TransportError(
@@ -98,8 +96,8 @@ def refuse(root: Path, site: SiteName) -> None:
     Raises:
         RoundError: PF521, none waits; PF522, PF523, see `operators.acting`.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        store.refuse(site, at=time.time(), by=acting(store, Role.OPERATOR))
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.refuse(site, at=time.time(), by=by)
 
 
 def revoke(root: Path, site: SiteName) -> None:
@@ -108,8 +106,8 @@ def revoke(root: Path, site: SiteName) -> None:
     Raises:
         RoundError: PF501, no such site; PF522, PF523, see `operators.acting`.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        store.revoke_site(site, at=time.time(), by=acting(store, Role.OPERATOR))
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.revoke_site(site, at=time.time(), by=by)
 
 
 def site_rows(root: Path) -> list[dict[str, Any]]:
@@ -119,8 +117,7 @@ def site_rows(root: Path) -> list[dict[str, Any]]:
         RoundError: PF522, see `operators.acting`.
     """
     now = time.time()
-    with SqlStore(ServerHome(root).database_url) as store:
-        acting(store, Role.AUDITOR)
+    with opened_by(root, Role.AUDITOR) as (store, _):
         reports, until = store.reports(), {row.site: row.expires_at for row in store.certificates() if row.stands(now)}
         return [
             {
@@ -145,8 +142,7 @@ def authority_state(root: Path) -> dict[str, Any]:
         TransportError: PF420, the authority's files do not fit together.
     """
     home = ServerHome(root)
-    with SqlStore(home.database_url) as store:
-        acting(store, Role.AUDITOR)
+    with opened_by(root, Role.AUDITOR) as (store, _):
         authority = home.authority()
         return {
             "rotating": authority.rotating,
@@ -165,7 +161,7 @@ def renew_server(root: Path) -> dict[str, Any]:
         RoundError: PF522, PF523, see `operators.acting`.
         TransportError: PF420, a rotation is going on.
     """
-    return _change(root, "ca.server_renewed", lambda home, store, now: home.authority().renew_server(home.settings.hosts, now=now))
+    return _change(root, "ca.server_renewed", lambda home, store, now, by: home.authority().renew_server(home.settings.hosts, now=now))
 
 
 def rotate_authority(root: Path) -> dict[str, Any]:
@@ -175,7 +171,7 @@ def rotate_authority(root: Path) -> dict[str, Any]:
         RoundError: PF522, PF523, see `operators.acting`.
         TransportError: PF420, a rotation is going on.
     """
-    return _change(root, "ca.rotation_begun", lambda home, store, now: home.authority().rotate(home.settings.hosts, now=now))
+    return _change(root, "ca.rotation_begun", lambda home, store, now, by: home.authority().rotate(home.settings.hosts, now=now))
 
 
 def finish_rotation(root: Path, *, leave_behind: bool) -> dict[str, Any]:
@@ -190,7 +186,7 @@ def finish_rotation(root: Path, *, leave_behind: bool) -> dict[str, Any]:
         TransportError: PF420, no rotation is going on, or sites would be left behind.
     """
 
-    def finish(home: ServerHome, store: SqlStore, now: datetime.datetime) -> None:
+    def finish(home: ServerHome, store: SqlStore, now: datetime.datetime, by: str) -> None:
         authority = home.authority()
         behind = _behind(store, authority)
         if authority.rotating and behind and not leave_behind:
@@ -201,16 +197,15 @@ def finish_rotation(root: Path, *, leave_behind: bool) -> dict[str, Any]:
                 remedy="wait until they have renewed, or give --leave-behind and invite them again",
             )
         authority.finish(home.settings.hosts, now=now)
-        store.withdraw_all_invitations(at=now.timestamp(), by=acting(store, Role.ADMIN))
+        store.withdraw_all_invitations(at=now.timestamp(), by=by)
 
     return _change(root, "ca.rotation_finished", finish)
 
 
-def _change(root: Path, action: str, change: Callable[[ServerHome, SqlStore, datetime.datetime], None]) -> dict[str, Any]:
+def _change(root: Path, action: str, change: Callable[[ServerHome, SqlStore, datetime.datetime, str], None]) -> dict[str, Any]:
     home, now = ServerHome(root), datetime.datetime.now(datetime.UTC)
-    with SqlStore(home.database_url) as store:
-        by = acting(store, Role.ADMIN)
-        change(home, store, now)
+    with opened_by(root, Role.ADMIN) as (store, by):
+        change(home, store, now, by)
         home.write_card()
         pins = {"issues": home.authority().pin, "server_certificate_from": home.authority().server_pin}
         store.audit(actor=by, action=action, subject="server", at=now.timestamp(), detail=pins)

@@ -6,6 +6,8 @@ public halves, with a name and a role each. While it holds none, whoever may wri
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
@@ -63,6 +65,13 @@ def acting(store: SqlStore, needs: Role) -> str:
     return f"operator:{person.name}"
 
 
+@contextmanager
+def opened_by(root: Path, needs: Role) -> Iterator[tuple[SqlStore, str]]:
+    """The open store of a server's home, and who opened it; see `acting` for the arguments and errors."""
+    with SqlStore(ServerHome(root).database_url) as store:
+        yield store, acting(store, needs)
+
+
 def make_key(out: Path) -> VerifyKey:
     """Make a person's key file; its public half.
 
@@ -88,8 +97,8 @@ def add_operator(root: Path, name: str, *, role: Role, key: str) -> None:
         VerifyKey.from_text(key)
     except ValueError as error:
         raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="the operator's name or key") from None
-    with SqlStore(ServerHome(root).database_url) as store:
-        store.add_operator(name, role=role, key=key, at=time.time(), by=acting(store, Role.ADMIN))
+    with opened_by(root, Role.ADMIN) as (store, by):
+        store.add_operator(name, role=role, key=key, at=time.time(), by=by)
 
 
 def remove_operator(root: Path, name: str) -> None:
@@ -98,8 +107,8 @@ def remove_operator(root: Path, name: str) -> None:
     Raises:
         RoundError: PF522, PF523, see `acting`; PF522, nobody has this name; PF523, it is the last admin.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        store.remove_operator(name, at=time.time(), by=acting(store, Role.ADMIN))
+    with opened_by(root, Role.ADMIN) as (store, by):
+        store.remove_operator(name, at=time.time(), by=by)
 
 
 def list_operators(root: Path) -> list[OperatorRow]:
@@ -108,8 +117,7 @@ def list_operators(root: Path) -> list[OperatorRow]:
     Raises:
         RoundError: PF522, see `acting`.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        acting(store, Role.AUDITOR)
+    with opened_by(root, Role.AUDITOR) as (store, _):
         return store.operators()
 
 
@@ -125,7 +133,6 @@ def audit_trail(root: Path, *, after: int = 0, actor: str | None = None, subject
     Raises:
         RoundError: PF522, see `acting`.
     """
-    with SqlStore(ServerHome(root).database_url) as store:
-        acting(store, Role.AUDITOR)
+    with opened_by(root, Role.AUDITOR) as (store, _):
         events = store.audit_events(after=after)
     return [event for event in events if actor in (None, event.actor) and subject in (None, event.subject)]

@@ -29,7 +29,8 @@ Legend: d is the number of trained parameters, unit the lattice constant, both p
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +42,10 @@ from pathfed_common.privacy.randomness import KeyedRandom
 UNIT_SHARE = 2.0**-21
 #: 1.5 * 2^23: adding it to a float32 x of less than 2^22 rounds x to a whole number, which then lies in the last bits of the result.
 _MAGIC = 1.5 * 2.0**23
-_MAGIC_BITS = int(torch.tensor(_MAGIC, dtype=torch.float32).view(torch.int32))
-#: Numbers handled at once: two buffers of this size stay in a processor's cache; a GPU wants fewer, larger calls.
+#: Numbers handled at once by each thread: gradient, memory and sum stay in its cache meanwhile; a GPU wants fewer, larger calls.
 _PIECE_CPU, _PIECE_GPU = 1 << 18, 1 << 26
+#: More threads than that get no larger memory.
+_MOST_THREADS = 16
 #: Tensors smaller than a piece by this factor are put together.
 _SMALL = 32
 #: The largest share of the bound that rounding may take; beyond it the lattice is too coarse for so many parameters.
@@ -82,7 +84,9 @@ class JointSum:
         self.integers = {name: torch.zeros(p.shape, dtype=torch.int32, device=p.device) for name, p in sorted(parameters.items())}
         self.loss_units = 0
         self.patients = 0
-        self._rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._largest = {device: _piece_size(device) for device in {integers.device for integers in self.integers.values()}}
+        self._pieces = {name: self._in_pieces(integers.view(-1)) for name, integers in self.integers.items()}
+        self._rounders: dict[torch.device, _Rounder] = {}
 
     def __repr__(self) -> str:
         return "JointSum(<sensitive>)"
@@ -109,8 +113,13 @@ class JointSum:
             ValueError: norm or loss is not finite. Nothing was added.
         """
         scale, share = self.clip_factor(norm) / self.unit, self._mechanism.loss_share(loss)
-        for batch in _batches((self.integers[name], gradient) for name, gradient in gradients):
-            self._add_rounded(batch, scale)
+        with torch.no_grad():
+            for sums, values in self._batches(gradients):
+                whole = self._rounder(values[0].device).rounded(values, scale)
+                if len(sums) == 1:
+                    sums[0].add_(whole)
+                else:
+                    torch._foreach_add_(sums, torch.split_with_sizes(whole, [part.numel() for part in values]))
         # Rounded down, as a whole figure is: neither is larger than the mechanism's.
         self.loss_units += math.floor(share * self._figure_units)
         self.patients += 1
@@ -135,49 +144,75 @@ class JointSum:
     def _figure_units(self) -> int:
         return math.floor(self._mechanism.figure_scale / self.unit)
 
-    def _add_rounded(self, batch: Sequence[tuple[Tensor, Tensor]], scale: float) -> None:
-        """To whole numbers add scale * values, rounded, which are below 2^22; all on one device, a buffer's size at most."""
-        values = batch[0][1] if len(batch) == 1 else torch.cat([part for _, part in batch])
-        magic, room = self._room(values.device)
-        rounded = room[: values.numel()]
-        torch.add(magic, values, alpha=scale, out=rounded)
-        whole = rounded.view(torch.int32).sub_(_MAGIC_BITS)
-        if len(batch) == 1:
-            batch[0][0].add_(whole)
-        else:
-            torch._foreach_add_([piece for piece, _ in batch], torch.split_with_sizes(whole, [part.numel() for _, part in batch]))
+    def _batches(self, gradients: Iterable[tuple[str, Tensor]]) -> Iterator["_Batch"]:
+        """Large tensors in their pieces, and small ones put together, for calls cost time too."""
+        small, room = _Batch([], []), 0
+        for name, gradient in gradients:
+            pieces, values = self._pieces[name], gradient.reshape(-1).float()
+            numbers, largest = values.numel(), self._largest[values.device]
+            if len(pieces) > 1:
+                yield from (_Batch([piece], [part]) for piece, part in zip(pieces, values.split(len(pieces[0])), strict=True))
+            elif numbers > largest // _SMALL:
+                yield _Batch([pieces[0]], [values])
+            else:
+                if numbers > room:
+                    if small.sums:
+                        yield small
+                    small, room = _Batch([], []), largest
+                small.sums.append(pieces[0])
+                small.values.append(values)
+                room -= numbers
+        if small.sums:
+            yield small
 
-    def _room(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """1.5 * 2^23, and a buffer, used again and again: fresh memory for every piece would cost more than the arithmetic."""
-        if device not in self._rooms:
-            numbers = min(_piece_size(device), sum(integers.numel() for integers in self.integers.values()))
-            self._rooms[device] = torch.tensor(_MAGIC, device=device), torch.empty(numbers, dtype=torch.float32, device=device)
-        return self._rooms[device]
+    def _in_pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """As few as can be, all of one size but the last, which may be smaller."""
+        numbers, largest = flat.numel(), self._largest[flat.device]
+        return (flat,) if numbers <= largest else flat.split(-(-numbers // -(-numbers // largest)))
+
+    def _rounder(self, device: torch.device) -> "_Rounder":
+        if device not in self._rounders:
+            numbers = min(self._largest[device], sum(integers.numel() for integers in self.integers.values()))
+            self._rounders[device] = _Rounder(numbers, device)
+        return self._rounders[device]
 
 
-def _batches(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Whole numbers and what is added to them, flat: large tensors cut to pieces, and small ones put together, for calls cost time too."""
-    small: list[tuple[Tensor, Tensor]] = []
-    held = 0
-    for integers, gradient in pairs:
-        flat, values = integers.view(-1), gradient.detach().reshape(-1).float()
-        numbers, size = values.numel(), _piece_size(values.device)
-        if numbers > size:
-            yield from ([pair] for pair in zip(flat.split(size), values.split(size), strict=True))
-        elif numbers > size // _SMALL:
-            yield [(flat, values)]
-        else:
-            if held + numbers > size:
-                yield small
-                small, held = [], 0
-            small.append((flat, values))
-            held += numbers
-    if small:
-        yield small
+class _Batch(NamedTuple):
+    """Whole numbers and what is to be rounded and added to them, flat; all on one device, a piece's numbers at most."""
+
+    sums: list[Tensor]
+    values: list[Tensor]
+
+
+class _Rounder:
+    """Rounds in a memory that is used again and again: fresh memory for every piece would cost more than the arithmetic."""
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        """For batches of that many numbers at most."""
+        self._magic = torch.tensor(_MAGIC, device=device)
+        self._magic_bits = self._magic.view(torch.int32)
+        self._memory = torch.empty(numbers, dtype=torch.float32, device=device)
+        # A view costs as much as a thousand additions.
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rounded(self, values: list[Tensor], scale: float) -> Tensor:
+        """scale * values, one after the other, rounded to whole numbers, which are below 2^22: int32, good until the next call."""
+        rounded, whole = self._view(sum(part.numel() for part in values))
+        joined = values[0] if len(values) == 1 else torch.cat(values, out=rounded)
+        torch.add(self._magic, joined, alpha=scale, out=rounded)
+        return whole.sub_(self._magic_bits)
+
+    def _view(self, numbers: int) -> tuple[Tensor, Tensor]:
+        """The first numbers of the memory, as float32 and as int32."""
+        if numbers not in self._views:
+            first = self._memory[:numbers]
+            self._views[numbers] = first, first.view(torch.int32)
+        return self._views[numbers]
 
 
 def _piece_size(device: torch.device) -> int:
-    return _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
+    """Numbers handled at once."""
+    return _PIECE_CPU * min(torch.get_num_threads(), _MOST_THREADS) if device.type == "cpu" else _PIECE_GPU
 
 
 def unit_of(mechanism: PatientMechanism) -> float:

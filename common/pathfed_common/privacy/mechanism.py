@@ -34,6 +34,12 @@ from pathfed_common.privacy.accounting import PrivacyEvent
 #: The clip aims lower than its bound by this share: the fp32 norm and scaling are each off by less than 1e-6.
 _ROUNDING_SLACK = 1e-5
 
+#: The largest noise multiplier that a plan may ask for. The sum is kept in 32-bit integers and wraps around at 1024 C a coordinate
+#: (`pathfed_client.training.joint_sum`). The largest normal there can be is sqrt(2 * 128 * ln 2) < 13.33 std (`gaussian.extended`), so that
+#: noise is within 854 C: no coordinate wraps while the sum before noise is within 170 C there, which takes 170 patients whose whole
+#: vectors lie along that one coordinate. From 77 on noise alone could wrap: no loss of privacy, but of the number.
+MOST_NOISE = 64.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatientMechanism:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 from pathfed_common.errors import ErrorCode, PrivacyError
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon, lower_bound
+from pathfed_common.privacy.mechanism import MOST_NOISE
 
 _DIGITS = 1000  # four significant digits: 1000 to 9999 in each decade
 _DECADE = 9 * _DIGITS
 #: Bounds of what is searched: rounds and the largest sigma are a plan's. With less noise or a smaller rate than these, one step's
 #: privacy loss spreads over so many cells of the grid that PLD takes minutes.
-NOISE_BOUNDS = (0.4, 1e4)
+NOISE_BOUNDS = (0.4, MOST_NOISE)
 MOST_ROUNDS = 1_000_000
 MOST_PATIENTS = 10_000_000
 

@@ -25,6 +25,7 @@ from pathfed_server.transport.software import check_software
 
 CONTROL = "pathfed.control.v1.Control"
 _HASH_BYTES = 32
+_LARGEST_LOG = 2**62
 _STATES = ("running", "stopped")
 Request = TypeVar("Request", bound=Message)
 
@@ -168,22 +169,29 @@ class ControlService:
 
     def _checkpoint(self, caller: Caller, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
         del caller
-        served = self._log.checkpoint(request.known_size)
+        served = self._log.checkpoint(_size(request.known_size))
         return pb.GetCheckpointReply(note=served.note, consistency=served.consistency)
 
     def _inclusion(self, caller: Caller, request: pb.GetInclusionRequest) -> pb.GetInclusionReply:
         if len(request.leaf_hash) != _HASH_BYTES:
             raise TransportError(ErrorCode.REQUEST_REFUSED, f"a leaf hash has {_HASH_BYTES} bytes", value=caller.site)
-        served = self._log.inclusion(request.leaf_hash, request.size)
+        served = self._log.inclusion(request.leaf_hash, _size(request.size))
         return pb.GetInclusionReply(index=served.index, proof=served.proof)
 
     def _leaves(self, caller: Caller, request: pb.GetLeavesRequest) -> pb.GetLeavesReply:
         del caller
-        return pb.GetLeavesReply(leaves=self._log.leaves(request.start, request.stop))
+        return pb.GetLeavesReply(leaves=self._log.leaves(_size(request.start), _size(request.stop)))
 
     def _cosign(self, caller: Caller, request: pb.CosignRequest) -> pb.CosignReply:
-        self._log.cosign(caller.site, request.size, request.line)
+        self._log.cosign(caller.site, _size(request.size), request.line)
         return pb.CosignReply()
+
+
+def _size(number: int) -> int:
+    """A size or place in the log. A message can hold numbers that no database can."""
+    if number > _LARGEST_LOG:
+        raise TransportError(ErrorCode.REQUEST_REFUSED, f"a log has at most {_LARGEST_LOG} leaves", value=number)
+    return number
 
 
 def presented(certificate: bytes | None, consortium: str) -> Presented:

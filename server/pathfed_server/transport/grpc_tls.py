@@ -19,7 +19,7 @@ def server_credentials(where: AuthorityFiles, *, asks_clients: bool) -> grpc.Ser
     watched = (where.server_certificate, where.server_key, where.bundle)
 
     def stamp() -> tuple[int, ...]:
-        return tuple(path.stat().st_mtime_ns for path in watched)
+        return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in watched)
 
     def read() -> grpc.ServerCertificateConfiguration:
         pair = (files.read_secret(where.server_key), files.read_given(where.server_certificate))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.joint_sum import UNIT_SHARE, JointSum, release
-from pathfed_common.privacy.gaussian import grid
+from pathfed_common.privacy.gaussian import GaussianStream, extended, grid
+from pathfed_common.privacy.mechanism import MOST_NOISE
 
 COUNT = 3000
 
@@ -174,6 +175,18 @@ def test_a_sum_beyond_the_integers_wraps_and_the_release_with_it(mechanism, rand
     assert total.integers["w"].item() == -(2**31) + 2
     released = release(total.integers["w"], m, random())
     assert released.item() == pytest.approx((-(2**31) + 2) * total.unit / m.expected_patients)
+
+
+@pytest.mark.parametrize(("sigma", "wraps"), [(MOST_NOISE, False), (78.0, True)])
+def test_the_largest_normal_wraps_nothing_up_to_a_plans_most_noise(sigma: float, wraps: bool, mechanism, random, monkeypatch) -> None:
+    """The largest of all uniforms' radii; 170 patients along the one coordinate at a plan's largest sigma, nobody at the other."""
+    largest = math.sqrt(-2 * math.log(extended(0, 0)))
+    monkeypatch.setattr(GaussianStream, "chunks", lambda *_, **__: iter([torch.tensor([largest], dtype=torch.float64)]))
+    m = mechanism(noise_multiplier=sigma, clip_norm=2.0)
+    integers = torch.tensor([0 if wraps else round(170 / UNIT_SHARE)], dtype=torch.int32)
+    exact = float(integers) * UNIT_SHARE + sigma * largest
+    released = float(release(integers, m, random())) * m.expected_patients / m.clip_norm
+    assert released == pytest.approx(exact - 2048 if wraps else exact, abs=sigma / 128)
 
 
 def test_too_many_parameters_for_the_lattice_are_refused(mechanism) -> None:

@@ -94,8 +94,9 @@ def test_bounds_are_kept_where_everything_within_them_meets_the_target() -> None
 
 
 def test_the_grid_of_sigma_has_four_digits_and_no_gap() -> None:
-    values = [planning._noise(index) for index in range(planning._noise_index(0.4), planning._noise_index(1e4) + 1)]
-    assert (values[0], values[-1]) == (0.4, 1e4)
+    low, high = (planning._noise_index(noise) for noise in NOISE_BOUNDS)
+    values = [planning._noise(index) for index in range(low, high + 1)]
+    assert (values[0], values[-1]) == NOISE_BOUNDS
     assert values == sorted(set(values))
     assert all(later / earlier <= 1.001 + 1e-12 for earlier, later in itertools.pairwise(values))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Numbers that are taken in one fp32 norm.
 PIECE = 1 << 16
+#: Tensors of fewer numbers are put together.
+_SMALL = 1 << 13
 
 
 def fine(tensor: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def fine(tensor: Tensor) -> Tensor:
 
 def joint_norm(tensors: Iterable[Tensor]) -> Tensor:
     """L2 norm of all numbers of all tensors: fp64, a scalar on their device. Not finite if any number is not; never waits for a device."""
-    pieces = _pieces([fine(tensor).reshape(-1) for tensor in tensors])
+    pieces = _pieces(tensors)
     if not pieces:
         return torch.zeros((), dtype=torch.float64)
     norms: Sequence[Tensor] = torch._foreach_norm(pieces)
@@ -38,8 +40,21 @@ def squared_norms(numbers_Pn: Tensor) -> Tensor:
     return sum((torch.linalg.vector_norm(piece, dim=1).double().square() for piece in pieces), start=numbers_Pn.new_zeros(1).double())
 
 
-def _pieces(flat: list[Tensor]) -> list[Tensor]:
-    return [piece for tensor in flat for piece in (tensor.split(PIECE) if tensor.numel() > PIECE else (tensor,))]
+def _pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """All numbers, `PIECE` of them at most in each: large tensors cut, and small ones of one type put together, for calls cost time too."""
+    pieces: list[Tensor] = []
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        flat, numbers = fine(tensor).reshape(-1), tensor.numel()
+        if numbers < _SMALL:
+            small.setdefault(flat.dtype, []).append(flat)
+        elif numbers <= PIECE:
+            pieces.append(flat)
+        else:
+            pieces += flat.split(PIECE)
+    for alike in small.values():
+        pieces += torch.cat(alike).split(PIECE)
+    return pieces
 
 
 def _mixed(norms: Sequence[Tensor]) -> bool:
