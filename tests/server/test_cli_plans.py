@@ -4,6 +4,8 @@ import pytest
 
 from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.keys import VerifyKey
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.home import ServerHome
 
 
 @pytest.fixture
@@ -38,9 +40,7 @@ def test_two_operators_sign_and_the_published_plan_has_both(server_cli, publishe
     for file, count in ((tmp_path / "of-anna.dsse", 2), (signed, 3), (signed, 3)):
         done = server_cli("plan", "collect", file, "--home", home, "--json")
         assert (done.status, done.json["signatures"]) == (0, count)
-    from pathfed_server import app
-
-    with app.opened(home) as store:
+    with SqlStore(ServerHome(home).database_url) as store:
         (row,) = store.plans()
         assert cosigned.parse(row.signed).signed_by([anna_key, ben_key]) == {anna_key.key_id, ben_key.key_id}
         assert [event.action for event in store.audit_events()].count("plan.cosigned") == 2
