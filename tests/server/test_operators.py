@@ -42,6 +42,11 @@ NEEDS = {
         ("operators", "list"),
         ("ca", "show"),
         ("audit",),
+        ("log", "show"),
+        ("log", "checkpoint"),
+        ("log", "leaves"),
+        ("log", "verify"),
+        ("lineage",),
     ),
 }
 RANK = ["auditor", "operator", "admin"]
