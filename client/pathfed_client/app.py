@@ -497,7 +497,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
-    verify_installation(SITE_PACKAGES)
+        verify_installation(SITE_PACKAGES)
         check_devices(home)
         _greet(home, tell)
         _run_processes(home, store, tell)

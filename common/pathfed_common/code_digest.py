@@ -1,7 +1,7 @@
 """Which code made a release, and whether it is the code that was installed.
 
 The digest is over the lines that a wheel's RECORD has of the packages' files (`path,sha256=<base64url>,<bytes>`), sorted, so that anybody
-with the wheel makes it again: `unzip -p pathfed-*.whl '*/RECORD' | grep -E '^(pathfed_client|pathfed_common)/' | LC_ALL=C sort | sha256sum`.
+with the wheel makes it again (docs/how-to/security-office.md): its RECORD through grep, sort and sha256sum.
 With an installed wheel the files are compared with RECORD at start (`verify_installation`). An editable install has no such lines: the
 files are digested as they lie, wherever Python finds them, and nothing says that they are a wheel's.
 """

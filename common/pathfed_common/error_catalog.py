@@ -524,8 +524,8 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.CODE_CHANGED: CatalogEntry(
         "The installed code is not that of its wheel",
-        "At its start the client compares every file of its own with the list that came with the wheel (RECORD), and files differ, are missing "
-        "or are there besides. It does not start: what it would state about its code would not be what was installed and reviewed.",
+        "At its start the client compares every file of its own with the list that came with the wheel (RECORD), and files differ, are "
+        "missing or are there besides. It does not start: what it would state about its code would not be what was installed and reviewed.",
         "Install the wheel again into a fresh environment, and find out who changed the files that the message names.",
         "site",
     ),
