@@ -60,6 +60,7 @@ class ReleaseVerdict:
         leaves: leaves of the log.
         enrolled: sites enrolled at the end of the log.
         cosigned: those of them that have cosigned its end, by keys that count.
+        contents: the record's documents, or None unless nothing is wrong.
     """
 
     record: Verdict = field(default_factory=lambda: Verdict(findings=()))
@@ -71,6 +72,7 @@ class ReleaseVerdict:
     leaves: int = 0
     enrolled: frozenset[SiteName] = frozenset()
     cosigned: frozenset[SiteName] = frozenset()
+    contents: Contents | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def verify_release(
         identities_proven=verdict.identities_proven and not findings,
         aggregation_proven=replay is not None and not findings,
         card=None if findings else _card(bundle),
+        contents=None if findings else contents,
     )
 
 
