@@ -21,6 +21,7 @@ from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files, process_lock
+from pathfed_common.code_digest import SITE_PACKAGES, module_command, verify_installation
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
 from pathfed_common.provenance.documents import open_plan
@@ -99,7 +100,8 @@ def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]
 
 def show_keys(home: SiteHome) -> dict[str, Any]:
     """Fingerprints of the site's keys, to compare by telephone, and of the request that the operator sees."""
-    from pathfed_client.control.enrolling import certificate_times, enrolment_fingerprint
+    from pathfed_client.control.certificates import certificate_times
+    from pathfed_client.control.enrolling import enrolment_fingerprint
     from pathfed_client.io.site_keys import fingerprints
 
     home.settings  # noqa: B018 - a folder that is no home has its own error
@@ -307,7 +309,7 @@ def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
     """How the site stands with the control plane."""
     if not home.enrolled:
         return {"enrolled": False}
-    from pathfed_client.control.enrolling import certificate_times
+    from pathfed_client.control.certificates import certificate_times
 
     facts, leaves = store.facts(), store.own_leaves()
     head = home.log_head.read() if home.log_head.exists() else None
@@ -496,6 +498,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
+        verify_installation(SITE_PACKAGES)
         check_devices(home)
         _greet(home, tell)
         _run_processes(home, store, tell)
@@ -515,13 +518,13 @@ def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]
     alarms = AlarmTeller(store, tell)
     answers: bool | None = None
     files_of_site = SiteFiles(
-        relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
+        relay=[*module_command("pathfed_client.relaying"), str(home.root)],
         relay_ca=certificate.ca,
         flower_key=home.flower_key,
         superexec_secret=home.superexec_secret,
         flower=flower,
         logs=home.logs,
-        runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
+        runner=[*module_command("pathfed_client.app"), str(home.root)],
         threads=home.policy.threads,
         supernode_lock=home.lock("supernode"),
     )
@@ -605,7 +608,7 @@ def run_resident(home: SiteHome, address: str) -> None:
 
     Raises:
         HostError: PF904, another runner works in this home and does not end.
-        TransportError: PF440, the site is stopped.
+        TransportError: PF440, the site is stopped; PF446, PF447, its code is not that of the installed wheel.
     """
     from pathfed_client.io.process_limits import limit_memory
     from pathfed_client.transport import resident_runner
@@ -613,6 +616,7 @@ def run_resident(home: SiteHome, address: str) -> None:
     # A runner that is being replaced may need a moment to end.
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
         home.stop_switch.check()
+        verify_installation(SITE_PACKAGES)
         limit_memory(home.policy.memory_gb)
         app, refusals = make_flower_app(home, store)
         warm_up(home)

@@ -522,6 +522,20 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "another name.",
         "site",
     ),
+    Code.CODE_CHANGED: CatalogEntry(
+        "The installed code is not that of its wheel",
+        "At its start the client compares every file of its own with the list that came with the wheel (RECORD), and files differ, are "
+        "missing or are there besides. It does not start: what it would state about its code would not be what was installed and reviewed.",
+        "Install the wheel again into a fresh environment, and find out who changed the files that the message names.",
+        "site",
+    ),
+    Code.FOREIGN_CODE: CatalogEntry(
+        "Other code stands before the installed code",
+        "Python finds one of pathfed's packages elsewhere than the installation put it: a variable (PYTHONPATH), a `.pth` file or a folder "
+        "shadows it. The client does not start.",
+        "Unset PYTHONPATH for the client's service, and look at the place that the message names.",
+        "site",
+    ),
     Code.INVITATION_UNREADABLE: CatalogEntry(
         "The invitation cannot be read",
         "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",
@@ -843,6 +857,20 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "Names and keys of operators are never used again, because the audit trail refers to them.",
         "Choose another name, or make a new key with `pathfed-server operators key`.",
         "operator",
+    ),
+    Code.APPROVAL_REVOKED: CatalogEntry(
+        "The site has revoked its approval",
+        "A site took its approval of a plan back. A revocation is for good: the site gets no message for this plan any more, however its "
+        "rounds stand, and an approval of it that is handed in later, an old one too, is refused. What was committed before stays.",
+        "Respect it. To ask the site again, publish the plan under another name.",
+        "operator",
+    ),
+    Code.WORD_OUT_OF_ORDER: CatalogEntry(
+        "A site's word does not follow its last one",
+        "A rejection came for a plan that the site has approved, or a revocation that names another approval than the one on record. "
+        "Nothing was recorded.",
+        "The site takes an approval back with `pathfed-site revoke`. Hand words in, in the order in which the site gave them.",
+        "both",
     ),
 }
 
