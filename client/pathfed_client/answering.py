@@ -201,6 +201,10 @@ class SiteAnswerer:
         statement = replace(shared, kind=EgressKind.STATEMENT, size=len(sealed.statement), digest=told, epsilon_charged=None)
         self._outlet.answer(shared, statement)
 
+    def refused(self, code: str) -> None:
+        """Write down a code that leaves for something that is no offer; see `gate.ports.Refusals`."""
+        self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.encode())
+
     def _refusal(self, code: ErrorCode, envelope: bytes) -> Answer:
         """A code in place of an answer, written down first. Where that cannot be, the code says so; nor can the relay then let it out."""
         try:

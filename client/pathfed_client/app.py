@@ -7,9 +7,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +27,15 @@ from pathfed_common.provenance.documents import open_plan
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.gate.ports import Refusals
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
-    from pathfed_client.transport.site_engine import SiteFiles
+    from pathfed_client.transport.site_engine import RelayPorts, SiteFiles
     from pathfed_common.processes import ProcessEnd, Supervisor
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
@@ -287,15 +288,15 @@ def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
 
 
 def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
-    """The ledger, checked as before a charge, with epsilon recomputed from its events by three accountants.
+    """The ledger, checked as before a charge, with epsilon as the last entry states it (`Ledger.stated`).
 
     Raises:
-        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other; PF308 to PF310, see `open_ledger`.
+        PrivacyError: PF304, the ledger is damaged; PF305, a test shows more than the last entry states; PF308 to PF310, see `open_ledger`.
     """
     ledger = open_ledger(home, store)
     entries = ledger.entries()
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, ledger.stated(entries)),
         "entries": [
             {
                 "sequence": entry.sequence,
@@ -323,36 +324,34 @@ def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -
         heads: a file of heads, or a run's record whose statements of this site name some; see `io.outside_heads`.
 
     Raises:
-        PrivacyError: PF304, PF305, PF308 to PF310, as `ledger_report`.
+        PrivacyError: PF304, PF308 to PF310, as `ledger_report`; PF305, the accountants contradict each other.
         HostError: PF905, `heads` names no head of this site, or is not such a file; PF904, it cannot be read.
     """
     from pathfed_client.io.ledger_head import site_ledger
     from pathfed_client.io.outside_heads import OutsideHeads
+    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
 
     outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
     ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
     entries = ledger.verify()
+    events, delta = [entry.event for entry in entries], home.policy.delta
+    bracket = prv_estimate(events, delta)
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, check_accountants(events, delta)),
+        "epsilon_rdp_bound": rdp_epsilon(events, delta),
+        "epsilon_prv": None if bracket is None else list(bracket),
         "releases": len(entries),
         "statements_compared": len(store.stated_heads()),
         "heads_compared": sum(len(witness.heads()) for witness in outside),
     }
 
 
-def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerEntry]") -> dict[str, Any]:
-    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
-
-    events = [entry.event for entry in entries]
-    delta = home.policy.delta
-    bracket = prv_estimate(events, delta)
+def _ledger_figures(home: SiteHome, ledger: "Ledger", epsilon: float) -> dict[str, Any]:
     return {
         "site": home.name,
         "head": ledger.head,
-        "delta": delta,
-        "epsilon": check_accountants(events, delta),
-        "epsilon_rdp_bound": rdp_epsilon(events, delta),
-        "epsilon_prv": None if bracket is None else list(bracket),
+        "delta": home.policy.delta,
+        "epsilon": epsilon,
         "max_epsilon": home.policy.max_epsilon,
     }
 
@@ -422,7 +421,8 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.site_engine import SiteFiles
+    from pathfed_client.transport.relay_certificate import make_certificate
+    from pathfed_client.transport.site_engine import LOOPBACK, SiteFiles, start_relay
     from pathfed_common.processes import Supervisor
 
     for key in (home.flower_key, home.superexec_secret):
@@ -431,13 +431,14 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         open_ledger(home, store).verify()
     check_devices(home)
     _greet(home, tell)
+    certificate = make_certificate(home.relay_files, LOOPBACK, now=datetime.now(UTC))
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
     answers: bool | None = None
     files_of_site = SiteFiles(
-        ca=home.ca_file,
-        fleet_address=home.server_card.fleet_address,
+        relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
+        relay_ca=certificate.ca,
         flower_key=home.flower_key,
         superexec_secret=home.superexec_secret,
         flower=flower,
@@ -447,8 +448,9 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         supernode_lock=home.lock("supernode"),
     )
     try:
+        ports = start_relay(supervisor, files_of_site)
         while True:
-            answers = _heed_switch(home, supervisor, files_of_site, tell, answers=answers)
+            answers = _heed_switch(home, supervisor, files_of_site, ports, tell, answers=answers)
             for end in supervisor.poll():
                 _tell_end(end, home, tell)
             time.sleep(_TICK_S)
@@ -459,7 +461,13 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
 
 def _heed_switch(
-    home: SiteHome, supervisor: "Supervisor", files_of_site: "SiteFiles", tell: Callable[[str], None], *, answers: bool | None
+    home: SiteHome,
+    supervisor: "Supervisor",
+    files_of_site: "SiteFiles",
+    ports: "RelayPorts",
+    tell: Callable[[str], None],
+    *,
+    answers: bool | None,
 ) -> bool:
     """Start or end what answers, as the stop switch is; whether it answers now. `answers`: as it was, None: nothing was said yet."""
     from pathfed_client.transport.site_engine import start_site
@@ -471,7 +479,7 @@ def _heed_switch(
     elif not stopped and not answers:
         if answers is False:
             tell(f"site {home.name}: goes on")
-        start_site(supervisor, files_of_site)
+        start_site(supervisor, files_of_site, ports)
     return not stopped
 
 
@@ -481,7 +489,8 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     address = home.server_card.fleet_address
     try:
-        check_server(address, home.ca_file)
+        with open_egress(home) as record:
+            check_server(address, home.ca_file, record)
     except TransportError as error:
         if error.code is not ErrorCode.SERVER_UNREACHABLE:
             raise
@@ -493,18 +502,19 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) -> None:
     from pathfed_client.transport.preflight import explain
 
-    error = explain(end, home.server_card.fleet_address) if end.name == "supernode" else end.error()
+    error = explain(end, home.server_card.fleet_address) if end.name in ("relay", "supernode") else end.error()
     if not end.restarted:
         raise error
     tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")
 
 
-def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
-    """The site's Flower app around its answerer."""
+def make_flower_app(home: SiteHome, store: SiteStore) -> "tuple[ClientApp, Refusals]":
+    """The site's Flower app around its answerer, and who is told of codes that leave in the app's place."""
     from pathfed_client.answering import SiteAnswerer
     from pathfed_client.transport.flower_client import make_app
 
-    return make_app(SiteAnswerer(home, store))
+    answerer = SiteAnswerer(home, store)
+    return make_app(answerer, answerer.refused), answerer.refused
 
 
 def run_resident(home: SiteHome, address: str) -> None:
@@ -521,9 +531,9 @@ def run_resident(home: SiteHome, address: str) -> None:
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
         home.stop_switch.check()
         limit_memory(home.policy.memory_gb)
-        app = make_flower_app(home, store)
+        app, refusals = make_flower_app(home, store)
         warm_up(home)
-        resident_runner.run(address, home.superexec_secret, app)
+        resident_runner.run(address, home.superexec_secret, app, refusals)
 
 
 def warm_up(home: SiteHome) -> None:
@@ -538,7 +548,7 @@ def __getattr__(name: str) -> Any:
     if name != "flower_app":
         raise AttributeError(name)
     home = SiteHome(Path(os.environ[HOME_VARIABLE]))
-    return make_flower_app(home, SiteStore(home.database))
+    return make_flower_app(home, SiteStore(home.database))[0]
 
 
 if __name__ == "__main__":

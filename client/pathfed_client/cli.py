@@ -360,7 +360,7 @@ def egress(
 
 @ledger_app.command("show")
 def ledger_show(home: Home = _HOME, as_json: Json = False) -> None:
-    """Show every charge, and recompute what all plans have cost, by three accountants."""
+    """Show every charge, and what all plans have cost, as it was computed with the last charge; `verify` computes it again."""
     from pathfed_client import app as site
 
     here = SiteHome(home)

@@ -139,6 +139,11 @@ class SiteHome:
         return self.root / "egress.db"
 
     @property
+    def relay_files(self) -> Path:
+        """Folder of the relay's loopback certificate, made anew at every start."""
+        return self.root / "flower" / "relay"
+
+    @property
     def updates(self) -> Path:
         """Folder of sealed updates."""
         return self.root / "updates"

@@ -594,6 +594,22 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "invitation.",
         "operator",
     ),
+    Code.RELAY_STRANGER: CatalogEntry(
+        "A stranger spoke to the site's relay",
+        "A process that does not belong to the user whom the site runs as connected to the relay's port on this machine, or there were too "
+        "many connections. It was closed before anything it said was read, and nothing left.",
+        "Find out which user of this machine did it (the number in `logs/relay.log` is theirs) and why. On a system that does not tell "
+        "whose a connection is, which is any but Linux, the relay refuses everybody.",
+        "site",
+    ),
+    Code.PROXY_REFUSED: CatalogEntry(
+        "The web proxy does not let the site out",
+        "The proxy that `https_proxy` names does not open a way to the server: it refuses the host or the port, asks for a password, or "
+        "its address cannot be used.",
+        "Let the proxy pass CONNECT to the server's addresses, without inspecting TLS. Give `http://HOST:PORT`, or "
+        "`http://USER:PASSWORD@HOST:PORT` where it answers 407.",
+        "site",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

@@ -109,6 +109,31 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         assert people.out
 
 
+def test_showing_the_ledger_loads_no_slow_library(copy_home):
+    """torch, the accountants and Flower take seconds; a command that answers at once needs none of them."""
+    home = copy_home()
+    with closing(SiteStore(home.database)) as store:
+        ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+        ledger.charge(
+            release_id=digest.of_bytes(b"release"),
+            plan=digest.of_bytes(b"plan"),
+            run=run_name("a"),
+            round_index=1,
+            event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1),
+            plan_delta=1e-6,
+            plan_limit=100.0,
+            now=1_800_000_000.0,
+        )
+    program = (
+        "import sys; from pathfed_client.cli import app\n"
+        f"app(['ledger', 'show', '--json', '--home', {str(home.root)!r}], standalone_mode=False)\n"
+        "loaded = {'torch', 'opacus', 'dp_accounting', 'scipy', 'flwr', 'openslide'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert '"epsilon"' in shown.stdout
+
+
 def test_a_ledger_is_verified_against_heads_from_outside(site_cli, copy_home, tmp_path):
     home = copy_home()
     with closing(SiteStore(home.database)) as store:

@@ -45,7 +45,7 @@ class SitePolicy(Settings):
     tile_workers: int = Field(default=1, ge=0, le=256)
     #: Most memory of the machine that each of the client's computing processes may take, GB (10^9 bytes). Left out: all of it.
     memory_gb: float | None = Field(default=None, ge=1, le=100_000)
-    #: Most that the client sends to the server, Mbit/s. Left out: as much as the line takes.
+    #: Most that the client sends to the server, Mbit/s (10^6 bits), over all connections. Left out: as much as the line takes.
     bandwidth_mbit_s: float | None = Field(default=None, gt=0, le=1_000_000)
     #: Largest epsilon that one whole plan may cost a patient of this site, at `delta`. Left out: `max_epsilon` alone bounds it.
     max_epsilon_per_plan: float | None = Field(default=None, gt=0, le=1000)
