@@ -224,7 +224,7 @@ class SiteAnswerer:
         """The answer sealed for this very round and base state, or None when the round is new."""
         sealed = self._store.get_sealed(offer.run, offer.round_index)
         if sealed is not None:
-            statement = UpdateStatement.from_envelope(sealed.statement, self._home.evidence_key.public)
+            statement = UpdateStatement.from_envelope(sealed.statement, self._home.evidence_keys)
             if statement.base_state == offer.base_state and statement.plan == offer.plan:
                 return sealed
         last = self._store.last_sealed(offer.run)
@@ -244,7 +244,7 @@ class SiteAnswerer:
 
     @cached_property
     def _ledger(self) -> Ledger:
-        return site_ledger(self._store, self._home.evidence_key, self._policy, self._home.run_secrets)
+        return site_ledger(self._store, self._home.evidence_key, self._policy, self._home.run_secrets, former=self._home.former_keys)
 
     @cached_property
     def _secrets(self) -> RunSecrets:

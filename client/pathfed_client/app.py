@@ -8,12 +8,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.egress_log import EgressLog
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.control.enrolling import Enrolment
     from pathfed_client.gate.ports import Refusals
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_client.io.site_keys import KeyKind
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
     from pathfed_client.transport.site_engine import RelayPorts, SiteFiles
     from pathfed_common.processes import ProcessEnd, Supervisor
@@ -45,8 +48,8 @@ _RUNNER_PATIENCE_S = 20.0
 _ANSWERING = ("runner", "supernode")
 
 
-def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
-    """Make the site's home; the database with it.
+def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path | None = None) -> SiteHome:
+    """Make the site's home; the database with it. Without a server card it belongs to no server yet: `enroll` it.
 
     Raises:
         SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
@@ -61,7 +64,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     check_folders([Path(folder) for folder in settings.slides])
     if not Path(settings.patients).is_file():
         raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
-    made = create_home(home, settings, policy, files.read_given(server_card))
+    made = create_home(home, settings, policy, None if server_card is None else files.read_given(server_card))
     try:
         SiteStore(made.database).close()
         EgressLog.create(made.egress)
@@ -79,6 +82,49 @@ def open_store(home: SiteHome) -> SiteStore:
     """
     home.settings  # noqa: B018 - a database is never made where there is no site
     return SiteStore(home.database)
+
+
+def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]) -> "Enrolment":
+    """Enrol the home with the server that invited it; see `control.enrolling.enroll`.
+
+    Raises:
+        HostError: PF904, another command enrols this home, or rotates its keys.
+    """
+    from pathfed_client.control.enrolling import enroll
+
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    with hold(home, "keys"), open_egress(home) as record:
+        return enroll(home, text, Outlet(record), wait=wait, tell=tell)
+
+
+def show_keys(home: SiteHome) -> dict[str, Any]:
+    """Fingerprints of the site's keys, to compare by telephone, and of the request that the operator sees."""
+    from pathfed_client.control.enrolling import certificate_times, enrolment_fingerprint
+    from pathfed_client.io.site_keys import fingerprints
+
+    home.settings  # noqa: B018 - a folder that is no home has its own error
+    found: dict[str, Any] = {"site": home.name, "enrolment": enrolment_fingerprint(home)}
+    found |= {kind.value: value for kind, value in fingerprints(home.keys).items()}
+    found["evidence_key"] = home.evidence_key.public.to_text()
+    found["certificate_until_at"] = certificate_times(home.certificate_file.read_bytes())[1] if home.certificate_file.exists() else None
+    return found
+
+
+def rotate_key(home: SiteHome, kind: "KeyKind") -> dict[str, Any]:
+    """Rotate one of the site's keys; see `control.rotating.rotate`. But for the TLS key, the site must not run.
+
+    Raises:
+        HostError: PF904, the site runs, or another command enrols this home or rotates its keys.
+    """
+    from pathfed_client.control.rotating import rotate
+    from pathfed_client.io.site_keys import KeyKind
+
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
+    idle = nullcontext() if kind is KeyKind.TLS else hold(home, "site")
+    with idle, hold(home, "keys"), closing(open_store(home)) as store, open_egress(home) as record:
+        rotate(home, store, Outlet(record), kind, time.time())
+        store.add_event(Event(at=time.time(), kind="keys", detail=f"the {kind.value} key was rotated"))
+    return show_keys(SiteHome(home.root))
 
 
 def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
@@ -208,7 +254,7 @@ def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
     """
     from pathfed_client.io.ledger_head import site_ledger
 
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, former=home.former_keys)
     ledger.entries()
     return ledger
 
@@ -236,7 +282,9 @@ def status(home: SiteHome) -> dict[str, Any]:
                 }
             )
         withdrawn = [one.kind for one in store.withdrawn()]
+        alarms = store.alarms()
         spent = open_ledger(home, store).spent().epsilon
+        control = _control_state(home, store)
     policy, stopped = home.policy, home.stop_switch.stop()
     return {
         "site": home.name,
@@ -249,7 +297,30 @@ def status(home: SiteHome) -> dict[str, Any]:
         "delta": policy.delta,
         "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
         "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
+        "control": control,
+        "alarms": [{"at": alarm.at, "code": alarm.code.value, "about": alarm.subject, "what": alarm.detail} for alarm in alarms],
         "plans": plans,
+    }
+
+
+def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
+    """How the site stands with the control plane."""
+    if not home.enrolled:
+        return {"enrolled": False}
+    from pathfed_client.control.enrolling import certificate_times
+
+    facts, leaves = store.facts(), store.own_leaves()
+    head = home.log_head.read() if home.log_head.exists() else None
+    return {
+        "enrolled": True,
+        "certificate_until_at": certificate_times(home.certificate_file.read_bytes())[1],
+        "answered_at": float(facts["agent_at"]) if "agent_at" in facts else None,
+        "code": facts.get("agent_code") or None,
+        "words_waiting": len(store.words(waiting=True)),
+        "plans_received": len(store.received_plans()),
+        "log_cosigned": 0 if head is None else head.size,
+        "receipts": sum(leaf.receipt is not None for leaf in leaves),
+        "receipts_waiting": sum(leaf.receipt is None for leaf in leaves),
     }
 
 
@@ -331,8 +402,8 @@ def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -
     from pathfed_client.io.outside_heads import OutsideHeads
     from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
 
-    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
+    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_keys),)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside, former=home.former_keys)
     entries = ledger.verify()
     events, delta = [entry.event for entry in entries], home.policy.delta
     bracket = prv_estimate(events, delta)
@@ -412,29 +483,36 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     Raises:
         HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing; PF910, a device is missing.
-        TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
+        TransportError: PF430, the home is not enrolled; PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged; PF308 to PF310, see `open_ledger`.
     """
-    home.settings  # noqa: B018 - nothing is written where there is no site
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
     with hold(home, "site"):
         _start(home, tell)
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.relay_certificate import make_certificate
-    from pathfed_client.transport.site_engine import LOOPBACK, SiteFiles, start_relay
-    from pathfed_common.processes import Supervisor
-
     for key in (home.flower_key, home.superexec_secret):
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
-    check_devices(home)
-    _greet(home, tell)
+        check_devices(home)
+        _greet(home, tell)
+        _run_processes(home, store, tell)
+
+
+def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]) -> None:
+    """Start relay, agent, SuperNode and runner, and keep them up until interrupted."""
+    from pathfed_client.control.supervising import AlarmTeller, start_agent
+    from pathfed_client.transport.relay_certificate import make_certificate
+    from pathfed_client.transport.site_engine import LOOPBACK, SiteFiles, start_relay
+    from pathfed_common.processes import Supervisor
+
     certificate = make_certificate(home.relay_files, LOOPBACK, now=datetime.now(UTC))
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
+    alarms = AlarmTeller(store, tell)
     answers: bool | None = None
     files_of_site = SiteFiles(
         relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
@@ -449,10 +527,15 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
     )
     try:
         ports = start_relay(supervisor, files_of_site)
+        if home.enrolled:
+            start_agent(home, store, supervisor, ports.tunnel)
+        else:
+            tell("no certificate: plans, approvals and the log go by hand; `pathfed-site enroll` changes that")
         while True:
             answers = _heed_switch(home, supervisor, files_of_site, ports, tell, answers=answers)
             for end in supervisor.poll():
                 _tell_end(end, home, tell)
+            alarms.look()
             time.sleep(_TICK_S)
     except KeyboardInterrupt:
         tell(f"site {home.name}: stopping")

@@ -15,7 +15,7 @@ from pathfed_common.plan import CohortPlan, Plan
 #: Seconds after which no further slide of the sample is opened.
 SAMPLE_WITHIN_S = 120.0
 KEY_FOLDERS = ("keys", "secrets")
-KEY_FILES = ("keys/evidence.pem", "keys/flower", "keys/pseudonym.key", "keys/superexec.secret")
+KEY_FILES = ("keys/evidence.pem", "keys/flower", "keys/tls.pem", "keys/pseudonym.key", "keys/superexec.secret")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pathfed_client import plan_commands
 from pathfed_client.home import SiteHome
+from pathfed_client.io.site_keys import KeyKind
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Show and check what this site's releases have cost.")
 app.add_typer(ledger_app, name="ledger")
+keys_app = typer.Typer(no_args_is_help=True, help="Show and rotate this site's keys.")
+app.add_typer(keys_app, name="keys")
 plan_commands.register(app)
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
@@ -38,7 +41,9 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
     slides: Annotated[list[Path], typer.Option(help="Folder with the slides; it is only ever read. May be given several times.")],
     patients: Annotated[Path, typer.Option(help="CSV export with a slide and a patient column.")],
-    server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
+    server_card: Annotated[
+        Path | None, typer.Option(help="A server card that the operator handed over, for sites without a way to the control plane.")
+    ] = None,
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads training may use.")] = 1,
@@ -60,8 +65,52 @@ def init(
     show(
         {"home": str(made.root), "site_card": str(made.card_file), "evidence_key": made.evidence_key.public.to_text()},
         as_json=as_json,
-        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone.",
+        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone."
+        if server_card
+        else "The site's home is made. Next: `pathfed-site enroll INVITATION`.",
     )
+
+
+@app.command()
+def enroll(
+    invitation: Annotated[str, typer.Argument(help="What `pathfed-server invite` printed; - reads it from standard input.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the operator has decided, or ask once.")] = True,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Enrol with the server that invited this site. Repeat it whenever it was cut short: keys and request stay the same."""
+    from pathfed_client import app as site
+
+    text = sys.stdin.read() if invitation == "-" else invitation
+    found = site.enroll(SiteHome(home), text, wait=wait, tell=console.err.print)
+    show(
+        {"admitted": found.admitted, "fingerprint": found.fingerprint, "certificate_until_at": found.certificate_until},
+        as_json=as_json,
+        title="Enrolled." if found.admitted else "Asked. Tell the operator the fingerprint by telephone, then run the same command again.",
+    )
+
+
+@keys_app.command("show")
+def keys_show(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show fingerprints of the site's keys, to compare by telephone. Nothing here is secret."""
+    from pathfed_client import app as site
+
+    show(site.show_keys(SiteHome(home)), as_json=as_json, title="`enrolment` is what the operator compares before admitting this site.")
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    kind: Annotated[KeyKind, typer.Argument(help="Which of the three keys.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Make a new key and hand over to it, with the server's consent. Stop `pathfed-site start` first, but for the TLS key.
+
+    Repeat it when it was cut short: it goes on with the same new key.
+    """
+    from pathfed_client import app as site
+
+    show(site.rotate_key(SiteHome(home), kind), as_json=as_json, title=f"The {kind.value} key was rotated. These are the site's keys now.")
 
 
 @app.command()
@@ -322,8 +371,11 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         show(found, as_json=True)
         return
-    plans = found.pop("plans")
+    plans, alarms, control = (found.pop(part) for part in ("plans", "alarms", "control"))
+    if alarms:
+        show(alarms, as_json=False, title="ALARM: look at these, and at their codes' pages")
     show(found, as_json=False, title=f"site {found['site']}")
+    show(control, as_json=False, title="control plane")
     for plan in plans:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
 

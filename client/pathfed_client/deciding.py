@@ -215,7 +215,7 @@ def word_file(home: SiteHome, plan: Digest, kind: str) -> Path:
 def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, wanted: Approval, out: Path) -> Approval:
     """Give the approval, or write the one again that stands and says the same: a site says a thing once."""
     if known.word is not None and known.word.state is ApprovalState.APPROVED:
-        stands = Approval.from_bytes(known.word.signed_approval, home.evidence_key.public)
+        stands = Approval.from_bytes(known.word.signed_approval, home.evidence_keys)
         if replace(stands, approved_at=wanted.approved_at) == wanted:
             files.write_atomic(out, known.word.signed_approval)
             return stands

@@ -594,6 +594,78 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "invitation.",
         "operator",
     ),
+    Code.NOT_ENROLLED: CatalogEntry(
+        "The site is not enrolled",
+        "The home has no server card and no certificate yet: no server knows it, so there is nothing to connect to or to approve.",
+        "Ask the operator for an invitation, then `pathfed-site enroll INVITATION`. If you asked already, the operator has not decided yet:"
+        " tell them the fingerprint that `pathfed-site keys show` prints, and run the same `enroll` again.",
+        "site",
+    ),
+    Code.PIN_DIFFERS: CatalogEntry(
+        "The server is not the one in the invitation",
+        "The certificate authority or the evidence key of the server that answers is not the one that the invitation pins. Another server "
+        "answers at that address, or somebody between intercepts TLS. Nothing was sent but a greeting, and nothing was stored.",
+        "Do not go on. A proxy that opens TLS must let this address through unopened. Compare address and keys with the operator by "
+        "telephone, and ask for a new invitation if the CA was changed since.",
+        "both",
+    ),
+    Code.ENROLMENT_REFUSED: CatalogEntry(
+        "The operator has refused the enrolment",
+        "The operator looked at the request and did not admit the site, because the fingerprint differed or for another reason.",
+        "Ask the operator. A new invitation starts again; the home and its keys can stay.",
+        "site",
+    ),
+    Code.ANSWER_UNUSABLE: CatalogEntry(
+        "The server's answer cannot be used",
+        "The server answered something that a server of this version does not answer: an unknown state or code, a certificate for another "
+        "key or another site, a card that does not verify. Nothing of it was stored.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator.",
+        "both",
+    ),
+    Code.LOG_FORKED: CatalogEntry(
+        "The server's log contradicts what this site has cosigned",
+        "The log is smaller than, or different from, or not shown to continue, the log that this site has cosigned. Two audiences may be "
+        "shown two histories, or the server's database was restored from a backup. The site has not cosigned it; the server's own signed "
+        "checkpoint is kept as evidence.",
+        "Do not go on as if nothing were. Call the other sites and compare the latest checkpoints; ask the operator whether the server was "
+        "restored. `pathfed-site status` shows the alarm for as long as the home exists.",
+        "both",
+    ),
+    Code.LOG_LEAF_MISSING: CatalogEntry(
+        "What the server acknowledged is not in its log",
+        "The server took this site's word, and two minutes later its log does not hold it. The site does not cosign a log without it.",
+        "Ask the operator. The alarm ends when the leaf is in; that it was missing stays on record.",
+        "both",
+    ),
+    Code.LOG_HEAD_LOST: CatalogEntry(
+        "What this site has cosigned last is lost",
+        "The file `secrets/log-head` is missing or was changed: this home was restored from a backup, or somebody changed it. A site that "
+        "does not know what it has cosigned could be led to cosign a second history, so it cosigns nothing.",
+        "Put the newest `secrets/` back. If it is gone, the site has to be revoked and enrolled again with a new home.",
+        "site",
+    ),
+    Code.LOG_UNREADABLE: CatalogEntry(
+        "The server's log cannot be read",
+        "The server shows a checkpoint that its log key did not sign, or leaves of a kind that this version does not know. The site has "
+        "not cosigned it.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator and the other sites.",
+        "both",
+    ),
+    Code.LOG_FOREIGN_LEAF: CatalogEntry(
+        "The log names something of this site that it never made",
+        "The log names a statement, word or key of this site that this home does not know. Either this home was put back to an earlier "
+        "state and has forgotten it, or somebody else holds this site's key, or the server made it up.",
+        "Was this disk or database restored? Then charges were forgotten: do not train with it (PF309), revoke the site and enrol a new "
+        "home. If not, ask the operator for the envelope behind the leaf: its signature shows whose key made it.",
+        "both",
+    ),
+    Code.ROTATION_WAITS: CatalogEntry(
+        "The evidence key cannot be rotated yet",
+        "Words of this site on plans are signed with the present key and have not reached the server, which would not take them any more "
+        "once another key is the site's. Nothing was changed.",
+        "Let `pathfed-site start` run until `pathfed-site status` shows no waiting words. Then stop it and rotate.",
+        "site",
+    ),
     Code.RELAY_STRANGER: CatalogEntry(
         "A stranger spoke to the site's relay",
         "A process that does not belong to the user whom the site runs as connected to the relay's port on this machine, or there were too "
@@ -936,6 +1008,12 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "server knows; compare the keys.",
         "both",
     ),
+    Code.LINEAGE_UNKNOWN: CatalogEntry(
+        "Nothing of this name has a lineage",
+        "No site, release or run has this name, or several releases begin with these digits.",
+        "See `pathfed-server sites list`, `pathfed-server run status` and `pathfed-server log leaves`, and give more digits.",
+        "operator",
+    ),
     Code.FIRST_STATE: CatalogEntry(
         "The run did not start where its plan says",
         "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "
@@ -1046,6 +1124,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "state, or another record lies in its place.",
         "Check that the noted head is this site's. If it is, keep the file and ask who had access to this machine since it was noted; the "
         "firewall's logs of this site's connections show what left meanwhile.",
+        "site",
+    ),
+    Code.ENROLMENT_ELSEWHERE: CatalogEntry(
+        "The home belongs to another server or site",
+        "The invitation names another site than this home, or another server than the one this home belongs to. A home, with its keys and "
+        "its ledger, is one site of one consortium. Nothing was sent.",
+        "Give the right `--home`, or make a new home for the other consortium. Budgets of two consortia do not know of each other: a "
+        "patient in both spends in both.",
         "site",
     ),
 }

@@ -10,8 +10,10 @@ import typer
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
+from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.cli_release import release_app
 from pathfed_server.operators import Role, opened_by
 
 app = typer.Typer(
@@ -25,6 +27,9 @@ app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
+app.add_typer(log_app, name="log")
+app.command("lineage")(lineage)
+app.add_typer(release_app, name="release")
 app.add_typer(operators_app, name="operators")
 app.add_typer(ca_app, name="ca")
 app.command()(audit)

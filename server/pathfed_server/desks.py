@@ -49,7 +49,12 @@ class Enrolments:
         if self._store.site(site).state is not SiteState.ENROLLED:
             return Answered(state="refused")
         issued = self._store.certificate(found.serial)
-        return Answered(state=found.state, certificate=issued.pem, authorities=self._home.authority().bundle)
+        return Answered(
+            state=found.state,
+            certificate=issued.pem,
+            authorities=self._home.authority().bundle,
+            server_card=files.read_given(self._home.card_file),
+        )
 
     @staticmethod
     def _site(asked: Asked) -> SiteName:

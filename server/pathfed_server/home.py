@@ -1,7 +1,7 @@
 """The server's home folder: settings, keys, database, runs, Flower's own state, logs.
 
 server.toml  server-card.dsse  ca.pem  tls.pem  ports.json (while it runs)  pathfed.db (unless a database URL is set)
-keys/        evidence.pem  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
+keys/        evidence.pem  model.pem (from the first release on)  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
 checkpoints/ <digest>.safetensors: imported encoders that plans start from
 runs/<run>/  states/ optimiser/ spool/ quarantine/ record/
 flower/      SuperLink's database and bundles: an engine's state, not the truth
@@ -24,6 +24,7 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.processes import free_port
 from pathfed_common.provenance.documents import ServerCard
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.model_signature import ModelKey
 from pathfed_common.settings import Settings, checked, read_settings, to_toml
 from pathfed_server.transport.authority import Authority, AuthorityFiles
 from pathfed_server.transport.certificates import make_tls
@@ -47,6 +48,8 @@ class ServerSettings(Settings):
     control_port: int = Field(ge=1, le=65535)
     #: TCP port of the enrolment service, for sites that are invited.
     enrolment_port: int = Field(ge=1, le=65535)
+    #: Keep every admitted update in its run's record: whoever is given them can recompute the states (`pathfed verify --replay`).
+    retain_updates: bool = False
     #: Days that a site's TLS certificate holds; the site renews it by itself when two thirds are over.
     certificate_days: int = Field(default=30, ge=1, le=397)
     #: SQLAlchemy URL of the metadata database; empty: a SQLite file in the home.
@@ -133,6 +136,13 @@ class ServerHome:
     def evidence_key(self) -> SigningKey:
         """The key that signs plans, offers and round records."""
         return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+
+    def model_key(self) -> ModelKey:
+        """The key that signs released encoders; made when it is first asked for."""
+        path = self.root / "keys" / "model.pem"
+        if not path.exists():
+            files.write_atomic(path, ModelKey.generate().to_pem(), secret=True)
+        return ModelKey.from_pem(files.read_secret(path))
 
     @property
     def authority_files(self) -> AuthorityFiles:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from control_server import ControlServer
 
 from pathfed_client import cli
 from pathfed_client.egress.entry import EgressKind, Outgoing
@@ -25,14 +26,15 @@ from pathfed_common import digest
 from pathfed_common.errors import PathfedError
 from pathfed_common.ids import run_name
 from pathfed_common.privacy.accounting import PrivacyEvent
+from pathfed_common.protocol import control_pb2 as pb
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
 COMMANDS = (
-    *("init", "doctor", "patients", "scan", "inspect", "start", "status", "ledger", "withdraw", "egress"),
+    *("init", "doctor", "patients", "scan", "inspect", "start", "status", "ledger", "withdraw", "egress", "enroll", "keys"),
     *("plans", "show", "approve", "reject", "revoke", "stop", "resume", "approvers"),
 )
-GROUPS = {"ledger": ("show", "verify"), "approvers": ("add", "list", "remove")}
+GROUPS = {"ledger": ("show", "verify"), "approvers": ("add", "list", "remove"), "keys": ("show", "rotate")}
 
 
 def fails(done, code: str) -> None:
@@ -107,6 +109,41 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_a_site_enrols_with_nothing_but_an_invitation(world, site_cli, tmp_path):
+    home = tmp_path / "home"
+    arguments = init_arguments(world, home)
+    at = arguments.index("--server-card")
+    made = site_cli(*arguments[:at], *arguments[at + 2 :])
+    assert made.status == 0
+    for command in (["start"], ["scan", world.signed_plan], ["approve", world.signed_plan, "--patients-at-least", 4]):
+        fails(site_cli(*command, "--home", home, "--json"), "PF430")
+    shown = site_cli("keys", "show", "--home", home, "--json")
+    with ControlServer().running() as server:
+        asked = site_cli("enroll", server.invitation("site-a"), "--no-wait", "--home", home, "--json")
+        assert (asked.status, asked.json["admitted"], asked.json["fingerprint"]) == (0, False, shown.json["enrolment"])
+        server.state = pb.EnrollReply.ADMITTED
+        done = site_cli("enroll", server.invitation("site-a"), "--home", home, "--json")
+        assert (done.status, done.json["admitted"]) == (0, True)
+        fails(site_cli("enroll", "pathfed1.xyz", "--home", home, "--json"), "PF411")
+        fails(site_cli("enroll", server.invitation("site-b"), "--home", home, "--json"), "PF915")
+        people = site_cli("enroll", server.invitation("site-a"), "--home", home)
+        assert (people.status, "Enrolled" in people.out) == (0, True)
+        fails(site_cli("keys", "rotate", "evidence", "--home", tmp_path / "nowhere", "--json"), "PF904")
+        assert site_cli("keys", "rotate", "everything", "--home", home).status == 2
+        rotated = site_cli("keys", "rotate", "flower", "--home", home, "--json")
+        assert (rotated.status, rotated.json["flower"] != shown.json["flower"]) == (0, True)
+        assert (rotated.json["tls"], rotated.json["evidence"]) == (shown.json["tls"], shown.json["evidence"])
+    after = site_cli("keys", "show", "--home", home, "--json")
+    assert [after.json[name] for name in ("tls", "evidence")] == [shown.json[name] for name in ("tls", "evidence")]
+    assert after.json["certificate_until_at"] > 0
+
+
+@pytest.mark.parametrize("command", [["keys", "show"], ["keys", "rotate", "tls"], ["enroll", "pathfed1.xyz"]])
+def test_commands_about_keys_need_a_home(site_cli, tmp_path, command):
+    fails(site_cli(*command, "--home", tmp_path / "nowhere", "--json"), "PF904")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_showing_the_ledger_loads_no_slow_library(copy_home):

@@ -19,7 +19,10 @@ COMMANDS = (
     *(("ca", name) for name in ("show", "renew", "rotate", "finish")),
     *(("plan", name) for name in ("check", "publish", "list")),
     ("encoder", "import"),
+    ("lineage",),
+    *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("release", name) for name in ("create", "list")),
 )
 
 

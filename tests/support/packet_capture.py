@@ -69,6 +69,10 @@ class Building:
         """A command that runs inside."""
         return ["ip", "netns", "exec", self.name, *(str(word) for word in words)]
 
+    def cut(self) -> None:
+        """Cut the wire: nobody is told."""
+        subprocess.run(["ip", "link", "set", self.interface, "down"], check=True)
+
 
 @contextlib.contextmanager
 def building() -> Iterator[Building]:

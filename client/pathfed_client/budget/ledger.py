@@ -54,7 +54,7 @@ from pathfed_common.privacy.accounting import (
     composed_epsilon,
 )
 from pathfed_common.provenance import dsse
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.units import UtcSeconds
 
 
@@ -84,6 +84,7 @@ class Ledger:
         *,
         keeper: HeadKeeper,
         witnesses: Sequence[HeadsPort] = (),
+        former: Sequence[VerifyKey] = (),
         delta: float,
         max_epsilon: float,
     ) -> None:
@@ -94,6 +95,7 @@ class Ledger:
             key: the site's evidence key.
             keeper: remembers the head, apart from the entries.
             witnesses: others who have seen heads.
+            former: evidence keys the site had before, in their order.
             delta: fixed in the site's policy.
             max_epsilon: the policy's limit over all plans, at `delta`.
 
@@ -106,7 +108,7 @@ class Ledger:
             raise ValueError(f"max_epsilon must be finite and above 0, got {max_epsilon}")
         self._port, self._key, self._delta, self._max_epsilon = port, key, delta, max_epsilon
         self._keeper, self._witnesses = keeper, (keeper, *witnesses)
-        self._reader = ChainReader(key.public)
+        self._reader = ChainReader(*former, key.public)
         # Steps at which all accountants agreed in this process, by the mechanisms and the delta.
         self._agreed: dict[tuple[frozenset[tuple[float, float]], float], int] = {}
 

@@ -4,6 +4,7 @@ A card introduces a site or the server by its keys and is signed by its own evid
 and nothing more: whose card it is, people settle by comparing key texts over another channel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -147,11 +148,11 @@ class Approval(Value):
         return dsse.seal(digest.canonical(self.plain()), APPROVAL_TYPE, key)
 
     @classmethod
-    def from_bytes(cls, data: bytes, key: VerifyKey, *, where: str = "approval") -> Self:
+    def from_bytes(cls, data: bytes, key: VerifyKey | Mapping[Digest, VerifyKey], *, where: str = "approval") -> Self:
         """Verify and read an approval.
 
         Raises:
-            ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
+            ProvenanceError: PF602, not signed by `key`, or one of them; PF601, not an approval.
         """
         return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
 

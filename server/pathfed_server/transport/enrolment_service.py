@@ -33,11 +33,12 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What became of it: "pending", "admitted" or "refused"; certificate and authorities (PEM) where admitted."""
+    """What became of it: "pending", "admitted" or "refused"; certificate, authorities (PEM) and the server's card where admitted."""
 
     state: str
     certificate: bytes = b""
     authorities: bytes = b""
+    server_card: bytes = b""
 
 
 class EnrolmentDesk(Protocol):
@@ -65,6 +66,11 @@ def enrolment_methods(desk: EnrolmentDesk, door: Door) -> dict[str, Handler]:
             software=check_software(request.software),
         )
         answered = desk.enroll(asked)
-        return pb.EnrollReply(state=_STATES[answered.state], certificate_pem=answered.certificate, ca_pem=answered.authorities)
+        return pb.EnrollReply(
+            state=_STATES[answered.state],
+            certificate_pem=answered.certificate,
+            ca_pem=answered.authorities,
+            server_card=answered.server_card,
+        )
 
     return {"Enroll": door.method(pb.EnrollRequest, enroll)}

@@ -12,11 +12,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from packet_capture import Building, building
 from relay_world import NOW, echo, end, never_reads, relaying, reset, serving, until
 
 from pathfed_client.egress import connection as counting
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.io.egress_log import EgressLog
+from pathfed_client.transport import dial
 from pathfed_client.transport import relay as relay_module
 from pathfed_client.transport.dial import Address, WebProxy
 from pathfed_common import digest
@@ -457,5 +459,48 @@ def test_closing_the_relay_ends_its_connections_and_writes_them_down(tmp_path: P
             assert relayed.sent() == 5
             with pytest.raises(OSError), socket.create_connection(("127.0.0.1", relayed.port), timeout=5):
                 pass
+
+    asyncio.run(scene())
+
+
+def test_a_server_that_is_gone_without_a_word_is_noticed_on_an_idle_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open: the wire to the server is cut, and nobody says so. The kernel's probes find it, here after seconds and not a minute."""
+    monkeypatch.setattr(dial, "_KEEPALIVE", {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 3000})
+    script = (
+        "import socket, sys\n"
+        "listener = socket.create_server((sys.argv[1], 0)); print(listener.getsockname()[1], flush=True)\n"
+        "there, _ = listener.accept(); there.sendall(there.recv(100)); there.recv(100)"
+    )
+
+    async def scene(made: Building) -> None:
+        command = made.command(sys.executable, "-c", script, made.inside)
+        server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        assert server.stdout is not None
+        port = int(await server.stdout.readline())
+        try:
+            async with relaying(tmp_path, port, tunnel=True, host=made.inside) as relayed:
+                reader, writer = await relayed.client(plain=True)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                made.cut()
+                with contextlib.suppress(OSError):
+                    assert await asyncio.wait_for(reader.read(10), 60) == b""
+                await end(writer)
+                await until(relayed.closed)
+        finally:
+            server.kill()
+            await server.wait()
+
+    with building() as made:
+        asyncio.run(scene(made))
+
+
+def test_the_kernel_is_told_to_notice_a_peer_that_is_gone(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with serving(tmp_path) as server:
+            connection = await dial.connect(Address("127.0.0.1", server.port), None)
+            with connection:
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
 
     asyncio.run(scene())

@@ -1,6 +1,7 @@
 """Cards, approvals and signed plans: who must sign what, and exact forms."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,6 +128,17 @@ def test_an_unauthentic_plan_is_a_plan_error(kind: str, plan: Plan) -> None:
         open_plan(data, KEY.public)
     assert caught.value.code == (ErrorCode.PLAN_WRONG_TYPE if kind == "not a plan" else ErrorCode.PLAN_NOT_AUTHENTIC)
     assert isinstance(caught.value, PathfedError)
+
+
+def test_an_approval_that_names_nobody_keeps_the_bytes_it_had_before_there_were_names() -> None:
+    unnamed = _approval()
+    assert "named_as" not in unnamed.plain()
+    assert Approval.from_bytes(unnamed.to_bytes(KEY), KEY.public) == unnamed
+    named = replace(unnamed, named_as="St Elsewhere")
+    assert Approval.from_bytes(named.to_bytes(KEY), KEY.public).named_as == "St Elsewhere"
+    spelled = dsse.seal(digest.canonical({**unnamed.plain(), "named_as": ""}), documents.APPROVAL_TYPE, KEY)
+    with pytest.raises(ProvenanceError):
+        Approval.from_bytes(spelled, KEY.public)
 
 
 def _decision(**changes: Any) -> Decision:

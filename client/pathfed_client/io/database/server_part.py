@@ -68,9 +68,11 @@ class ServerPart(SiteDatabase):
             connection.execute(sa.update(WORD).where(WORD.c.envelope == word.envelope).values(code=code.value))
 
     def add_own_leaf(self, leaf: bytes, promised_at: float | None) -> None:
-        """Look for a leaf in the log from now on; known already changes nothing."""
+        """Look for a leaf in the log from now on. Of one that is known already, a promise is noted that was not there before."""
+        known = (OWN_LEAF.c.leaf == leaf) & OWN_LEAF.c.promised_at.is_(None) & OWN_LEAF.c.receipt.is_(None)
         with self._transaction() as connection:
             connection.execute(sqlite_insert(OWN_LEAF).values(leaf=leaf, promised_at=promised_at).on_conflict_do_nothing())
+            connection.execute(sa.update(OWN_LEAF).where(known).values(promised_at=promised_at))
 
     def own_leaves(self, *, without_receipt: bool = False) -> list[OwnLeaf]:
         """This site's leaves, or those whose receipt has not come yet."""
