@@ -73,11 +73,11 @@ class Authority:
 
         Raises:
             HostError: PF904, PF906, a file is missing or a key may be read by others.
-            TransportError: PF420, no authority of the bundle has the key that is there.
+            TransportError: PF420, the bundle holds no certificates, or none for the key that is there.
         """
         self._consortium, self._where = consortium, where
         self._key = read_key(files.read_secret(where.key))
-        self.trusted = tuple(x509.load_pem_x509_certificates(files.read_given(where.bundle)))
+        self.trusted = _certificates(where.bundle)
         public = self._key.public_key()
         mine = [each for each in self.trusted if each.public_key() == public]
         if not mine:
@@ -184,7 +184,7 @@ class Authority:
         files.write_atomic(self._where.server_certificate, certificate + _pem(self.issuing))
 
     def _server_certificate(self) -> x509.Certificate:
-        return x509.load_pem_x509_certificates(files.read_given(self._where.server_certificate))[0]
+        return _certificates(self._where.server_certificate)[0]
 
     def _server_issuer(self) -> x509.Certificate:
         leaf = self._server_certificate()
@@ -236,6 +236,21 @@ def serial_text(certificate: x509.Certificate) -> str:
 def fingerprint(certificate: x509.Certificate) -> Digest:
     """Digest of a certificate (DER)."""
     return digest.of_bytes(certificate.public_bytes(Encoding.DER))
+
+
+def _certificates(path: Path) -> tuple[x509.Certificate, ...]:
+    """The certificates in a file, at least one.
+
+    Raises:
+        HostError: PF904, the file cannot be read.
+        TransportError: PF420, it holds no certificates.
+    """
+    try:
+        return tuple(x509.load_pem_x509_certificates(files.read_given(path)))
+    except ValueError:
+        raise TransportError(
+            ErrorCode.AUTHORITY_STATE, "the file holds no certificates", where=path, remedy="restore it from a backup"
+        ) from None
 
 
 def _pem(certificate: x509.Certificate) -> bytes:
