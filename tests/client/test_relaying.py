@@ -132,7 +132,7 @@ def relay_without_probe(home: SiteHome, port: int, tunnel: int) -> Iterator[None
         (lambda home: home.ca_file.write_text("no certificate"), "PF904", 19),
         (lambda home: home.egress.unlink(), "PF913", 19),
         (lambda home: (home.root / "policy.toml").write_text("bandwidth_mbit_s = 0"), "PF905", 19),
-        (lambda home: (home.root / "server-card.dsse").unlink(), "PF904", 19),
+        (lambda home: (home.root / "server-card.dsse").unlink(), "PF430", 14),
     ],
     ids=["no key", "no CA", "no record", "no limit", "no card"],
 )
