@@ -7,7 +7,7 @@ Leaves were written in the transactions of the rows, so the two agree unless som
 | log_entry, log_checkpoint, cosignature | each other and the signatures, see `log_signed` |
 | site, site_key | admission, revocation and key rotations; a later Flower node key, with the card that the evidence key vouched for |
 | plan | its leaf, its own digest, the server's signature |
-| approval | its leaf, the site's signature, and in every column what the envelope says |
+| approval, decision | its leaf, the site's signature, and in every column what the envelope says |
 | update_statement, participation | the same |
 | checkpoint, round | the leaf of the round's state |
 | release | its leaf |
@@ -27,12 +27,13 @@ from sqlalchemy import Connection, RowMapping, and_, select
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, PathfedError, ProvenanceError
 from pathfed_common.provenance import dsse
-from pathfed_common.provenance.documents import Approval, open_plan
+from pathfed_common.provenance.documents import Approval, Decision, open_plan
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.log_leaves import (
     AnyLeaf,
     EncoderCommitted,
     PlanApproved,
+    PlanDecided,
     PlanPublished,
     Released,
     SiteAdmitted,
@@ -44,10 +45,10 @@ from pathfed_common.provenance.statement import UpdateStatement
 from pathfed_server.db.database import Database
 from pathfed_server.db.log_keys import check_keys
 from pathfed_server.db.log_signed import Finding, ReadLog, read_log, subject_of
-from pathfed_server.db.schema import approval, checkpoint, participation, plan, release, round_, site, update_statement
+from pathfed_server.db.schema import approval, checkpoint, decision, participation, plan, release, round_, site, update_statement
 
 #: Kinds that are compared row by row; admissions, revocations and rotations are compared as what they lead to.
-_BY_ROW = (PlanPublished.kind, PlanApproved.kind, StatementLogged.kind, EncoderCommitted.kind, Released.kind)
+_BY_ROW = (PlanPublished.kind, PlanApproved.kind, PlanDecided.kind, StatementLogged.kind, EncoderCommitted.kind, Released.kind)
 #: A row's name, the leaf it should have, and what is wrong with the row by itself, if anything.
 _Row = tuple[str, AnyLeaf, str | None]
 
@@ -111,6 +112,9 @@ def _rows(connection: Connection, server: VerifyKey, log: ReadLog) -> Iterator[_
     for row in connection.execute(select(approval)).mappings():
         leaf = PlanApproved(site=row["site"], plan=row["plan"], approval=digest.of_bytes(bytes(row["envelope"])))
         yield f"approval {row['site']}, {row['plan']}", leaf, _approval_fault(row, log)
+    for row in connection.execute(select(decision)).mappings():
+        named = {"site": row["site"], "plan": row["plan"]}
+        yield f"decision {row['seq']}", PlanDecided(**named, decision=digest.of_bytes(bytes(row["envelope"]))), _decision_fault(row, log)
     for row in connection.execute(_STATEMENTS).mappings():
         named = {"site": row["site"], "run": row["run"], "round_index": row["round_index"]}
         where = f"update_statement {row['run']}, {row['round_index']}, {row['site']}"
@@ -157,6 +161,17 @@ def _approval_fault(row: RowMapping, log: ReadLog) -> str | None:
         return error.what
     changed = [name for name, value in said.plain().items() if name in row and value != row[name]]
     return f"the approval says otherwise of {', '.join(changed)}" if changed else None
+
+
+def _decision_fault(row: RowMapping, log: ReadLog) -> str | None:
+    envelope = bytes(row["envelope"])
+    try:
+        said = Decision.from_bytes(envelope, _signer(envelope, row, log))
+    except PathfedError as error:
+        return error.what
+    due = {**said.plain(), "digest": digest.of_bytes(envelope)}
+    changed = [name for name, value in due.items() if name in row and value != row[name]]
+    return f"the decision says otherwise of {', '.join(changed)}" if changed else None
 
 
 def _statement_fault(row: RowMapping, log: ReadLog) -> str | None:

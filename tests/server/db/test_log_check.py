@@ -14,7 +14,7 @@ from tests.server.rounds.consortium import KEYS, NAMES, RUN, found, make_plan
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_common.provenance.documents import SiteCard, seal_card_change, seal_plan
+from pathfed_common.provenance.documents import REVOCATION, Decision, SiteCard, seal_card_change, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_checkpoint import cosign_checkpoint, log_key, open_checkpoint, origin_of
 from pathfed_common.provenance.log_leaves import PlanPublished, rotate_key
@@ -22,6 +22,7 @@ from pathfed_common.provenance.note import Note
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db import schema
 from pathfed_server.db.log_check import LogReport, check_connection, check_log
+from pathfed_server.db.rows import DecisionRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.provenance.log_keeper import LogKeeper
 
@@ -34,6 +35,7 @@ TABLES = (
     schema.site_key,
     schema.plan,
     schema.approval,
+    schema.decision,
     schema.update_statement,
     schema.checkpoint,
     schema.release,
@@ -43,8 +45,9 @@ TABLES = (
 )
 #: What no leaf and no signature holds, as the module's docstring says.
 UNHELD = {
-    *(f"site_key.{name}, {kind}" for name in ("seq", "at") for kind in ("evidence", "flower")),
+    *("site_key.at, evidence", "site_key.at, flower", "site_key.seq, flower"),
     "site_key.key, flower",
+    "decision.seq",
     "plan.published_at",
     "release.released_at",
     *(f"checkpoint.{name}" for name in ("state_path", "state_bytes", "optimiser", "optimiser_path", "optimiser_bytes", "committed_at")),
@@ -60,6 +63,10 @@ def evidence(url: str, tmp_path: Path) -> Iterator[SqlStore]:
     made.drive()
     store = made.store
     store.add_release(digest.of_bytes(b"release"), run=RUN, at=AT)
+    given = digest.of_bytes(store.approvals(made.plan.digest)[0].envelope)
+    word = Decision(site=NAMES[0], plan=made.plan.digest, kind=REVOCATION, approval=given, reason="", decided_at=UtcSeconds(AT))
+    kept = {name: getattr(word, name) for name in ("site", "plan", "kind", "approval", "decided_at")}
+    store.add_decision(DecisionRow(**kept, envelope=word.to_bytes(KEYS[NAMES[0]])), at=AT)
     store.revoke_site(NAMES[2], at=AT)
     new = SigningKey.generate()
     leaf = rotate_key(NAMES[1], KEYS[NAMES[1]], new, UtcSeconds(AT))
@@ -99,9 +106,11 @@ def changed(table: Table, column: str, row: Any) -> Any:
         return bytes(raw)
     if column in ("state",) and table is schema.site:
         return "enrolled" if value == "revoked" else "revoked"
+    if table is schema.decision and column == "kind":
+        return "rejection"
     if isinstance(value, str) and table is schema.site_key and column == "kind":
         return "flower" if value == "evidence" else "evidence"
-    if column in ("site", "name") and table in (schema.approval, schema.update_statement, schema.cosignature, schema.site, schema.site_key):
+    if column in ("site", "name") and table.name in ("approval", "decision", "update_statement", "cosignature", "site", "site_key"):
         return "d-hospital"
     if isinstance(value, str) and value.startswith("sha256:"):
         return digest.of_bytes(value.encode())
@@ -142,7 +151,7 @@ def test_everything_agrees_where_nothing_was_changed(evidence: SqlStore) -> None
     assert report.findings == ()
     assert report.leaves == evidence.log_size() > 15
     assert (report.checkpoints, report.cosignatures) == (2, 4)
-    assert report.rows == sum(len(rows_of(evidence, table)) for table in (*TABLES[:7], schema.round_))
+    assert report.rows == sum(len(rows_of(evidence, table)) for table in (*TABLES[:8], schema.round_))
 
 
 def test_every_changed_value_of_every_row_is_found(evidence: SqlStore) -> None:
@@ -161,7 +170,7 @@ def test_every_changed_value_of_every_row_is_found(evidence: SqlStore) -> None:
 
 
 def test_every_deleted_row_is_found(evidence: SqlStore) -> None:
-    for table in (*TABLES[:8], schema.log_checkpoint):
+    for table in (*TABLES[:9], schema.log_checkpoint):
         for row in rows_of(evidence, table):
             report = after(evidence, delete(table).where(here(table, row)))
             last = table is schema.log_checkpoint and row["size"] == max(each["size"] for each in rows_of(evidence, table))
