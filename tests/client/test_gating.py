@@ -52,7 +52,7 @@ def test_a_site_that_approved_a_plan_refuses_another_of_the_same_name(world, sit
 @pytest.mark.parametrize(
     ("keys", "code"),
     [
-        ({"max_epsilon": 0.1}, "PF307"),
+        ({"max_epsilon": 0.1}, "PF301"),
         ({"max_epsilon_per_plan": 0.1}, "PF307"),
         ({"objectives": '["dino"]'}, "PF307"),
         ({"encoders": '["vit_small_patch16_224"]'}, "PF307"),
