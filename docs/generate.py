@@ -167,10 +167,11 @@ def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
         bounds.append(_PATTERNS[pattern])
     if _is_table(field.annotation):
         return "table", ""
-    if get_origin(field.annotation) is tuple:
+    options = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
+    if any(get_origin(option) is tuple for option in options):
         return "list of texts", ", ".join(bounds)
-    if type(None) in get_args(field.annotation):
-        return "number" if float in get_args(field.annotation) else "text", ", ".join(bounds)
+    if type(None) in options:
+        return "number" if float in options else "whole number" if int in options else "text", ", ".join(bounds)
     name = _TYPE_WORDS.get(str(getattr(field.annotation, "__name__", "")), "table of numbers")
     return name, ", ".join(bounds) or ("> 0" if name == "table of numbers" else "")
 

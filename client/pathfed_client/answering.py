@@ -2,7 +2,7 @@
 
 The order of the steps is the privacy argument:
 
-    1. gate       signature, addressee, approved plan, round order, base state's digest      public facts only
+    1. gate       signature, addressee, stop switch, approved plan, round order, base state's digest, policy, hours   public facts only
     2. resend     an answer already sealed for this very offer goes out again, byte for byte  nothing new is released
     3. try        the base state on synthetic tiles, with devices, processes and memory       no patient is touched yet
     4. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
@@ -11,6 +11,8 @@ The order of the steps is the privacy argument:
                   disk before they are sent; then the round's secret is erased
     7. wait       until the next public time slot; a failure after the charge waits too
     8. write down what leaves, in the egress record, before it leaves; where that cannot be written, it does not
+
+Before steps 4 and 6, and before an answer leaves, the stop switch and the approval are looked at again (`gating`).
 
 Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 5).
 
@@ -51,12 +53,14 @@ from pathfed_client.egress.entry import EgressKind, Outgoing
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
 from pathfed_client.gate.ports import Answer
+from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.gating import SiteGate
 from pathfed_client.home import SiteHome
 from pathfed_client.io import site_cohort
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.run_secrets import RunSecrets, secret_id
-from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
+from pathfed_client.io.site_records import Event, SealedUpdate, StoredApproval, WithdrawnMeanwhileError
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
@@ -123,9 +127,9 @@ class SiteAnswerer:
         self._sleep = sleep
         self._record = EgressLog(home.egress)
         self._outlet = Outlet(self._record)
-        self._computer = RoundComputer(home.policy)
+        self._gate = SiteGate(home, store, now)
         self._readers: TileWorkers | None = None
-        torch.set_num_threads(home.policy.threads)
+        self._take_policy(home.policy)
 
     def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
         """Answer one offer; see `gate.ports.Answerer`. The log gets our own words and types, no text that could name a slide or a path."""
@@ -142,19 +146,37 @@ class SiteAnswerer:
             _log.debug("the round failed", exc_info=error)
             return self._refusal(ErrorCode.SITE_INTERNAL, envelope)
 
+    def _take_policy(self, policy: SitePolicy) -> None:
+        self._policy = policy
+        self._computer = RoundComputer(policy)
+        torch.set_num_threads(policy.threads)
+
+    def _read_policy(self) -> None:
+        """Take the policy up as it is now; where it has changed, devices, processes and ledger are set up anew."""
+        policy = self._home.policy_now()
+        if policy != self._policy:
+            _log.info("the site's policy has changed; it counts from this round on")
+            self.close()
+            self.__dict__.pop("_ledger", None)
+            self._take_policy(policy)
+
     def _answer(self, envelope: bytes, base_state: bytes) -> Answer:
         offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
-        plan, approval = self._approved(offer)
+        approval = self._gate.standing(offer.plan)
+        plan = open_plan(approval.signed_plan, self._home.server_card.evidence_key)
         check_bounds(offer, plan.rounds, self._now())
         check_base_state(offer, base_state)
         sealed = self._sealed_before(offer)
         if sealed is None:
             check_deadline(offer, self._now())
+            self._read_policy()
+            self._gate.check_begin(self._policy, plan, approval)
             _log.info("round %d of run %s: training", offer.round_index, offer.run)
             sealed = self._train(self._task(offer, plan, approval), base_state)
         else:
             _log.info("round %d of run %s: resending the sealed answer", offer.round_index, offer.run)
         self._wait_for_slot(offer, plan)
+        self._gate.standing(offer.plan)
         path = self._home.root / sealed.update_path
         if not path.exists() or digest.of_bytes(path.read_bytes()) != sealed.update:
             raise TransportError(ErrorCode.SITE_INTERNAL, "the sealed update's file is missing or changed", where=path)
@@ -179,6 +201,10 @@ class SiteAnswerer:
         statement = replace(shared, kind=EgressKind.STATEMENT, size=len(sealed.statement), digest=told, epsilon_charged=None)
         self._outlet.answer(shared, statement)
 
+    def refused(self, code: str) -> None:
+        """Write down a code that leaves for something that is no offer; see `gate.ports.Refusals`."""
+        self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.encode())
+
     def _refusal(self, code: ErrorCode, envelope: bytes) -> Answer:
         """A code in place of an answer, written down first. Where that cannot be, the code says so; nor can the relay then let it out."""
         try:
@@ -194,17 +220,11 @@ class SiteAnswerer:
             code = error.code
         return Answer(code=code.value)
 
-    def _approved(self, offer: RoundOffer) -> tuple[Plan, StoredApproval]:
-        approval = self._store.approval(offer.plan)
-        if approval is None or approval.state is not ApprovalState.APPROVED:
-            raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "this site has not approved the plan", value=digest.short(offer.plan))
-        return open_plan(approval.signed_plan, self._home.server_card.evidence_key), approval
-
     def _sealed_before(self, offer: RoundOffer) -> SealedUpdate | None:
         """The answer sealed for this very round and base state, or None when the round is new."""
         sealed = self._store.get_sealed(offer.run, offer.round_index)
         if sealed is not None:
-            statement = UpdateStatement.from_envelope(sealed.statement, self._home.evidence_key.public)
+            statement = UpdateStatement.from_envelope(sealed.statement, self._home.evidence_keys)
             if statement.base_state == offer.base_state and statement.plan == offer.plan:
                 return sealed
         last = self._store.last_sealed(offer.run)
@@ -224,7 +244,7 @@ class SiteAnswerer:
 
     @cached_property
     def _ledger(self) -> Ledger:
-        return site_ledger(self._store, self._home.evidence_key, self._home.policy, self._home.run_secrets)
+        return site_ledger(self._store, self._home.evidence_key, self._policy, self._home.run_secrets, former=self._home.former_keys)
 
     @cached_property
     def _secrets(self) -> RunSecrets:
@@ -236,6 +256,7 @@ class SiteAnswerer:
         state = _open_state(base_state, plan)
         self._computer.prepare(plan, state)
         readers = self._tile_workers(plan)
+        self._gate.standing(offer.plan)
         secret = self._secrets.current(offer.run, offer.round_index)
         entry = self._charge(task, secret)
         try:
@@ -290,7 +311,7 @@ class SiteAnswerer:
 
     def _tile_workers(self, plan: Plan) -> TileWorkers | None:
         """The reading processes, kept from round to round."""
-        wanted, tile_px = self._home.policy.tile_workers, plan.cohort.tile_px
+        wanted, tile_px = self._policy.tile_workers, plan.cohort.tile_px
         if self._readers is None or not self._readers.is_open or self._readers.tile_px != tile_px:
             if self._readers is not None:
                 self._readers.close()
@@ -307,6 +328,7 @@ class SiteAnswerer:
 
     def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry) -> SealedUpdate:
         offer = task.offer
+        self._gate.standing(offer.plan)
         dtype = getattr(torch, task.plan.wire.dtype)
         data = weights.dump({name: tensor.to(dtype) for name, tensor in outcome.update.items()}, {"kind": "pathfed-update"})
         name = f"updates/{offer.run}-{offer.round_index:06d}"
@@ -359,14 +381,14 @@ class SiteAnswerer:
             figures=Figures(
                 loss_sum=figures.loss_sum, loss_sum_std=figures.loss_sum_std, patients=figures.patients, patients_std=figures.patients_std
             ),
-            reply_slot_s=plan.rounds.reply_slot_s if self._home.policy.reply_slots else None,
+            reply_slot_s=plan.rounds.reply_slot_s if self._policy.reply_slots else None,
             manifest_commitment=commitment,
             previous=None if previous is None else digest.of_bytes(previous.statement),
             issued_at=UtcSeconds(offer.offered_at),
         )
 
     def _wait_for_slot(self, offer: RoundOffer, plan: Plan) -> None:
-        if self._home.policy.reply_slots:
+        if self._policy.reply_slots:
             self._sleep(max(0.0, reply_time(offer, plan.rounds.reply_slot_s, self._now()) - self._now()))
 
 

@@ -7,42 +7,49 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathfed_client.gate.site_policy import SitePolicy, check_plan
+from pathfed_client.egress.outlet import Outlet
+from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, create_home, hold
 from pathfed_client.io.egress_log import EgressLog
+from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
-from pathfed_common import files
+from pathfed_common import files, process_lock
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
-from pathfed_common.provenance.documents import Approval, open_plan
-from pathfed_common.units import UtcSeconds
+from pathfed_common.provenance.documents import open_plan
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from pathfed_client.budget.entry import LedgerEntry
     from pathfed_client.budget.ledger import Ledger
+    from pathfed_client.control.enrolling import Enrolment
+    from pathfed_client.gate.ports import Refusals
     from pathfed_client.io.inspection import Inspection
     from pathfed_client.io.listing import Preview
     from pathfed_client.io.scan_report import ScanReport
     from pathfed_client.io.scan_watch import Told
     from pathfed_client.io.scan_where import ScanWhere
+    from pathfed_client.io.site_keys import KeyKind
     from pathfed_client.io.withdrawing import WithdrawalInput, WithdrawReport
-    from pathfed_common.processes import ProcessEnd
+    from pathfed_client.transport.site_engine import RelayPorts, SiteFiles
+    from pathfed_common.processes import ProcessEnd, Supervisor
 
 HOME_VARIABLE = "PATHFED_SITE_HOME"
 _TICK_S = 0.25
 _RUNNER_PATIENCE_S = 20.0
+#: Processes of a site from which something could leave: the stop switch ends them.
+_ANSWERING = ("runner", "supernode")
 
 
-def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path) -> SiteHome:
-    """Make the site's home; the database with it.
+def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Path | None = None) -> SiteHome:
+    """Make the site's home; the database with it. Without a server card it belongs to no server yet: `enroll` it.
 
     Raises:
         SiteDataError: PF201, no slide folder; PF202, no patient list; PF217, slide folders overlap.
@@ -57,7 +64,7 @@ def init(home: Path, settings: SiteSettings, policy: SitePolicy, server_card: Pa
     check_folders([Path(folder) for folder in settings.slides])
     if not Path(settings.patients).is_file():
         raise SiteDataError(ErrorCode.PATIENT_LIST_UNREADABLE, "the patient list does not exist", where=settings.patients)
-    made = create_home(home, settings, policy, files.read_given(server_card))
+    made = create_home(home, settings, policy, None if server_card is None else files.read_given(server_card))
     try:
         SiteStore(made.database).close()
         EgressLog.create(made.egress)
@@ -75,6 +82,49 @@ def open_store(home: SiteHome) -> SiteStore:
     """
     home.settings  # noqa: B018 - a database is never made where there is no site
     return SiteStore(home.database)
+
+
+def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]) -> "Enrolment":
+    """Enrol the home with the server that invited it; see `control.enrolling.enroll`.
+
+    Raises:
+        HostError: PF904, another command enrols this home, or rotates its keys.
+    """
+    from pathfed_client.control.enrolling import enroll
+
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    with hold(home, "keys"), open_egress(home) as record:
+        return enroll(home, text, Outlet(record), wait=wait, tell=tell)
+
+
+def show_keys(home: SiteHome) -> dict[str, Any]:
+    """Fingerprints of the site's keys, to compare by telephone, and of the request that the operator sees."""
+    from pathfed_client.control.enrolling import certificate_times, enrolment_fingerprint
+    from pathfed_client.io.site_keys import fingerprints
+
+    home.settings  # noqa: B018 - a folder that is no home has its own error
+    found: dict[str, Any] = {"site": home.name, "enrolment": enrolment_fingerprint(home)}
+    found |= {kind.value: value for kind, value in fingerprints(home.keys).items()}
+    found["evidence_key"] = home.evidence_key.public.to_text()
+    found["certificate_until_at"] = certificate_times(home.certificate_file.read_bytes())[1] if home.certificate_file.exists() else None
+    return found
+
+
+def rotate_key(home: SiteHome, kind: "KeyKind") -> dict[str, Any]:
+    """Rotate one of the site's keys; see `control.rotating.rotate`. But for the TLS key, the site must not run.
+
+    Raises:
+        HostError: PF904, the site runs, or another command enrols this home or rotates its keys.
+    """
+    from pathfed_client.control.rotating import rotate
+    from pathfed_client.io.site_keys import KeyKind
+
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
+    idle = nullcontext() if kind is KeyKind.TLS else hold(home, "site")
+    with idle, hold(home, "keys"), closing(open_store(home)) as store, open_egress(home) as record:
+        rotate(home, store, Outlet(record), kind, time.time())
+        store.add_event(Event(at=time.time(), kind="keys", detail=f"the {kind.value} key was rotated"))
+    return show_keys(SiteHome(home.root))
 
 
 def scan(home: SiteHome, cohort: CohortPlan, progress: Callable[[int, int], None], where: "ScanWhere | None" = None) -> "ScanReport":
@@ -184,51 +234,6 @@ def plan_epsilon(plan: Plan, declared_patients: int, delta: float) -> float:
     return epsilon(sampling_rate=rate, noise_multiplier=plan.privacy.noise_multiplier, steps=plan.total_steps, delta=delta)
 
 
-def approve(home: SiteHome, signed_plan: Path, declared_patients: int, out: Path) -> Approval:
-    """Approve a plan: check it against the policy and the scan, record it, write the signed approval for the operator.
-
-    Raises:
-        PlanError, PrivacyError: the plan is not authentic, expects too many patients, or costs more than the policy allows.
-        SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
-        HostError: PF910, a device that the policy names is not there.
-    """
-    from pathfed_client.io import site_cohort
-    from pathfed_client.io.site_records import StoredApproval
-    from pathfed_common.errors import PrivacyError
-
-    data, plan = read_signed_plan(home, signed_plan)
-    check_devices(home)
-    check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
-    with closing(open_store(home)) as store:
-        found = site_cohort.summary(store, plan.cohort, home.pseudonym_key).patients
-        if found == 0:
-            raise SiteDataError(
-                ErrorCode.NOT_SCANNED, "no slide was scanned under this plan's rules", remedy=f"pathfed-site scan {signed_plan}"
-            )
-        if found < declared_patients:
-            raise PrivacyError(
-                ErrorCode.COHORT_TOO_SMALL,
-                "the declared number of patients must be a lower bound of the cohort",
-                value=f"declared {declared_patients}, found {found}",
-                remedy="declare a round number at or below the patients you will always have",
-            )
-        approval = Approval(
-            site=home.name,
-            plan=plan.digest,
-            declared_patients=declared_patients,
-            reply_slots=home.policy.reply_slots,
-            approved_at=UtcSeconds(time.time()),
-        )
-        envelope = approval.to_bytes(home.evidence_key)
-        files.write_atomic(out, envelope)
-        store.add_approval(
-            StoredApproval(
-                plan=plan.digest, signed_plan=data, signed_approval=envelope, declared_patients=declared_patients, at=approval.approved_at
-            )
-        )
-    return approval
-
-
 def check_devices(home: SiteHome) -> None:
     """See that the devices which the policy names are there. Imports torch only where one could be missing.
 
@@ -249,7 +254,7 @@ def open_ledger(home: SiteHome, store: SiteStore) -> "Ledger":
     """
     from pathfed_client.io.ledger_head import site_ledger
 
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, former=home.former_keys)
     ledger.entries()
     return ledger
 
@@ -277,17 +282,45 @@ def status(home: SiteHome) -> dict[str, Any]:
                 }
             )
         withdrawn = [one.kind for one in store.withdrawn()]
+        alarms = store.alarms()
         spent = open_ledger(home, store).spent().epsilon
-    policy = home.policy
+        control = _control_state(home, store)
+    policy, stopped = home.policy, home.stop_switch.stop()
     return {
         "site": home.name,
+        "stopped": home.stop_switch.is_on,
+        "stopped_at": None if stopped is None else stopped.at,
+        "stopped_for": None if stopped is None else stopped.reason or None,
         "server": home.server_card.fleet_address,
         "epsilon_spent": spent,
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
         "delta": policy.delta,
         "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
         "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
+        "control": control,
+        "alarms": [{"at": alarm.at, "code": alarm.code.value, "about": alarm.subject, "what": alarm.detail} for alarm in alarms],
         "plans": plans,
+    }
+
+
+def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
+    """How the site stands with the control plane."""
+    if not home.enrolled:
+        return {"enrolled": False}
+    from pathfed_client.control.enrolling import certificate_times
+
+    facts, leaves = store.facts(), store.own_leaves()
+    head = home.log_head.read() if home.log_head.exists() else None
+    return {
+        "enrolled": True,
+        "certificate_until_at": certificate_times(home.certificate_file.read_bytes())[1],
+        "answered_at": float(facts["agent_at"]) if "agent_at" in facts else None,
+        "code": facts.get("agent_code") or None,
+        "words_waiting": len(store.words(waiting=True)),
+        "plans_received": len(store.received_plans()),
+        "log_cosigned": 0 if head is None else head.size,
+        "receipts": sum(leaf.receipt is not None for leaf in leaves),
+        "receipts_waiting": sum(leaf.receipt is None for leaf in leaves),
     }
 
 
@@ -326,15 +359,15 @@ def glance(home: SiteHome, cohort: CohortPlan) -> Glance:
 
 
 def ledger_report(home: SiteHome, store: SiteStore) -> dict[str, Any]:
-    """The ledger, checked as before a charge, with epsilon recomputed from its events by three accountants.
+    """The ledger, checked as before a charge, with epsilon as the last entry states it (`Ledger.stated`).
 
     Raises:
-        PrivacyError: PF304, the ledger is damaged; PF305, the accountants contradict each other; PF308 to PF310, see `open_ledger`.
+        PrivacyError: PF304, the ledger is damaged; PF305, a test shows more than the last entry states; PF308 to PF310, see `open_ledger`.
     """
     ledger = open_ledger(home, store)
     entries = ledger.entries()
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, ledger.stated(entries)),
         "entries": [
             {
                 "sequence": entry.sequence,
@@ -362,38 +395,77 @@ def verify_ledger(home: SiteHome, store: SiteStore, heads: Path | None = None) -
         heads: a file of heads, or a run's record whose statements of this site name some; see `io.outside_heads`.
 
     Raises:
-        PrivacyError: PF304, PF305, PF308 to PF310, as `ledger_report`.
+        PrivacyError: PF304, PF308 to PF310, as `ledger_report`; PF305, the accountants contradict each other.
         HostError: PF905, `heads` names no head of this site, or is not such a file; PF904, it cannot be read.
     """
     from pathfed_client.io.ledger_head import site_ledger
     from pathfed_client.io.outside_heads import OutsideHeads
+    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
 
-    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_key.public),)
-    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside)
+    outside = () if heads is None else (OutsideHeads.read(heads, home.name, home.evidence_keys),)
+    ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets, witnesses=outside, former=home.former_keys)
     entries = ledger.verify()
+    events, delta = [entry.event for entry in entries], home.policy.delta
+    bracket = prv_estimate(events, delta)
     return {
-        **_ledger_figures(home, ledger, entries),
+        **_ledger_figures(home, ledger, check_accountants(events, delta)),
+        "epsilon_rdp_bound": rdp_epsilon(events, delta),
+        "epsilon_prv": None if bracket is None else list(bracket),
         "releases": len(entries),
         "statements_compared": len(store.stated_heads()),
         "heads_compared": sum(len(witness.heads()) for witness in outside),
     }
 
 
-def _ledger_figures(home: SiteHome, ledger: "Ledger", entries: "Sequence[LedgerEntry]") -> dict[str, Any]:
-    from pathfed_common.privacy.accounting import check_accountants, prv_estimate, rdp_epsilon
-
-    events = [entry.event for entry in entries]
-    delta = home.policy.delta
-    bracket = prv_estimate(events, delta)
+def _ledger_figures(home: SiteHome, ledger: "Ledger", epsilon: float) -> dict[str, Any]:
     return {
         "site": home.name,
         "head": ledger.head,
-        "delta": delta,
-        "epsilon": check_accountants(events, delta),
-        "epsilon_rdp_bound": rdp_epsilon(events, delta),
-        "epsilon_prv": None if bracket is None else list(bracket),
+        "delta": home.policy.delta,
+        "epsilon": epsilon,
         "max_epsilon": home.policy.max_epsilon,
     }
+
+
+def stop(home: SiteHome, reason: str) -> dict[str, Any]:
+    """Throw the stop switch and end what computes or sends, at once and by force.
+
+    Safe at any instant: what is sealed stays and is not sent, what was being computed is lost with its charge on record, and after
+    `resume` the same round is the same release again, charged once.
+
+    Raises:
+        HostError: PF904, no site was initialised there, or it cannot be written; PF903, a process does not end.
+    """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    home.stop_switch.throw(at=time.time(), reason=reason)
+    for what in _ANSWERING:
+        if not process_lock.end_holder(home.lock(what)):
+            raise HostError(
+                ErrorCode.PROCESS_ENDED, f"the site is stopped, but its {what} does not end", where=home.lock(what), remedy="end it by hand"
+            )
+    _note(home, "stopped")
+    stopped = home.stop_switch.stop()
+    return {"site": home.name, "stopped_at": None if stopped is None else stopped.at, "reason": None if stopped is None else stopped.reason}
+
+
+def resume(home: SiteHome) -> dict[str, Any]:
+    """Release the stop switch; a running `pathfed-site start` connects again.
+
+    Raises:
+        HostError: PF904, no site was initialised there, or the file cannot be removed.
+    """
+    home.settings  # noqa: B018 - nothing is written where there is no site
+    was = home.stop_switch.is_on
+    home.stop_switch.release()
+    if was:
+        _note(home, "resumed")
+    return {"site": home.name, "was_stopped": was}
+
+
+def _note(home: SiteHome, what: str) -> None:
+    """Write it into the log book, if that can be written: the switch must work with a database that is damaged."""
+    with suppress(HostError), closing(open_store(home)) as store:
+        store.add_event(Event(at=time.time(), kind="switch", detail=what))
 
 
 def open_egress(home: SiteHome) -> EgressLog:
@@ -411,49 +483,87 @@ def start(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     Raises:
         HostError: PF903, a process will not stay up; PF904, the site runs already; PF907, a command is missing; PF910, a device is missing.
-        TransportError: PF401, the server's certificate is not the pinned consortium's, or has expired.
+        TransportError: PF430, the home is not enrolled; PF401, the server's certificate is not the pinned consortium's, or has expired.
         PrivacyError: PF304, the ledger is damaged; PF308 to PF310, see `open_ledger`.
     """
-    home.settings  # noqa: B018 - nothing is written where there is no site
+    home.server_card  # noqa: B018 - nothing is written where there is no site, or none that a server knows
     with hold(home, "site"):
         _start(home, tell)
 
 
 def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
-    from pathfed_client.transport.site_engine import SiteFiles, start_site
-    from pathfed_common.processes import Supervisor
-
     for key in (home.flower_key, home.superexec_secret):
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
-    check_devices(home)
-    _greet(home, tell)
+        check_devices(home)
+        _greet(home, tell)
+        _run_processes(home, store, tell)
+
+
+def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]) -> None:
+    """Start relay, agent, SuperNode and runner, and keep them up until interrupted."""
+    from pathfed_client.control.supervising import AlarmTeller, start_agent
+    from pathfed_client.transport.relay_certificate import make_certificate
+    from pathfed_client.transport.site_engine import LOOPBACK, SiteFiles, start_relay
+    from pathfed_common.processes import Supervisor
+
+    certificate = make_certificate(home.relay_files, LOOPBACK, now=datetime.now(UTC))
     flower = home.root / "flower"
     flower.mkdir(exist_ok=True)
     supervisor = Supervisor()
+    alarms = AlarmTeller(store, tell)
+    answers: bool | None = None
+    files_of_site = SiteFiles(
+        relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
+        relay_ca=certificate.ca,
+        flower_key=home.flower_key,
+        superexec_secret=home.superexec_secret,
+        flower=flower,
+        logs=home.logs,
+        runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
+        threads=home.policy.threads,
+        supernode_lock=home.lock("supernode"),
+    )
     try:
-        start_site(
-            supervisor,
-            SiteFiles(
-                ca=home.ca_file,
-                fleet_address=home.server_card.fleet_address,
-                flower_key=home.flower_key,
-                superexec_secret=home.superexec_secret,
-                flower=flower,
-                logs=home.logs,
-                runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
-                threads=home.policy.threads,
-            ),
-        )
+        ports = start_relay(supervisor, files_of_site)
+        if home.enrolled:
+            start_agent(home, store, supervisor, ports.tunnel)
+        else:
+            tell("no certificate: plans, approvals and the log go by hand; `pathfed-site enroll` changes that")
         while True:
+            answers = _heed_switch(home, supervisor, files_of_site, ports, tell, answers=answers)
             for end in supervisor.poll():
                 _tell_end(end, home, tell)
+            alarms.look()
             time.sleep(_TICK_S)
     except KeyboardInterrupt:
         tell(f"site {home.name}: stopping")
     finally:
         supervisor.stop()
+
+
+def _heed_switch(
+    home: SiteHome,
+    supervisor: "Supervisor",
+    files_of_site: "SiteFiles",
+    ports: "RelayPorts",
+    tell: Callable[[str], None],
+    *,
+    answers: bool | None,
+) -> bool:
+    """Start or end what answers, as the stop switch is; whether it answers now. `answers`: as it was, None: nothing was said yet."""
+    from pathfed_client.transport.site_engine import start_site
+
+    stopped = home.stop_switch.is_on
+    if stopped and answers is not False:
+        supervisor.end(_ANSWERING)
+        tell(f"{ErrorCode.SITE_STOPPED.value} site {home.name} is stopped by its own people; `pathfed-site resume` lets it go on")
+    elif not stopped and not answers:
+        if answers is False:
+            tell(f"site {home.name}: goes on")
+        start_site(supervisor, files_of_site, ports)
+    return not stopped
 
 
 def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
@@ -462,7 +572,8 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 
     address = home.server_card.fleet_address
     try:
-        check_server(address, home.ca_file)
+        with open_egress(home) as record:
+            check_server(address, home.ca_file, record)
     except TransportError as error:
         if error.code is not ErrorCode.SERVER_UNREACHABLE:
             raise
@@ -474,18 +585,19 @@ def _greet(home: SiteHome, tell: Callable[[str], None]) -> None:
 def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) -> None:
     from pathfed_client.transport.preflight import explain
 
-    error = explain(end, home.server_card.fleet_address) if end.name == "supernode" else end.error()
+    error = explain(end, home.server_card.fleet_address) if end.name in ("relay", "supernode") else end.error()
     if not end.restarted:
         raise error
     tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")
 
 
-def make_flower_app(home: SiteHome, store: SiteStore) -> "ClientApp":
-    """The site's Flower app around its answerer."""
+def make_flower_app(home: SiteHome, store: SiteStore) -> "tuple[ClientApp, Refusals]":
+    """The site's Flower app around its answerer, and who is told of codes that leave in the app's place."""
     from pathfed_client.answering import SiteAnswerer
     from pathfed_client.transport.flower_client import make_app
 
-    return make_app(SiteAnswerer(home, store))
+    answerer = SiteAnswerer(home, store)
+    return make_app(answerer, answerer.refused), answerer.refused
 
 
 def run_resident(home: SiteHome, address: str) -> None:
@@ -493,14 +605,18 @@ def run_resident(home: SiteHome, address: str) -> None:
 
     Raises:
         HostError: PF904, another runner works in this home and does not end.
+        TransportError: PF440, the site is stopped.
     """
+    from pathfed_client.io.process_limits import limit_memory
     from pathfed_client.transport import resident_runner
 
     # A runner that is being replaced may need a moment to end.
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
-        app = make_flower_app(home, store)
+        home.stop_switch.check()
+        limit_memory(home.policy.memory_gb)
+        app, refusals = make_flower_app(home, store)
         warm_up(home)
-        resident_runner.run(address, home.superexec_secret, app)
+        resident_runner.run(address, home.superexec_secret, app, refusals)
 
 
 def warm_up(home: SiteHome) -> None:
@@ -515,7 +631,7 @@ def __getattr__(name: str) -> Any:
     if name != "flower_app":
         raise AttributeError(name)
     home = SiteHome(Path(os.environ[HOME_VARIABLE]))
-    return make_flower_app(home, SiteStore(home.database))
+    return make_flower_app(home, SiteStore(home.database))[0]
 
 
 if __name__ == "__main__":

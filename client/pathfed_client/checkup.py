@@ -7,6 +7,7 @@ from pathfed_client.io.doctor.findings import Finding, Severity, judge
 from pathfed_client.io.doctor.looking import free_bytes, look_at_folders, look_at_keys, look_at_list, measure_speed
 from pathfed_client.io.doctor.seen import DevicesSeen, SiteSeen
 from pathfed_client.io.doctor.slides import Looker, LookTask, draw_sample, look_at_sample
+from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.transport.preflight import check_server
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
@@ -14,7 +15,7 @@ from pathfed_common.plan import CohortPlan, Plan
 #: Seconds after which no further slide of the sample is opened.
 SAMPLE_WITHIN_S = 120.0
 KEY_FOLDERS = ("keys", "secrets")
-KEY_FILES = ("keys/evidence.pem", "keys/flower", "keys/pseudonym.key", "keys/superexec.secret")
+KEY_FILES = ("keys/evidence.pem", "keys/flower", "keys/tls.pem", "keys/pseudonym.key", "keys/superexec.secret")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def _devices(home: SiteHome) -> DevicesSeen:
 
 def _server(home: SiteHome) -> ErrorCode | None:
     try:
-        check_server(home.server_card.fleet_address, home.ca_file)
+        with EgressLog(home.egress) as record:
+            check_server(home.server_card.fleet_address, home.ca_file, record)
     except (TransportError, HostError) as error:
         return error.code
     return None

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pathfed_client import plan_commands
 from pathfed_client.home import SiteHome
+from pathfed_client.io.site_keys import KeyKind
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
-from pathfed_common.digest import short
 
 if TYPE_CHECKING:
     from pathfed_client.io.listing import Preview
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a hospital's client.", pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Show and check what this site's releases have cost.")
 app.add_typer(ledger_app, name="ledger")
+keys_app = typer.Typer(no_args_is_help=True, help="Show and rotate this site's keys.")
+app.add_typer(keys_app, name="keys")
+plan_commands.register(app)
 
 Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SITE_HOME", help="The site's home folder.")]
-PlanFile = Annotated[Path, typer.Argument(help="The signed plan the operator handed over.")]
 _HOME = Path("pathfed-site")
 
 
@@ -38,7 +41,9 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name in the consortium: lower-case letters, digits, inner hyphens.")],
     slides: Annotated[list[Path], typer.Option(help="Folder with the slides; it is only ever read. May be given several times.")],
     patients: Annotated[Path, typer.Option(help="CSV export with a slide and a patient column.")],
-    server_card: Annotated[Path, typer.Option(help="The server card the operator handed over.")],
+    server_card: Annotated[
+        Path | None, typer.Option(help="A server card that the operator handed over, for sites without a way to the control plane.")
+    ] = None,
     max_epsilon: Annotated[float, typer.Option(help="Largest epsilon a patient of this site may ever spend.")] = 10.0,
     delta: Annotated[float, typer.Option(help="The delta the ledger states epsilon at; fixed for good.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads training may use.")] = 1,
@@ -60,13 +65,57 @@ def init(
     show(
         {"home": str(made.root), "site_card": str(made.card_file), "evidence_key": made.evidence_key.public.to_text()},
         as_json=as_json,
-        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone.",
+        title="The site's home is made. Hand the site card to the operator, and compare the key by telephone."
+        if server_card
+        else "The site's home is made. Next: `pathfed-site enroll INVITATION`.",
     )
 
 
 @app.command()
+def enroll(
+    invitation: Annotated[str, typer.Argument(help="What `pathfed-server invite` printed; - reads it from standard input.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the operator has decided, or ask once.")] = True,
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Enrol with the server that invited this site. Repeat it whenever it was cut short: keys and request stay the same."""
+    from pathfed_client import app as site
+
+    text = sys.stdin.read() if invitation == "-" else invitation
+    found = site.enroll(SiteHome(home), text, wait=wait, tell=console.err.print)
+    show(
+        {"admitted": found.admitted, "fingerprint": found.fingerprint, "certificate_until_at": found.certificate_until},
+        as_json=as_json,
+        title="Enrolled." if found.admitted else "Asked. Tell the operator the fingerprint by telephone, then run the same command again.",
+    )
+
+
+@keys_app.command("show")
+def keys_show(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show fingerprints of the site's keys, to compare by telephone. Nothing here is secret."""
+    from pathfed_client import app as site
+
+    show(site.show_keys(SiteHome(home)), as_json=as_json, title="`enrolment` is what the operator compares before admitting this site.")
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    kind: Annotated[KeyKind, typer.Argument(help="Which of the three keys.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Make a new key and hand over to it, with the server's consent. Stop `pathfed-site start` first, but for the TLS key.
+
+    Repeat it when it was cut short: it goes on with the same new key.
+    """
+    from pathfed_client import app as site
+
+    show(site.rotate_key(SiteHome(home), kind), as_json=as_json, title=f"The {kind.value} key was rotated. These are the site's keys now.")
+
+
+@app.command()
 def scan(
-    plan: PlanFile,
+    plan: plan_commands.PlanName,
     workers: Annotated[int | None, typer.Option(min=1, help="Reading processes; one for each usable CPU if not given.")] = None,
     slide_timeout: Annotated[float, typer.Option(min=1, help="Seconds a slide may take to read.")] = 300.0,
     watch: Annotated[bool, typer.Option("--watch", help="Go on and take up new and changed slides, until Ctrl-C.")] = False,
@@ -81,10 +130,12 @@ def scan(
 ) -> None:
     """Find tissue and lay the plan's tile grid on every slide. Resumes where it stopped; a bad slide is listed and stops nothing."""
     from pathfed_client import app as site
+    from pathfed_client import deciding
     from pathfed_client.io.scan_where import ScanWhere
 
     here = SiteHome(home)
-    _, found = site.read_signed_plan(here, plan)
+    with closing(site.open_store(here)) as store:
+        found = deciding.find_plan(here, store, plan).plan
     interrupts.end_on_terminate()
     where = ScanWhere(
         workers=workers,
@@ -270,38 +321,6 @@ def _identifiers(source: str | None) -> "WithdrawalInput | None":
 
 
 @app.command()
-def approve(
-    plan: PlanFile,
-    patients_at_least: Annotated[
-        int, typer.Option(min=1, help="A public lower bound of the patients you contribute; it sets the sampling rate.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Where the signed approval is written; in the home if not given.")] = None,
-    home: Home = _HOME,
-    as_json: Json = False,
-) -> None:
-    """Approve a plan by its digest, inside this site's policy, and write the approval for the operator."""
-    from pathfed_client import app as site
-
-    here = SiteHome(home)
-    data, found = site.read_signed_plan(here, plan)
-    del data
-    target = out or home / f"approval-{short(found.digest)}.dsse"
-    given = site.approve(here, plan, patients_at_least, target)
-    epsilon = site.plan_epsilon(found, patients_at_least, here.policy.delta)
-    show(
-        {
-            "plan": given.plan,
-            "declared_patients": given.declared_patients,
-            "epsilon_of_a_whole_run": epsilon,
-            "delta": here.policy.delta,
-            "approval": str(target),
-        },
-        as_json=as_json,
-        title="Approved. Hand the approval to the operator.",
-    )
-
-
-@app.command()
 def doctor(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="A signed plan: slides are judged by its cohort rules, speed by its rounds.")
@@ -352,8 +371,11 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         show(found, as_json=True)
         return
-    plans = found.pop("plans")
+    plans, alarms, control = (found.pop(part) for part in ("plans", "alarms", "control"))
+    if alarms:
+        show(alarms, as_json=False, title="ALARM: look at these, and at their codes' pages")
     show(found, as_json=False, title=f"site {found['site']}")
+    show(control, as_json=False, title="control plane")
     for plan in plans:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
 
@@ -390,7 +412,7 @@ def egress(
 
 @ledger_app.command("show")
 def ledger_show(home: Home = _HOME, as_json: Json = False) -> None:
-    """Show every charge, and recompute what all plans have cost, by three accountants."""
+    """Show every charge, and what all plans have cost, as it was computed with the last charge; `verify` computes it again."""
     from pathfed_client import app as site
 
     here = SiteHome(home)

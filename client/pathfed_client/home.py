@@ -1,14 +1,16 @@
 """A site's home folder: settings, policy, keys, database, sealed updates, logs. Everything of a client's is under it but the slides.
 
-site.toml  policy.toml  server-card.dsse  site-card.dsse  ca.pem  site.db  egress.db
-keys/      evidence.pem  flower  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
+site.toml  policy.toml  site-card.dsse  site.db  egress.db
+server-card.dsse  ca.pem  site.pem  tls-request.der   (once enrolled: the server, its CA, the site's certificate and what it was asked with)
+keys/      evidence.pem  flower  tls.pem  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are
 logs/      one file per process
 *.lock     held while the site runs (`hold`)
+stopped    there while the site is stopped (`io.stop_switch`)
 """
 
-import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -17,18 +19,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, field_validator
 
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.io.ledger_head import HeadFile
+from pathfed_client.io.log_head import LogHeadFile
 from pathfed_client.io.run_secrets import RunSecrets
-from pathfed_common import files
-from pathfed_common.errors import ErrorCode, HostError
+from pathfed_client.io.site_keys import FileKeys, KeyKind, flower_public
+from pathfed_client.io.stop_switch import StopSwitch
+from pathfed_common import digest, files, process_lock
+from pathfed_common.digest import Digest
+from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.ids import SiteName, site_name
 from pathfed_common.provenance.documents import ServerCard, SiteCard
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.settings import Settings, read_settings, to_toml
 
 _SECRET_BYTES = 32
@@ -96,8 +100,21 @@ class SiteHome:
 
     @cached_property
     def policy(self) -> SitePolicy:
-        """`policy.toml`."""
+        """`policy.toml`, as it was when it was first read."""
+        return self.policy_now()
+
+    def policy_now(self) -> SitePolicy:
+        """`policy.toml` as it is now."""
         return read_settings(SitePolicy, self.root / "policy.toml")
+
+    @property
+    def stop_switch(self) -> StopSwitch:
+        """The switch that stops the site."""
+        return StopSwitch(self.root)
+
+    def lock(self, what: str) -> Path:
+        """The lock that the process which does `what` holds (`hold`)."""
+        return self.root / f"{what}.lock"
 
     @property
     def name(self) -> SiteName:
@@ -125,6 +142,11 @@ class SiteHome:
         return self.root / "egress.db"
 
     @property
+    def relay_files(self) -> Path:
+        """Folder of the relay's loopback certificate, made anew at every start."""
+        return self.root / "flower" / "relay"
+
+    @property
     def updates(self) -> Path:
         """Folder of sealed updates."""
         return self.root / "updates"
@@ -141,13 +163,48 @@ class SiteHome:
 
     @property
     def ca_file(self) -> Path:
-        """The consortium's CA certificate, pinned at init."""
+        """The consortium's CA certificate, pinned when the home was enrolled."""
         return self.root / "ca.pem"
+
+    @property
+    def certificate_file(self) -> Path:
+        """The site's certificate for the control plane; not there before the site is admitted, or in a home that only has cards."""
+        return self.root / "site.pem"
+
+    @property
+    def next_certificate_file(self) -> Path:
+        """A renewed certificate, between being received and being used."""
+        return self.root / "site.pem.next"
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether the control plane knows this home: it has a certificate."""
+        return self.certificate_file.exists()
+
+    @property
+    def log_head(self) -> LogHeadFile:
+        """What this site has cosigned last of the transparency log."""
+        return LogHeadFile(self.run_secrets)
+
+    @property
+    def server_card_file(self) -> Path:
+        """The server's card; not there before the home is enrolled."""
+        return self.root / "server-card.dsse"
+
+    @property
+    def has_server(self) -> bool:
+        """Whether this home belongs to a server."""
+        return self.server_card_file.exists()
+
+    @property
+    def keys(self) -> FileKeys:
+        """The site's private keys."""
+        return FileKeys(self.root / "keys")
 
     @property
     def flower_key(self) -> Path:
         """Private Flower node key, OpenSSH form."""
-        return self.root / "keys" / "flower"
+        return self.keys.flower_key_file()
 
     @property
     def superexec_secret(self) -> Path:
@@ -157,7 +214,37 @@ class SiteHome:
     @cached_property
     def evidence_key(self) -> SigningKey:
         """The key that signs what this site states."""
-        return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+        return self.keys.evidence_key()
+
+    @property
+    def former_keys(self) -> tuple[VerifyKey, ...]:
+        """Public evidence keys this site had before; what they signed stays this site's.
+
+        Raises:
+            HostError: PF906, the file holds something else.
+        """
+        path = self.root / "former-keys.json"
+        if not path.exists():
+            return ()
+        try:
+            return tuple(VerifyKey.from_text(text) for text in json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise HostError(ErrorCode.KEY_FILE, f"not a list of public keys: {error}", where=path) from None
+
+    @property
+    def evidence_keys(self) -> dict[Digest, VerifyKey]:
+        """All public evidence keys this site has or had, by key id."""
+        return {key.key_id: key for key in (*self.former_keys, self.evidence_key.public)}
+
+    def add_former_key(self, key: VerifyKey) -> None:
+        """Remember an evidence key that is being replaced; once is enough.
+
+        Raises:
+            HostError: PF901, PF904, it cannot be written; PF906, see `former_keys`.
+        """
+        known = [one.to_text() for one in self.former_keys]
+        if key.to_text() not in known:
+            files.write_atomic(self.root / "former-keys.json", digest.canonical([*known, key.to_text()]))
 
     @cached_property
     def pseudonym_key(self) -> bytes:
@@ -166,7 +253,14 @@ class SiteHome:
 
     @cached_property
     def server_card(self) -> ServerCard:
-        """The server this site belongs to, pinned at init."""
+        """The server this site belongs to, pinned when it was enrolled.
+
+        Raises:
+            TransportError: PF430, the home is not enrolled.
+        """
+        self.settings  # noqa: B018 - a folder that is no home has its own error
+        if not self.has_server:
+            raise TransportError(ErrorCode.NOT_ENROLLED, "this home is not enrolled with a server yet", where=self.root)
         return ServerCard.from_bytes(self._read("server-card.dsse"))
 
     @property
@@ -187,15 +281,28 @@ class SiteHome:
             ) from None
 
 
-def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_card: bytes) -> SiteHome:
+def create_home(root: Path, settings: SiteSettings, policy: SitePolicy, server_card: bytes | None = None) -> SiteHome:
     """Make a site's home with fresh keys; whole or not at all.
+
+    Args:
+        root: the folder.
+        settings: `site.toml`.
+        policy: `policy.toml`.
+        server_card: a card that was handed over, for sites that have no way to the control plane; None: the home is enrolled later.
 
     Raises:
         HostError: PF904, something is there already, or it cannot be written.
         ProvenanceError: PF602, the server card does not verify.
     """
-    card = ServerCard.from_bytes(server_card)
-    files.create_folder(root, lambda part: _fill(part, settings, policy, card, server_card))
+    card = None if server_card is None else ServerCard.from_bytes(server_card)
+
+    def fill(part: Path) -> None:
+        _fill(part, settings, policy)
+        if card is not None and server_card is not None:
+            files.write_atomic(part / "server-card.dsse", server_card)
+            files.write_atomic(part / "ca.pem", card.ca_pem.encode())
+
+    files.create_folder(root, fill)
     return SiteHome(root)
 
 
@@ -213,49 +320,42 @@ def hold(home: SiteHome, what: str, *, patience_s: float = 0.0) -> Iterator[None
     Raises:
         HostError: PF904, another process holds it, or the home cannot be written.
     """
-    path = home.root / f"{what}.lock"
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise files.disk_error(error, path) from error
-    with file:
-        last = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= last:
-                    raise HostError(
-                        ErrorCode.HOME_UNUSABLE,
-                        "another process runs this site already",
-                        where=path,
-                        remedy="stop the other `pathfed-site start` of this home; two would spend and erase each other's secrets",
-                    ) from None
-                time.sleep(_LOOK_AGAIN_S)
+    path = home.lock(what)
+    last = time.monotonic() + patience_s
+    while True:
+        try:
+            held = process_lock.take(path)
+        except OSError as error:
+            raise files.disk_error(error, path) from error
+        if held is not None:
+            break
+        if time.monotonic() >= last:
+            raise HostError(
+                ErrorCode.HOME_UNUSABLE,
+                "another process runs this site already",
+                where=path,
+                remedy="stop the other `pathfed-site start` of this home; two would spend and erase each other's secrets",
+            )
+        time.sleep(_LOOK_AGAIN_S)
+    with held:
         yield
 
 
-def _fill(part: Path, settings: SiteSettings, policy: SitePolicy, card: ServerCard, server_card: bytes) -> None:
+def _fill(part: Path, settings: SiteSettings, policy: SitePolicy) -> None:
     for folder in ("keys", "updates", "logs"):
         (part / folder).mkdir(mode=0o700)
     RunSecrets.create(part / "secrets")
     HeadFile.create(part / "secrets")
-    evidence = SigningKey.generate()
-    flower = ec.generate_private_key(ec.SECP384R1())
-    private = flower.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-    public = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    secrets = {
-        "evidence.pem": evidence.to_pem(),
-        "flower": private,
-        "pseudonym.key": os.urandom(_SECRET_BYTES),
-        "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode(),
-    }
-    for name, data in secrets.items():
+    keys = FileKeys.create(part / "keys")
+    for name, data in {"pseudonym.key": os.urandom(_SECRET_BYTES), "superexec.secret": os.urandom(_SECRET_BYTES).hex().encode()}.items():
         files.write_atomic(part / "keys" / name, data, secret=True)
-    own = SiteCard(site=site_name(settings.name), evidence_key=evidence.public, flower_key=public.decode())
-    files.write_atomic(part / "site-card.dsse", own.to_bytes(evidence))
-    files.write_atomic(part / "server-card.dsse", server_card)
-    files.write_atomic(part / "ca.pem", card.ca_pem.encode())
+    files.write_atomic(part / "site-card.dsse", site_card(keys, site_name(settings.name)))
     files.write_atomic(part / "site.toml", to_toml(settings, "pathfed site; see docs/reference/settings.md").encode())
     files.write_atomic(part / "policy.toml", to_toml(policy, "This hospital's own limits; see docs/reference/settings.md").encode())
+
+
+def site_card(keys: FileKeys, site: SiteName, staged: KeyKind | None = None) -> bytes:
+    """The site's card for its keys, with the staged one of a kind in its place, signed by the evidence key that it names."""
+    evidence = keys.evidence_key(staged=staged is KeyKind.EVIDENCE)
+    flower = flower_public(keys.flower_key_file(staged=staged is KeyKind.FLOWER))
+    return SiteCard(site=site, evidence_key=evidence.public, flower_key=flower).to_bytes(evidence)

@@ -55,7 +55,7 @@ def _check_keys(value: object) -> None:
             if not isinstance(key, str):
                 raise ValueError(f"not a JSON value: keys must be texts, got {key!r}")
             _check_keys(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             _check_keys(item)
 

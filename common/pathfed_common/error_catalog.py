@@ -444,9 +444,11 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.PLAN_NOT_APPROVED: CatalogEntry(
         "The plan is not approved at this site",
-        "A round was offered for a plan that this hospital has not approved. A site trains for approved plans only.",
-        "Read the plan (`pathfed-site approve` shows it and its cost before it asks) and approve it, or let it be: the round goes"
-        " on without this site.",
+        "A round was offered for a plan that this hospital has not approved, has rejected, or whose approval it has "
+        "revoked. A site trains for "
+        "approved plans only.",
+        "Read the plan (`pathfed-site show`) and approve it, or let it be: the round goes on without this site. A plan of the same name is "
+        "another plan where its digest is another.",
         "site",
     ),
     Code.BASE_STATE_MISMATCH: CatalogEntry(
@@ -471,6 +473,53 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "Something went wrong at the site which has no code of its own. By design the server learns no more than this; the "
         "details are in the site's log.",
         "The site's IT looks at the log of its runner for this time. The round went on without the site if the quorum held.",
+        "site",
+    ),
+    Code.SITE_STOPPED: CatalogEntry(
+        "The site was stopped by its own people",
+        "Somebody at the hospital has thrown the stop switch (`pathfed-site stop`). A round that was being computed was broken off, "
+        "nothing of it left the site, and what was charged for it stays charged.",
+        "`pathfed-site status` says since when and why. `pathfed-site resume` lets the site answer again.",
+        "site",
+    ),
+    Code.OUTSIDE_HOURS: CatalogEntry(
+        "No round begins at this hour",
+        "The hospital's policy has hours within which rounds may begin, and the offer came outside them. Nothing was charged; the round "
+        "goes on without this site.",
+        "Nothing at the site. An operator who wants this site in a run plans the run's rounds for its hours. The hours are `hours`, "
+        "`weekends` and `time_zone` in `policy.toml`.",
+        "both",
+    ),
+    Code.SECOND_PERSON_MISSING: CatalogEntry(
+        "A second person must sign the approval",
+        "The hospital's policy (`second_person`) wants two approvers under an approval, each with a key of their own, and "
+        "fewer have signed these very figures, or one of them is no approver any more. The site answers no offer for the plan.",
+        "Let another approver run `pathfed-site approve` for the plan, with the same number of patients, `--approver` and `--key`. "
+        "`pathfed-site show` says who has signed.",
+        "site",
+    ),
+    Code.APPROVER_UNKNOWN: CatalogEntry(
+        "The approver is not known, or known already",
+        "The name that was given is no approver of this site, has another key, or is to be added while an approver of "
+        "this name or with this key is there.",
+        "`pathfed-site approvers list` shows names and keys. Two people have two names and two keys; to exchange a "
+        "key, remove the person and add them again.",
+        "site",
+    ),
+    Code.PLAN_NOT_HERE: CatalogEntry(
+        "No plan, or several, go by this name",
+        "A command named a plan that did not come to this site, or named several: two plans may have one name, and "
+        "digests may begin alike. Nothing was done.",
+        "`pathfed-site plans` lists what is here. Name the plan by as much of its digest as makes it one, or by the file that the operator "
+        "handed over.",
+        "site",
+    ),
+    Code.PLAN_DECIDED: CatalogEntry(
+        "The site has decided on this plan already",
+        "A plan that was approved cannot be rejected, only one that is approved can be revoked, and an approval that "
+        "was revoked is not given again: what a site has said about a plan is evidence, and stays.",
+        "Take an approval back with `pathfed-site revoke`. To take part after a revocation, ask the operator to publish the plan under "
+        "another name.",
         "site",
     ),
     Code.INVITATION_UNREADABLE: CatalogEntry(
@@ -544,6 +593,94 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "Compare once more, letter by letter. If it stays different, refuse the request, invite the site again, and find out who had the "
         "invitation.",
         "operator",
+    ),
+    Code.NOT_ENROLLED: CatalogEntry(
+        "The site is not enrolled",
+        "The home has no server card and no certificate yet: no server knows it, so there is nothing to connect to or to approve.",
+        "Ask the operator for an invitation, then `pathfed-site enroll INVITATION`. If you asked already, the operator has not decided yet:"
+        " tell them the fingerprint that `pathfed-site keys show` prints, and run the same `enroll` again.",
+        "site",
+    ),
+    Code.PIN_DIFFERS: CatalogEntry(
+        "The server is not the one in the invitation",
+        "The certificate authority or the evidence key of the server that answers is not the one that the invitation pins. Another server "
+        "answers at that address, or somebody between intercepts TLS. Nothing was sent but a greeting, and nothing was stored.",
+        "Do not go on. A proxy that opens TLS must let this address through unopened. Compare address and keys with the operator by "
+        "telephone, and ask for a new invitation if the CA was changed since.",
+        "both",
+    ),
+    Code.ENROLMENT_REFUSED: CatalogEntry(
+        "The operator has refused the enrolment",
+        "The operator looked at the request and did not admit the site, because the fingerprint differed or for another reason.",
+        "Ask the operator. A new invitation starts again; the home and its keys can stay.",
+        "site",
+    ),
+    Code.ANSWER_UNUSABLE: CatalogEntry(
+        "The server's answer cannot be used",
+        "The server answered something that a server of this version does not answer: an unknown state or code, a certificate for another "
+        "key or another site, a card that does not verify. Nothing of it was stored.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator.",
+        "both",
+    ),
+    Code.LOG_FORKED: CatalogEntry(
+        "The server's log contradicts what this site has cosigned",
+        "The log is smaller than, or different from, or not shown to continue, the log that this site has cosigned. Two audiences may be "
+        "shown two histories, or the server's database was restored from a backup. The site has not cosigned it; the server's own signed "
+        "checkpoint is kept as evidence.",
+        "Do not go on as if nothing were. Call the other sites and compare the latest checkpoints; ask the operator whether the server was "
+        "restored. `pathfed-site status` shows the alarm for as long as the home exists.",
+        "both",
+    ),
+    Code.LOG_LEAF_MISSING: CatalogEntry(
+        "What the server acknowledged is not in its log",
+        "The server took this site's word, and two minutes later its log does not hold it. The site does not cosign a log without it.",
+        "Ask the operator. The alarm ends when the leaf is in; that it was missing stays on record.",
+        "both",
+    ),
+    Code.LOG_HEAD_LOST: CatalogEntry(
+        "What this site has cosigned last is lost",
+        "The file `secrets/log-head` is missing or was changed: this home was restored from a backup, or somebody changed it. A site that "
+        "does not know what it has cosigned could be led to cosign a second history, so it cosigns nothing.",
+        "Put the newest `secrets/` back. If it is gone, the site has to be revoked and enrolled again with a new home.",
+        "site",
+    ),
+    Code.LOG_UNREADABLE: CatalogEntry(
+        "The server's log cannot be read",
+        "The server shows a checkpoint that its log key did not sign, or leaves of a kind that this version does not know. The site has "
+        "not cosigned it.",
+        "Compare the versions of pathfed at both ends. If they are the same, tell the operator and the other sites.",
+        "both",
+    ),
+    Code.LOG_FOREIGN_LEAF: CatalogEntry(
+        "The log names something of this site that it never made",
+        "The log names a statement, word or key of this site that this home does not know. Either this home was put back to an earlier "
+        "state and has forgotten it, or somebody else holds this site's key, or the server made it up.",
+        "Was this disk or database restored? Then charges were forgotten: do not train with it (PF309), revoke the site and enrol a new "
+        "home. If not, ask the operator for the envelope behind the leaf: its signature shows whose key made it.",
+        "both",
+    ),
+    Code.ROTATION_WAITS: CatalogEntry(
+        "The evidence key cannot be rotated yet",
+        "Words of this site on plans are signed with the present key and have not reached the server, which would not take them any more "
+        "once another key is the site's. Nothing was changed.",
+        "Let `pathfed-site start` run until `pathfed-site status` shows no waiting words. Then stop it and rotate.",
+        "site",
+    ),
+    Code.RELAY_STRANGER: CatalogEntry(
+        "A stranger spoke to the site's relay",
+        "A process that does not belong to the user whom the site runs as connected to the relay's port on this machine, or there were too "
+        "many connections. It was closed before anything it said was read, and nothing left.",
+        "Find out which user of this machine did it (the number in `logs/relay.log` is theirs) and why. On a system that does not tell "
+        "whose a connection is, which is any but Linux, the relay refuses everybody.",
+        "site",
+    ),
+    Code.PROXY_REFUSED: CatalogEntry(
+        "The web proxy does not let the site out",
+        "The proxy that `https_proxy` names does not open a way to the server: it refuses the host or the port, asks for a password, or "
+        "its address cannot be used.",
+        "Let the proxy pass CONNECT to the server's addresses, without inspecting TLS. Give `http://HOST:PORT`, or "
+        "`http://USER:PASSWORD@HOST:PORT` where it answers 407.",
+        "site",
     ),
 }
 
@@ -871,6 +1008,12 @@ _PROVENANCE: dict[Code, CatalogEntry] = {
         "server knows; compare the keys.",
         "both",
     ),
+    Code.LINEAGE_UNKNOWN: CatalogEntry(
+        "Nothing of this name has a lineage",
+        "No site, release or run has this name, or several releases begin with these digits.",
+        "See `pathfed-server sites list`, `pathfed-server run status` and `pathfed-server log leaves`, and give more digits.",
+        "operator",
+    ),
     Code.FIRST_STATE: CatalogEntry(
         "The run did not start where its plan says",
         "The first state's encoder is not the checkpoint that the plan's `encoder.init_from` names, or its random weights are not "
@@ -981,6 +1124,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "state, or another record lies in its place.",
         "Check that the noted head is this site's. If it is, keep the file and ask who had access to this machine since it was noted; the "
         "firewall's logs of this site's connections show what left meanwhile.",
+        "site",
+    ),
+    Code.ENROLMENT_ELSEWHERE: CatalogEntry(
+        "The home belongs to another server or site",
+        "The invitation names another site than this home, or another server than the one this home belongs to. A home, with its keys and "
+        "its ledger, is one site of one consortium. Nothing was sent.",
+        "Give the right `--home`, or make a new home for the other consortium. Budgets of two consortia do not know of each other: a "
+        "patient in both spends in both.",
         "site",
     ),
 }

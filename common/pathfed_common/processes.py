@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,12 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """Process id of each living child by name."""
         return {child.spec.name: child.process.pid for child in self._children if child.restart_at is None and child.process.poll() is None}
+
+    def end(self, names: Collection[str], grace_s: float = 0.0) -> None:
+        """End some children for good, by force after `grace_s` seconds, the last started first; they are not started again."""
+        chosen = [child for child in reversed(self._children) if child.spec.name in names]
+        end_all((child.process for child in chosen if child.restart_at is None), grace_s)
+        self._children = [child for child in self._children if child not in chosen]
 
     def stop(self, grace_s: float = 10.0) -> None:
         """Ask every child to end, the last started first, and end by force those that have not after `grace_s` seconds.

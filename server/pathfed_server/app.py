@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from pathfed_common.encoder.spec import preset
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan
-from pathfed_common.provenance import dsse
 from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
-from pathfed_common.provenance.keys import VerifyKey
-from pathfed_server.db.rows import ApprovalRow, PlanRow, RunRow
+from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
+from pathfed_server.operators import Role, opened_by
+from pathfed_server.words import record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -67,9 +66,24 @@ def init(
     return home
 
 
-def opened(root: Path) -> AbstractContextManager[SqlStore]:
-    """The store of a server's home, as a context manager."""
-    return SqlStore(ServerHome(root).database_url)
+def stop_run(root: Path, run: RunName) -> None:
+    """Stop a run before its next round.
+
+    Raises:
+        RoundError: PF510, no such run; PF511, it has finished or failed; PF522, PF523, see `operators.acting`.
+    """
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.stop_run(run, at=time.time(), by=by)
+
+
+def resume_run(root: Path, run: RunName) -> None:
+    """Let a failed or stopped run go on from its last committed round.
+
+    Raises:
+        RoundError: PF510, no such run; PF511, it is running or finished; PF522, PF523, see `operators.acting`.
+    """
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.reopen_run(run, at=time.time(), by=by)
 
 
 def serve(root: Path, tell: Callable[[str], None]) -> None:
@@ -87,17 +101,17 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
         TransportError: PF402, its Flower node key is not one.
         RoundError: PF502, the name or a key is taken.
     """
-    from pathfed_server.transport.flower_control import node_key
+    from pathfed_server.transport.node_keys import read_node_key
 
     data = files.read_given(card_file)
     card = SiteCard.from_bytes(data, where=str(card_file))
-    node_key(card.flower_key)
+    read_node_key(card.flower_key)
     place = ServerHome(root).site_card_file(card.site)
     written = place.with_suffix(".new")
-    with opened(root) as store:
+    with opened_by(root, Role.OPERATOR) as (store, by):
         files.write_atomic(written, data)
         try:
-            store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time())
+            store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time(), by=by)
             written.replace(place)
         finally:
             written.unlink(missing_ok=True)
@@ -112,32 +126,8 @@ def add_approval(root: Path, file: Path) -> Approval:
         RoundError: PF501, no such site; PF516, no such plan.
     """
     envelope = files.read_given(file)
-    key_id = dsse.parse(envelope, where=str(file)).key_id
-    with opened(root) as store:
-        keys = {key.key_id: key for key in (VerifyKey.from_text(site.evidence_key) for site in store.sites())}
-        if key_id not in keys:
-            raise RoundError(
-                ErrorCode.SITE_UNKNOWN,
-                "signed with the key of no enrolled site",
-                where=file,
-                value=key_id,
-                remedy="add the site's card first",
-            )
-        approval = Approval.from_bytes(envelope, keys[key_id], where=str(file))
-        if store.site(approval.site).evidence_key != keys[key_id].to_text():
-            raise RoundError(
-                ErrorCode.SITE_UNKNOWN, "the approval names another site than the one that signed it", where=file, value=approval.site
-            )
-        row = ApprovalRow(
-            site=approval.site,
-            plan=approval.plan,
-            declared_patients=approval.declared_patients,
-            reply_slots=approval.reply_slots,
-            envelope=envelope,
-            approved_at=approval.approved_at,
-        )
-        store.add_approval(row, at=time.time())
-    return approval
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        return record_word(store, envelope, by=by, where=str(file))
 
 
 def read_plan(file: Path) -> Plan:
@@ -193,8 +183,8 @@ def publish_plan(root: Path, file: Path, out: Path) -> Plan:
     plan = read_plan(file)
     _check_start(root, plan)
     signed = seal_plan(plan, ServerHome(root).evidence_key)
-    with opened(root) as store:
-        store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time())
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=time.time(), by=by)
     files.write_atomic(out, signed)
     return plan
 
@@ -206,7 +196,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
         RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum.
         PlanError: PF109, the server does not have the checkpoint that the plan starts from.
     """
-    with opened(root) as store:
+    with opened_by(root, Role.OPERATOR) as (store, by):
         row = _find_plan(store, plan)
         _check_start(root, row.plan())
         chosen = list(sites) or [given.site for given in store.approvals(row.digest)]
@@ -218,7 +208,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
                 value=f"{len(chosen)} of {quorum}",
                 remedy="record more approvals (`pathfed-server sites approval`) or name more sites",
             )
-        store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time())
+        store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time(), by=by)
         return store.run(name)
 
 
@@ -244,7 +234,10 @@ def import_encoder(
         spec = preset(preset_name, img_size=tile_px)
     except ValueError as error:
         raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="--preset and --tile-px") from None
-    return import_checkpoint(ServerHome(root), file, spec, prefix=prefix, tell=tell)
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        made = import_checkpoint(ServerHome(root), file, spec, prefix=prefix, tell=tell)
+        store.audit(actor=by, action="encoder.imported", subject=made.digest, at=time.time(), detail={"preset": preset_name})
+    return made
 
 
 def _find_plan(store: SqlStore, text: str) -> PlanRow:
@@ -262,7 +255,7 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
 
 def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
     """A run's rounds, with what became of each site."""
-    with opened(root) as store:
+    with opened_by(root, Role.AUDITOR) as (store, _):
         store.run(run)
         return [
             {

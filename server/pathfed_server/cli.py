@@ -10,55 +10,36 @@ import typer
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
-from pathfed_common.errors import ErrorCode, HostError
-from pathfed_common.ids import RunName, SiteName
-from pathfed_common.ids import run_name as check_run_name
-from pathfed_common.ids import site_name as check_site_name
+from pathfed_server.cli_log import lineage, log_app
+from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
+from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.cli_release import release_app
+from pathfed_server.operators import Role, opened_by
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
 )
-sites_app = typer.Typer(no_args_is_help=True, help="Enrol sites and record their approvals.")
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
 encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
 run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
+app.command()(invite)
 app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
+app.add_typer(log_app, name="log")
+app.command("lineage")(lineage)
+app.add_typer(release_app, name="release")
+app.add_typer(operators_app, name="operators")
+app.add_typer(ca_app, name="ca")
+app.command()(audit)
 
-Home = Annotated[Path, typer.Option("--home", envvar="PATHFED_SERVER_HOME", help="The server's home folder.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]
-_HOME = Path("pathfed-server")
-
-
-def run_name(text: str) -> RunName:
-    """A run's name as a person gave it.
-
-    Raises:
-        HostError: PF905, it cannot be one.
-    """
-    try:
-        return check_run_name(text)
-    except ValueError as error:
-        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="the run's name") from None
-
-
-def site_name(text: str) -> SiteName:
-    """A site's name as a person gave it.
-
-    Raises:
-        HostError: PF905, it cannot be one.
-    """
-    try:
-        return check_site_name(text)
-    except ValueError as error:
-        raise HostError(ErrorCode.SETTINGS_INVALID, str(error), where="the site's name") from None
 
 
 @app.command()
 def init(
-    home: Home = _HOME,
+    home: Home = HOME,
     consortium: Annotated[str, typer.Option(help="The consortium's name: lower-case letters, digits, inner hyphens.")] = "consortium",
     host: Annotated[str, typer.Option(help="Name or address that sites connect to.")] = "127.0.0.1",
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -101,7 +82,7 @@ def init(
 
 
 @app.command()
-def start(home: Home = _HOME, as_json: Json = False) -> None:
+def start(home: Home = HOME, as_json: Json = False) -> None:
     """Serve sites and carry out runs, until Ctrl-C."""
     from pathfed_server import app as server
 
@@ -114,55 +95,6 @@ def start(home: Home = _HOME, as_json: Json = False) -> None:
             else console.out.print(line, soft_wrap=True, markup=False)
         ),
     )
-
-
-@sites_app.command("add")
-def sites_add(
-    card: Annotated[Path, typer.Argument(help="The site card the hospital handed over.")], home: Home = _HOME, as_json: Json = False
-) -> None:
-    """Enrol a site by its card."""
-    from pathfed_server import app as server
-
-    site = server.add_site(home, card)
-    show(
-        {"site": site.site, "evidence_key": site.evidence_key.to_text()},
-        as_json=as_json,
-        title="Enrolled. Compare the key with the hospital's by telephone.",
-    )
-
-
-@sites_app.command("approval")
-def sites_approval(
-    file: Annotated[Path, typer.Argument(help="The approval the hospital handed over.")], home: Home = _HOME, as_json: Json = False
-) -> None:
-    """Record a site's signed approval of a plan."""
-    from pathfed_server import app as server
-
-    given = server.add_approval(home, file)
-    show({"site": given.site, "plan": given.plan, "declared_patients": given.declared_patients}, as_json=as_json, title="Recorded.")
-
-
-@sites_app.command("revoke")
-def sites_revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: Home = _HOME, as_json: Json = False) -> None:
-    """Take a site out: it gets no further offer and its node is removed."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
-        store.revoke_site(site_name(site), at=time.time())
-    show({"site": site, "state": "revoked"}, as_json=as_json)
-
-
-@sites_app.command("list")
-def sites_list(home: Home = _HOME, as_json: Json = False) -> None:
-    """List the sites."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
-        rows = [
-            {"site": row.name, "state": row.state.value, "evidence_key": row.evidence_key, "enrolled_at": row.enrolled_at}
-            for row in store.sites()
-        ]
-    show(rows, as_json=as_json, title="sites")
 
 
 @plan_app.command("check")
@@ -181,7 +113,7 @@ def plan_check(
 def plan_publish(
     file: Annotated[Path, typer.Argument(help="A plan, TOML.")],
     out: Annotated[Path | None, typer.Option(help="Where the signed plan for the sites is written; beside the plan if not given.")] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Sign a plan and write the file that sites approve."""
@@ -197,11 +129,9 @@ def plan_publish(
 
 
 @plan_app.command("list")
-def plan_list(home: Home = _HOME, as_json: Json = False) -> None:
+def plan_list(home: Home = HOME, as_json: Json = False) -> None:
     """List the published plans."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         rows = [
             {
                 "plan": row.digest,
@@ -223,7 +153,7 @@ def encoder_import(
         typer.Option(min=1, help="Side of the plan's tiles, pixels; the position embedding is resampled to it. 224 if not given."),
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="What stands before the encoder's names in the file; found out if not given.")] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Check a published encoder, keep it, and print the digest that plans name it by."""
@@ -248,7 +178,7 @@ def run_start(
     site: Annotated[
         list[str] | None, typer.Option(help="A site to ask; repeat it. Every site that approved the plan if not given.")
     ] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Plan a run; a running `pathfed-server start` takes it up at once."""
@@ -263,35 +193,31 @@ def run_start(
 
 
 @run_app.command("stop")
-def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
     """Stop a run before its next round. What is committed stays."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.stop_run(run_name(run), at=time.time())
+    server.stop_run(home, run_name(run))
     show({"run": run, "state": "stopped"}, as_json=as_json)
 
 
 @run_app.command("resume")
-def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
     """Let a failed or stopped run go on from its last committed round."""
     from pathfed_server import app as server
 
-    with server.opened(home) as store:
-        store.reopen_run(run_name(run), at=time.time())
+    server.resume_run(home, run_name(run))
     show({"run": run, "state": "planned"}, as_json=as_json)
 
 
 @run_app.command("status")
 def run_status(
     run: Annotated[str | None, typer.Argument(help="The run's name; all runs if not given.")] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Show where runs stand."""
-    from pathfed_server import app as server
-
-    with server.opened(home) as store:
+    with opened_by(home, Role.AUDITOR) as (store, _):
         runs = store.runs() if run is None else [store.run(run_name(run))]
         rows = [
             {
@@ -311,19 +237,20 @@ def run_status(
 def run_report(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    home: Home = _HOME,
+    home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Write a run's report: one self-contained HTML page."""
     from pathfed_server import reporting
     from pathfed_server.home import ServerHome
 
-    reporting.write_report(ServerHome(home), run_name(run), out)
+    with opened_by(home, Role.AUDITOR):
+        reporting.write_report(ServerHome(home), run_name(run), out)
     show({"run": run, "report": str(out)}, as_json=as_json)
 
 
 @app.command()
-def rounds(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = _HOME, as_json: Json = False) -> None:
+def rounds(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
     """Show a run's rounds and who took part."""
     from pathfed_server import app as server
 

@@ -18,6 +18,7 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessEnd, Supervisor
+from pathfed_server.control import control_process
 from pathfed_server.db.rows import RunRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -108,14 +109,16 @@ def serve(home: ServerHome, tell: Tell) -> None:
 
     Raises:
         RoundError: the database cannot be reached, or is not at this version's schema.
-        HostError: PF902, the fleet port is taken; PF903, a process does not start or will not stay up; PF906, others may read a key file.
+        HostError: PF902, one of the ports for sites is taken; PF903, a process does not start or will not stay up; PF906, others may
+            read a key file.
     """
-    for key in (home.tls_key, home.superexec_secret):
+    for key in (home.tls_key, home.superexec_secret, home.authority_files.key):
         files.read_secret(key)
     supervisor = Supervisor()
     with SqlStore(home.database_url) as store:
         try:
             port = start_engine(supervisor, _engine_files(home))
+            supervisor.start(control_process(home))
             files.write_atomic(
                 home.ports_file, json.dumps({"superlink": port, "fleet": home.settings.fleet_port, "pid": os.getpid()}).encode()
             )

@@ -67,7 +67,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
                 settings,
                 sites=FlowerSites(grid, nodes),
                 store=store,
-                recorder=Recorder(home.record(run), home.evidence_key, cards),
+                recorder=Recorder(home.record(run), home.evidence_key, cards, retain_updates=home.settings.retain_updates),
                 clock=SystemClock(),
                 progress=_tell,
             )

@@ -1,7 +1,7 @@
 """The server's home folder: settings, keys, database, runs, Flower's own state, logs.
 
 server.toml  server-card.dsse  ca.pem  tls.pem  ports.json (while it runs)  pathfed.db (unless a database URL is set)
-keys/        evidence.pem  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
+keys/        evidence.pem  model.pem (from the first release on)  ca.key  tls.key  superexec.secret   (0600, in a folder of 0700)
 checkpoints/ <digest>.safetensors: imported encoders that plans start from
 runs/<run>/  states/ optimiser/ spool/ quarantine/ record/
 flower/      SuperLink's database and bundles: an engine's state, not the truth
@@ -24,7 +24,9 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.processes import free_port
 from pathfed_common.provenance.documents import ServerCard
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.model_signature import ModelKey
 from pathfed_common.settings import Settings, checked, read_settings, to_toml
+from pathfed_server.transport.authority import Authority, AuthorityFiles
 from pathfed_server.transport.certificates import make_tls
 
 _SECRET_BYTES = 32
@@ -46,8 +48,17 @@ class ServerSettings(Settings):
     control_port: int = Field(ge=1, le=65535)
     #: TCP port of the enrolment service, for sites that are invited.
     enrolment_port: int = Field(ge=1, le=65535)
+    #: Keep every admitted update in its run's record: whoever is given them can recompute the states (`pathfed verify --replay`).
+    retain_updates: bool = False
+    #: Days that a site's TLS certificate holds; the site renews it by itself when two thirds are over.
+    certificate_days: int = Field(default=30, ge=1, le=397)
     #: SQLAlchemy URL of the metadata database; empty: a SQLite file in the home.
     database: str = ""
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names and addresses that the server's certificate is for."""
+        return list(dict.fromkeys([self.host, *_LOOPBACK]))
 
     @property
     def fleet_address(self) -> str:
@@ -125,6 +136,36 @@ class ServerHome:
     def evidence_key(self) -> SigningKey:
         """The key that signs plans, offers and round records."""
         return SigningKey.from_pem(files.read_secret(self.root / "keys" / "evidence.pem"))
+
+    def model_key(self) -> ModelKey:
+        """The key that signs released encoders; made when it is first asked for."""
+        path = self.root / "keys" / "model.pem"
+        if not path.exists():
+            files.write_atomic(path, ModelKey.generate().to_pem(), secret=True)
+        return ModelKey.from_pem(files.read_secret(path))
+
+    @property
+    def authority_files(self) -> AuthorityFiles:
+        """Where the certificate authority's parts are."""
+        return AuthorityFiles(
+            bundle=self.ca_file,
+            key=self.root / "keys" / "ca.key",
+            server_certificate=self.tls_certificate,
+            server_key=self.tls_key,
+        )
+
+    def authority(self) -> Authority:
+        """The certificate authority as its files say now.
+
+        Raises:
+            HostError: PF904, PF906, a file is missing or a key may be read by others.
+            TransportError: PF420, they do not fit together.
+        """
+        return Authority(self.settings.consortium, self.authority_files)
+
+    def write_card(self) -> None:
+        """Write the server's card anew, from settings, evidence key and trusted authorities."""
+        files.write_atomic(self.card_file, _card(self.settings, self.evidence_key, files.read_given(self.ca_file)))
 
     @property
     def checkpoints(self) -> Path:
@@ -214,8 +255,7 @@ def _other_port(taken: set[int]) -> int:
 def _fill(part: Path, settings: ServerSettings) -> None:
     for folder in ("keys", "sites", "runs", "flower", "logs"):
         (part / folder).mkdir(mode=0o700)
-    hosts = list(dict.fromkeys([settings.host, *_LOOPBACK]))
-    tls = make_tls(settings.consortium, hosts, now=datetime.datetime.now(datetime.UTC))
+    tls = make_tls(settings.consortium, settings.hosts, now=datetime.datetime.now(datetime.UTC))
     evidence = SigningKey.generate()
     secrets = {
         "evidence.pem": evidence.to_pem(),
@@ -225,15 +265,19 @@ def _fill(part: Path, settings: ServerSettings) -> None:
     }
     for name, data in secrets.items():
         files.write_atomic(part / "keys" / name, data, secret=True)
+    files.write_atomic(part / "server-card.dsse", _card(settings, evidence, tls.ca_certificate))
+    files.write_atomic(part / "ca.pem", tls.ca_certificate)
+    files.write_atomic(part / "tls.pem", tls.certificate + tls.ca_certificate)
+    files.write_atomic(part / "server.toml", to_toml(settings, "pathfed server; see docs/reference/settings.md").encode())
+
+
+def _card(settings: ServerSettings, evidence: SigningKey, ca_pem: bytes) -> bytes:
     card = ServerCard(
         name=settings.consortium,
         evidence_key=evidence.public,
-        ca_pem=tls.ca_certificate.decode(),
+        ca_pem=ca_pem.decode(),
         fleet_address=settings.fleet_address,
         control_address=settings.control_address,
         enrolment_address=settings.enrolment_address,
     )
-    files.write_atomic(part / "server-card.dsse", card.to_bytes(evidence))
-    files.write_atomic(part / "ca.pem", tls.ca_certificate)
-    files.write_atomic(part / "tls.pem", tls.certificate)
-    files.write_atomic(part / "server.toml", to_toml(settings, "pathfed server; see docs/reference/settings.md").encode())
+    return card.to_bytes(evidence)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.benchmarks._round_times import RoundTimes, wait_until
@@ -20,7 +21,8 @@ from tests.benchmarks._site_runner import TIMES, TRAIN_S
 from pathfed_client import app as client
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings
-from pathfed_client.transport.site_engine import SiteFiles, start_site
+from pathfed_client.transport.relay_certificate import make_certificate
+from pathfed_client.transport.site_engine import SiteFiles, start_relay, start_site
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections
 from pathfed_local.generator import generate_hospitals
@@ -89,18 +91,20 @@ class PathfedSide:
         runner = [sys.executable, str(Path(__file__).with_name("_site_runner.py"))]
         for site in self.site_homes:
             flower = site.root / "flower"
-            flower.mkdir()
+            flower.mkdir(exist_ok=True)
             files = SiteFiles(
-                ca=site.ca_file,
-                fleet_address=site.server_card.fleet_address,
+                relay=[sys.executable, "-m", "pathfed_client.relaying", str(site.root)],
+                relay_ca=make_certificate(site.relay_files, "127.0.0.1", now=datetime.now(UTC)).ca,
                 flower_key=site.flower_key,
                 superexec_secret=site.superexec_secret,
                 flower=flower,
                 logs=site.logs,
                 runner=["env", f"{TRAIN_S}={self.train_s}", *runner, str(site.root)],
                 threads=1,
+                supernode_lock=site.lock("supernode"),
             )
-            start_site(self._owner(_StockSuperNode if self.stock_supernode else Supervisor), files)
+            supervisor = self._owner(_StockSuperNode if self.stock_supernode else Supervisor)
+            start_site(supervisor, files, start_relay(supervisor, files))
 
     def _owner(self, kind: type[Supervisor]) -> Supervisor:
         """One for the server and one for each site, as each would have."""

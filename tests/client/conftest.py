@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command_fixtures import Done, run_main, small_disk
 
-from pathfed_client import app, cli
+from pathfed_client import app, cli, deciding
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings
 from pathfed_common import digest
@@ -165,7 +165,7 @@ def ready_home(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home that scanned and approved the plan. Never used itself: it is copied."""
     home = world.init(tmp_path_factory.mktemp("ready") / "home")
     app.scan(home, world.plan.cohort, lambda done, total: None)
-    app.approve(home, world.signed_plan, DECLARED, home.root / "approval.dsse")
+    deciding.approve(home, world.signed_plan, DECLARED, home.root / "approval.dsse")
     return home.root
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
 
-from pathfed_client import answering, app, computing
+from pathfed_client import answering, app, computing, deciding
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
@@ -86,7 +86,7 @@ def with_plan(world, home: SiteHome, *, declared: int = 4, **changes) -> Plan:
     """Another plan, signed, and approved here."""
     privacy = {key: changes.pop(key) for key in list(changes) if key in type(world.plan.privacy).model_fields}
     plan = world.plan.model_copy(update={"privacy": world.plan.privacy.model_copy(update=privacy), **changes})
-    app.approve(home, world.sign(f"{plan.name}-{digest.short(plan.digest)}.dsse", plan), declared, home.root / "other.dsse")
+    deciding.approve(home, world.sign(f"{plan.name}-{digest.short(plan.digest)}.dsse", plan), declared, home.root / "other.dsse")
     return plan
 
 
@@ -229,7 +229,7 @@ def test_a_refused_round_of_the_future_does_not_move_the_secrets_on(world, site,
 def test_a_withdrawn_approval_counts_at_once(world, site):
     approved = site.store.approval(world.plan.digest)
     assert approved is not None
-    site.store.add_approval(replace(approved, state=ApprovalState.WITHDRAWN))
+    site.store.add_approval(replace(approved, state=ApprovalState.REVOKED))
     assert site.answer(world.offer(), world.base_state) == Answer(code="PF407")
     assert site.charges() == 0
 
@@ -493,7 +493,7 @@ def test_a_change_in_anything_a_release_depends_on_is_another_release(world, sit
     if changed == "plan":
         change["plan"] = with_plan(world, site.home, name="other").digest
     elif changed == "declared_patients":
-        app.approve(site.home, world.signed_plan, 3, site.home.root / "again.dsse")
+        deciding.approve(site.home, world.signed_plan, 3, site.home.root / "again.dsse")
     elif changed == "run":
         change["run"] = "run-2"
     elif changed == "round":

@@ -144,3 +144,9 @@ def test_a_site_without_its_record_does_not_answer(world, copy_home):
     home.egress.touch()
     with closing(EgressLog(home.egress)), opened(home) as site:
         assert site.answer(world.offer(), world.base_state).code is None
+
+
+def test_a_code_for_what_is_no_offer_is_written_down_too(site):
+    site.answer.refused("PF405")
+    (refusal,) = left(site.home)
+    assert (refusal.kind, refusal.size, refusal.digest) == (EgressKind.REFUSAL, 5, digest.of_bytes(b"PF405"))

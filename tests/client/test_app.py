@@ -5,10 +5,11 @@ from contextlib import closing
 import pytest
 from tls_listener import listening
 
-from pathfed_client import app
+from pathfed_client import app, deciding
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, hold
 from pathfed_client.io.site_store import SiteStore
+from pathfed_client.transport.relay import CERTIFICATE_REFUSED
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, PrivacyError, SiteDataError, TransportError
 from pathfed_common.ids import RunName, SiteName
@@ -62,7 +63,7 @@ def test_a_plan_that_cannot_be_approved_leaves_no_approval(world, copy_home, tmp
     home = copy_home(max_epsilon=20.0)
     plan = other_plan(world, **changes)
     with pytest.raises(kind) as caught:
-        app.approve(home, world.sign("refused.dsse", plan), declared, tmp_path / "approval.dsse")
+        deciding.approve(home, world.sign("refused.dsse", plan), declared, tmp_path / "approval.dsse")
     assert caught.value.code is code
     assert not (tmp_path / "approval.dsse").exists()
     with closing(SiteStore(home.database)) as store:
@@ -75,14 +76,14 @@ def test_a_plan_of_another_server_is_not_authentic(world, copy_home, tmp_path):
     forged = tmp_path / "forged.dsse"
     forged.write_bytes(seal_plan(world.plan, SigningKey.generate()))
     with pytest.raises(PlanError, match="PF106"):
-        app.approve(copy_home(), forged, 4, tmp_path / "approval.dsse")
+        deciding.approve(copy_home(), forged, 4, tmp_path / "approval.dsse")
 
 
 def test_a_plan_with_other_cohort_rules_wants_a_scan_of_its_own(world, copy_home, tmp_path):
     cohort = CohortPlan(tile_px=64, mpp=0.5)
     plan = world.plan.model_copy(update={"cohort": cohort})
     with pytest.raises(SiteDataError, match=r"PF213.*pathfed-site scan"):
-        app.approve(copy_home(), world.sign("unscanned.dsse", plan), 4, tmp_path / "approval.dsse")
+        deciding.approve(copy_home(), world.sign("unscanned.dsse", plan), 4, tmp_path / "approval.dsse")
 
 
 def test_status_and_ledger_tell_what_was_spent(world, copy_home):
@@ -98,13 +99,13 @@ def test_status_and_ledger_tell_what_was_spent(world, copy_home):
     with closing(app.open_store(home)) as store:
         report = app.ledger_report(home, store)
     assert report["epsilon"] == pytest.approx(expected)
-    assert report["epsilon"] <= report["epsilon_rdp_bound"]
-    low, _, high = report["epsilon_prv"]
-    assert low - 1e-3 <= report["epsilon"] <= high + 1e-3
     assert [entry["round"] for entry in report["entries"]] == [1, 2, 3]
     with closing(app.open_store(home)) as store:
         verified = app.verify_ledger(home, store)
     assert (verified["releases"], verified["statements_compared"], verified["heads_compared"]) == (3, 0, 0)
+    assert verified["epsilon"] <= verified["epsilon_rdp_bound"]
+    low, _, high = verified["epsilon_prv"]
+    assert low - 1e-3 <= verified["epsilon"] <= high + 1e-3
     assert {name: report[name] for name in report if name != "entries"}.items() <= verified.items()
     assert app.glance(home, world.plan.cohort).epsilon_total == pytest.approx(expected)
 
@@ -172,22 +173,23 @@ def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(wo
 
 
 @pytest.mark.parametrize(
-    ("name", "log", "code"),
+    ("name", "status", "log", "code"),
     [
-        ("supernode", "E: refused [code: 2004]", "PF402"),
-        ("supernode", "ssl: CERTIFICATE_VERIFY_FAILED", "PF401"),
-        ("supernode", "Address already in use", "PF903"),
-        ("runner", "E: refused [code: 2004]", "PF903"),
+        ("supernode", 1, "E: refused [code: 2004]", "PF402"),
+        ("supernode", 1, "Address already in use", "PF903"),
+        ("relay", CERTIFICATE_REFUSED, "", "PF401"),
+        ("relay", 1, "", "PF903"),
+        ("runner", 1, "E: refused [code: 2004]", "PF903"),
     ],
 )
-def test_a_process_that_ended_and_is_started_again_is_told_with_its_reason(copy_home, tmp_path, name, log, code):
+def test_a_process_that_ended_and_is_started_again_is_told_with_its_reason(copy_home, tmp_path, name, status, log, code):
     (tmp_path / "log").write_text(log)
     told: list[str] = []
-    app._tell_end(ProcessEnd(name=name, status=1, restarted=True, log=tmp_path / "log"), copy_home(), told.append)
+    app._tell_end(ProcessEnd(name=name, status=status, restarted=True, log=tmp_path / "log"), copy_home(), told.append)
     assert len(told) == 1
-    assert told[0].startswith(f"{code} {name} ended (1) and is started again")
+    assert told[0].startswith(f"{code} {name} ended ({status}) and is started again")
     with pytest.raises(PathfedError, match=code):
-        app._tell_end(ProcessEnd(name=name, status=1, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
+        app._tell_end(ProcessEnd(name=name, status=status, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
 
 
 def test_a_second_start_in_the_same_home_is_refused(copy_home):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from control_server import ControlServer
 
 from pathfed_client import cli
 from pathfed_client.egress.entry import EgressKind, Outgoing
@@ -25,10 +26,15 @@ from pathfed_common import digest
 from pathfed_common.errors import PathfedError
 from pathfed_common.ids import run_name
 from pathfed_common.privacy.accounting import PrivacyEvent
+from pathfed_common.protocol import control_pb2 as pb
 from pathfed_local.generator import slide_bytes
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
-COMMANDS = ("init", "doctor", "patients", "scan", "inspect", "approve", "start", "status", "ledger", "withdraw", "egress")
+COMMANDS = (
+    *("init", "doctor", "patients", "scan", "inspect", "start", "status", "ledger", "withdraw", "egress", "enroll", "keys"),
+    *("plans", "show", "approve", "reject", "revoke", "stop", "resume", "approvers"),
+)
+GROUPS = {"ledger": ("show", "verify"), "approvers": ("add", "list", "remove"), "keys": ("show", "rotate")}
 
 
 def fails(done, code: str) -> None:
@@ -67,7 +73,10 @@ def test_the_commands_are_those_the_documentation_names():
     assert tuple(sorted(typer.main.get_command(cli.app).commands)) == tuple(sorted(COMMANDS))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "ledger"), "ledger show", "ledger verify"])
+@pytest.mark.parametrize(
+    "command",
+    [*(name for name in COMMANDS if name not in GROUPS), *(f"{group} {name}" for group, names in GROUPS.items() for name in names)],
+)
 def test_every_command_has_help_and_json(site_cli, command):
     done = site_cli(*command.split(), "--help")
     assert done.status == 0
@@ -100,6 +109,66 @@ def test_a_site_goes_from_init_to_approval(world, site_cli, tmp_path):
         people = site_cli(*command, "--home", home)
         assert people.status == 0
         assert people.out
+
+
+def test_a_site_enrols_with_nothing_but_an_invitation(world, site_cli, tmp_path):
+    home = tmp_path / "home"
+    arguments = init_arguments(world, home)
+    at = arguments.index("--server-card")
+    made = site_cli(*arguments[:at], *arguments[at + 2 :])
+    assert made.status == 0
+    for command in (["start"], ["scan", world.signed_plan], ["approve", world.signed_plan, "--patients-at-least", 4]):
+        fails(site_cli(*command, "--home", home, "--json"), "PF430")
+    shown = site_cli("keys", "show", "--home", home, "--json")
+    with ControlServer().running() as server:
+        asked = site_cli("enroll", server.invitation("site-a"), "--no-wait", "--home", home, "--json")
+        assert (asked.status, asked.json["admitted"], asked.json["fingerprint"]) == (0, False, shown.json["enrolment"])
+        server.state = pb.EnrollReply.ADMITTED
+        done = site_cli("enroll", server.invitation("site-a"), "--home", home, "--json")
+        assert (done.status, done.json["admitted"]) == (0, True)
+        fails(site_cli("enroll", "pathfed1.xyz", "--home", home, "--json"), "PF411")
+        fails(site_cli("enroll", server.invitation("site-b"), "--home", home, "--json"), "PF915")
+        people = site_cli("enroll", server.invitation("site-a"), "--home", home)
+        assert (people.status, "Enrolled" in people.out) == (0, True)
+        fails(site_cli("keys", "rotate", "evidence", "--home", tmp_path / "nowhere", "--json"), "PF904")
+        assert site_cli("keys", "rotate", "everything", "--home", home).status == 2
+        rotated = site_cli("keys", "rotate", "flower", "--home", home, "--json")
+        assert (rotated.status, rotated.json["flower"] != shown.json["flower"]) == (0, True)
+        assert (rotated.json["tls"], rotated.json["evidence"]) == (shown.json["tls"], shown.json["evidence"])
+    after = site_cli("keys", "show", "--home", home, "--json")
+    assert [after.json[name] for name in ("tls", "evidence")] == [shown.json[name] for name in ("tls", "evidence")]
+    assert after.json["certificate_until_at"] > 0
+
+
+@pytest.mark.parametrize("command", [["keys", "show"], ["keys", "rotate", "tls"], ["enroll", "pathfed1.xyz"]])
+def test_commands_about_keys_need_a_home(site_cli, tmp_path, command):
+    fails(site_cli(*command, "--home", tmp_path / "nowhere", "--json"), "PF904")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_showing_the_ledger_loads_no_slow_library(copy_home):
+    """torch, the accountants and Flower take seconds; a command that answers at once needs none of them."""
+    home = copy_home()
+    with closing(SiteStore(home.database)) as store:
+        ledger = site_ledger(store, home.evidence_key, home.policy, home.run_secrets)
+        ledger.charge(
+            release_id=digest.of_bytes(b"release"),
+            plan=digest.of_bytes(b"plan"),
+            run=run_name("a"),
+            round_index=1,
+            event=PrivacyEvent(sampling_rate=0.1, noise_multiplier=2.0, steps=1),
+            plan_delta=1e-6,
+            plan_limit=100.0,
+            now=1_800_000_000.0,
+        )
+    program = (
+        "import sys; from pathfed_client.cli import app\n"
+        f"app(['ledger', 'show', '--json', '--home', {str(home.root)!r}], standalone_mode=False)\n"
+        "loaded = {'torch', 'opacus', 'dp_accounting', 'scipy', 'flwr', 'openslide'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert '"epsilon"' in shown.stdout
 
 
 def test_a_ledger_is_verified_against_heads_from_outside(site_cli, copy_home, tmp_path):
@@ -266,6 +335,15 @@ def test_a_home_that_exists_is_not_made_again(world, site_cli, copy_home):
         ["withdraw", "--slides-from", "PLAN"],
         ["scan", "PLAN"],
         ["approve", "PLAN", "--patients-at-least", 4],
+        ["plans"],
+        ["show", "PLAN"],
+        ["reject", "PLAN"],
+        ["revoke", "PLAN"],
+        ["stop"],
+        ["resume"],
+        ["approvers", "list"],
+        ["approvers", "add", "anna", "--key", "ed25519:x"],
+        ["approvers", "remove", "anna"],
     ],
 )
 @pytest.mark.parametrize("there", [False, True])

@@ -49,13 +49,13 @@ def test_every_key_is_its_owners_alone(world, tmp_path):
     for folder in (home.root, home.root / "keys", home.run_secrets, home.updates, home.logs):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     keys = [*(home.root / "keys").iterdir(), *home.run_secrets.iterdir()]
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
 
 
 def test_no_two_homes_share_a_secret(world, tmp_path):
     homes = [made(world, tmp_path / name) for name in "ab"]
-    for place in ("keys/evidence.pem", "keys/flower", "keys/pseudonym.key", "keys/superexec.secret", "secrets/root.secret"):
+    for place in ("keys/evidence.pem", "keys/flower", "keys/tls.pem", "keys/pseudonym.key", "keys/superexec.secret", "secrets/root.secret"):
         assert len({(home.root / place).read_bytes() for home in homes}) == 2
 
 

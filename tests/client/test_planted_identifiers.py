@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from planted import DICOM_OTHERS, DICOM_TEXTS, add_label, dicom_mark, found_in, mark, plant_dicom, plant_list, planted_tiff, planted_words
 
-from pathfed_client import app
+from pathfed_client import app, deciding
 from pathfed_client.answering import SiteAnswerer
 from pathfed_client.home import SiteHome
 from pathfed_client.io.site_records import SlideStatus
@@ -91,7 +91,7 @@ def left(hospital) -> dict[str, bytes]:
     sent = {"site card": home.card_file.read_bytes()}
     try:
         app.scan(home, world.plan.cohort, lambda done, total: None)
-        app.approve(home, world.signed_plan, 4, home.root / "approval.dsse")
+        deciding.approve(home, world.signed_plan, 4, home.root / "approval.dsse")
         sent["approval"] = (home.root / "approval.dsse").read_bytes()
         with (
             closing(SiteStore(home.database)) as store,
@@ -176,5 +176,5 @@ def test_a_planted_leak_is_found(hospital, left, monkeypatch, leak, tmp_path):
         return json.dumps(envelope | {"payload": base64.b64encode(json.dumps(said).encode()).decode()}).encode()
 
     monkeypatch.setattr(Approval, "to_bytes", careless)
-    app.approve(hospital.home, hospital.world.signed_plan, 4, tmp_path / "approval.dsse")
+    deciding.approve(hospital.home, hospital.world.signed_plan, 4, tmp_path / "approval.dsse")
     assert leaks({"approval": (tmp_path / "approval.dsse").read_bytes()}, hospital.words)

@@ -23,6 +23,7 @@ NOT_IMPORTED = {
     "openslide-bin": "the library that openslide-python loads",
     "psycopg": "SQLAlchemy loads it for postgresql URLs",
     "imagecodecs": "tifffile loads it for JPEG",
+    "tzdata": "zoneinfo reads it where the system has no time zones",
 }
 #: Imported in one function, for which the caller has installed the extra.
 LAZY = {"opacus": "the second opinion before a charge: sites alone charge"}

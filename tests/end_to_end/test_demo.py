@@ -120,10 +120,12 @@ def test_every_ledger_verifies_and_its_epsilon_is_what_three_accountants_allow(d
     out, _ = demo
     for site in sorted((out / "sites").iterdir()):
         found = json.loads(_run("pathfed-site", "ledger", "show", "--home", site, "--json").stdout)
-        low, middle, high = found["epsilon_prv"]
-        assert len(found["entries"]) == ROUNDS
+        verified = json.loads(_run("pathfed-site", "ledger", "verify", "--home", site, "--json").stdout)
+        low, middle, high = verified["epsilon_prv"]
+        assert len(found["entries"]) == verified["releases"] == ROUNDS
+        assert found["epsilon"] == pytest.approx(verified["epsilon"], abs=1e-9)
         assert abs(found["epsilon"] - middle) <= 1e-3 or low <= found["epsilon"] <= high
-        assert found["epsilon"] <= found["epsilon_rdp_bound"] + 1e-9
+        assert found["epsilon"] <= verified["epsilon_rdp_bound"] + 1e-9
         assert found["entries"][-1]["epsilon_total"] == pytest.approx(found["epsilon"], abs=1e-9)
 
 

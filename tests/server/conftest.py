@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from command_fixtures import Done, run_main
+from command_fixtures import Done, run_main, small_disk
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -18,7 +18,7 @@ from pathfed_common.units import UtcSeconds
 from pathfed_server import app, cli
 from pathfed_server.home import ServerHome
 
-__all__ = ["run_main"]
+__all__ = ["run_main", "small_disk"]
 
 
 @pytest.fixture

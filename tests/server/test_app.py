@@ -7,6 +7,7 @@ from pathfed_common.privacy.accounting import epsilon
 from pathfed_common.provenance.documents import open_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_server import app
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import RunState
 
 
@@ -18,7 +19,7 @@ def test_a_published_plan_is_signed_and_kept(server_home, plan_file):
     plan = published(server_home, plan_file)
     signed = plan_file.with_suffix(".dsse").read_bytes()
     assert open_plan(signed, server_home.evidence_key.public) == plan
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         (row,) = store.plans()
     assert (row.digest, row.plan()) == (plan.digest, plan)
 
@@ -56,7 +57,7 @@ def test_an_approval_counts_only_with_the_key_of_the_site_it_names(server_home, 
     changed.write_bytes(changed.read_bytes().replace(b'"sig":"', b'"sig":"A', 1))
     assert code(add, server_home.root, changed) == "PF602"
     assert code(add, server_home.root, plan_file) == "PF602"
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         assert store.approvals(plan.digest) == []
 
 
@@ -98,7 +99,7 @@ def test_a_run_below_its_quorum_is_not_planned(server_home, plan_file, member):
     assert code(app.start_run, server_home.root, plan.digest, RunName("run"), []) == "PF503"
     app.add_site(server_home.root, member("site-a").card)
     assert code(app.start_run, server_home.root, plan.digest, RunName("run"), [SiteName("site-a"), SiteName("none")]) == "PF501"
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         assert store.runs() == []
 
 

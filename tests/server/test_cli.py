@@ -13,11 +13,16 @@ from pathfed_server.transport.certificates import make_tls
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
 COMMANDS = (
-    *(("init",), ("start",), ("rounds",)),
-    *(("sites", name) for name in ("add", "approval", "revoke", "list")),
+    *(("init",), ("start",), ("rounds",), ("invite",), ("audit",)),
+    *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "list")),
+    *(("operators", name) for name in ("key", "add", "remove", "list")),
+    *(("ca", name) for name in ("show", "renew", "rotate", "finish")),
     *(("plan", name) for name in ("check", "publish", "list")),
     ("encoder", "import"),
+    ("lineage",),
+    *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("release", name) for name in ("create", "list")),
 )
 
 

@@ -20,6 +20,7 @@ from pathfed_common.errors import PathfedError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import Plan, load_plan
 from pathfed_server import app
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import Imported, import_checkpoint, stored_encoder
 from pathfed_server.home import ServerHome
 
@@ -233,7 +234,7 @@ def test_a_plan_publishes_and_runs_only_with_its_checkpoint_whole(
 
 
 def _sites(home: ServerHome) -> list[Any]:
-    with app.opened(home.root) as store:
+    with SqlStore(home.database_url) as store:
         return list(store.sites())
 
 
@@ -247,7 +248,7 @@ def test_a_plan_for_an_unknown_checkpoint_or_other_tiles_is_not_published(
     assert (error.code, "pos_embed differ" in error.what) == ("PF109", True)
     assert "--tile-px 64" in str(error.remedy)
     assert not out.exists()
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         assert store.plans() == []
 
 

@@ -1,4 +1,5 @@
 import stat
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -8,7 +9,7 @@ from pathfed_common.ids import SiteName
 from pathfed_common.provenance.documents import ServerCard
 from pathfed_server.home import ServerHome, ServerSettings, create_home
 
-PORTS = {"fleet_port": 4433, "control_port": 4434, "enrolment_port": 4435}
+PORTS: dict[str, Any] = {"fleet_port": 4433, "control_port": 4434, "enrolment_port": 4435}
 
 
 def made(root, **changes) -> ServerHome:

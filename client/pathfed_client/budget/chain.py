@@ -40,10 +40,11 @@ class Chain:
 class ChainReader:
     """Reads one site's ledger, remembering in memory, by the digest of the exact bytes, what it has read and verified."""
 
-    def __init__(self, key: VerifyKey) -> None:
-        """Take the site's public evidence key."""
-        self._key = key
-        self._parsed: dict[Digest, LedgerEntry] = {}
+    def __init__(self, *keys: VerifyKey) -> None:
+        """Take the site's public evidence keys, the one in use last: once a later key has signed, an earlier one signs no more."""
+        self._keys = {key.key_id: key for key in keys}
+        self._order = list(self._keys)
+        self._parsed: dict[Digest, tuple[LedgerEntry, int]] = {}
         self._verified: set[Digest] = set()
 
     def read(self, stored: Sequence[bytes], *, every_signature: bool = False) -> Chain:
@@ -60,10 +61,13 @@ class ChainReader:
         heads = [digest.of_bytes(data) for data in stored]
         entries: list[LedgerEntry] = []
         releases: set[Digest] = set()
-        latest = 0.0
+        latest, signed_by = 0.0, 0
         for sequence, (data, head) in enumerate(zip(stored, heads, strict=True), start=1):
             last = sequence == len(stored)
-            entry = self._entry(data, head, sequence, verify=every_signature or last, last=last)
+            entry, by = self._entry(data, head, sequence, verify=every_signature or last, last=last)
+            if by < signed_by:
+                raise damaged("an entry is signed with a key that had been replaced", sequence)
+            signed_by = by
             _check_place(entry, sequence, heads[sequence - 2] if sequence > 1 else None)
             if entry.delta != (entries[0] if entries else entry).delta:
                 raise damaged("an entry has another delta than the first", sequence)
@@ -75,17 +79,18 @@ class ChainReader:
             entries.append(entry)
         return Chain(tuple(entries), tuple(heads))
 
-    def _entry(self, data: bytes, head: Digest, sequence: int, *, verify: bool, last: bool) -> LedgerEntry:
+    def _entry(self, data: bytes, head: Digest, sequence: int, *, verify: bool, last: bool) -> tuple[LedgerEntry, int]:
+        """One entry, and the place of its key in the order of keys."""
         where = f"ledger entry {sequence}"
         try:
             if verify and head not in self._verified:
-                dsse.open_envelope(data, payload_type=LEDGER_TYPE, keys=self._key, where=where)
+                dsse.open_envelope(data, payload_type=LEDGER_TYPE, keys=self._keys, where=where)
                 self._verified.add(head)
             if head not in self._parsed:
                 envelope = dsse.parse(data, where=where)
-                if envelope.payload_type != LEDGER_TYPE or envelope.key_id != self._key.key_id:
+                if envelope.payload_type != LEDGER_TYPE or envelope.key_id not in self._keys:
                     raise ValueError("another type or key")
-                self._parsed[head] = LedgerEntry.from_payload(envelope.payload)
+                self._parsed[head] = LedgerEntry.from_payload(envelope.payload), self._order.index(envelope.key_id)
         except (ProvenanceError, ValueError) as error:
             torn = "the last entry is half-written, or it" if last else "an entry"
             raise damaged(f"{torn} was changed or is not this site's: {error}", sequence) from error

@@ -45,9 +45,16 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.ids import RunName
-from pathfed_common.privacy.accounting import FULL_CHECK_GROWTH, PrivacyEvent, check_accountants, check_bounds, composed_epsilon
+from pathfed_common.privacy.accounting import (
+    FULL_CHECK_GROWTH,
+    PrivacyEvent,
+    check_accountants,
+    check_bounds,
+    check_stated,
+    composed_epsilon,
+)
 from pathfed_common.provenance import dsse
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.units import UtcSeconds
 
 
@@ -77,6 +84,7 @@ class Ledger:
         *,
         keeper: HeadKeeper,
         witnesses: Sequence[HeadsPort] = (),
+        former: Sequence[VerifyKey] = (),
         delta: float,
         max_epsilon: float,
     ) -> None:
@@ -87,6 +95,7 @@ class Ledger:
             key: the site's evidence key.
             keeper: remembers the head, apart from the entries.
             witnesses: others who have seen heads.
+            former: evidence keys the site had before, in their order.
             delta: fixed in the site's policy.
             max_epsilon: the policy's limit over all plans, at `delta`.
 
@@ -99,7 +108,7 @@ class Ledger:
             raise ValueError(f"max_epsilon must be finite and above 0, got {max_epsilon}")
         self._port, self._key, self._delta, self._max_epsilon = port, key, delta, max_epsilon
         self._keeper, self._witnesses = keeper, (keeper, *witnesses)
-        self._reader = ChainReader(key.public)
+        self._reader = ChainReader(*former, key.public)
         # Steps at which all accountants agreed in this process, by the mechanisms and the delta.
         self._agreed: dict[tuple[frozenset[tuple[float, float]], float], int] = {}
 
@@ -210,6 +219,21 @@ class Ledger:
         entries = self.entries()
         total = composed_epsilon([entry.event for entry in entries], self._delta)
         return Spend(releases=len(entries), delta=self._delta, epsilon=total, max_epsilon=self._max_epsilon, plans=by_plan(entries))
+
+    def stated(self, entries: Sequence[LedgerEntry]) -> float:
+        """Epsilon of all releases as it was computed and signed with the last of these entries: for showing, and never for a charge.
+
+        Computing it again takes seconds in a new process, most of them for loading the accountants' libraries. A figure that a test of
+        the same events refutes is not shown; `charge`, `spent` and who calls `check_accountants` compute it.
+
+        Args:
+            entries: all, as `entries` gave them.
+
+        Raises:
+            PrivacyError: PF305, the figure is below what a test of the events shows.
+        """
+        last = entries[-1].epsilon_total if entries else 0.0
+        return check_stated(last, [entry.event for entry in entries], self._delta)
 
     def _within(self, before: list[PrivacyEvent], event: PrivacyEvent, delta: float, limit: float, code: ErrorCode, name: str) -> float:
         """Epsilon after the event, if that is within the limit."""

@@ -8,7 +8,7 @@ that somebody saw and that the chain no longer contains. Each witness is asked f
     | the site's own sealed statements        | in the site database        | an end of the ledger table cut off        |
     | the head file (`HeadKeeper`)            | beside the run secrets      | the database restored, emptied, torn      |
     | heads given from outside                | a file or a run's record    | the whole home or disk restored           |
-    | the newest co-signed receipt            | the consortium's log (none yet) | the same, before every charge         |
+    | the transparency log                    | at the server and other sites | the same, once the agent has read it    |
 
 A witness that knows nothing yet gives no head; one that cannot be asked raises. It MUST NOT give a head before the entry with it is stored
 for good. The ledger asks its witnesses *before* it reads the entries, so that an entry stored in between is no contradiction.

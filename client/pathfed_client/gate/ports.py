@@ -20,5 +20,8 @@ class Answer:
     update: Path | None = None
 
 
-#: (offer envelope, base state bytes) -> answer. Never raises: whatever goes wrong becomes a code.
+#: (offer envelope, base state bytes) -> answer. Never raises: whatever goes wrong becomes a code. What leaves is written down by it.
 Answerer = Callable[[bytes, bytes], Answer]
+
+#: (code) -> None. Writes down that a code leaves which no answerer gave. Raises HostError where it cannot, and then nothing may leave.
+Refusals = Callable[[str], None]

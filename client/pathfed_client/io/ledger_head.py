@@ -16,10 +16,11 @@ from typing import Protocol, Self
 from pathfed_client.budget.ledger import Ledger, LedgerPort
 from pathfed_client.budget.witness import HeadsPort, SeenHead
 from pathfed_client.gate.site_policy import SitePolicy
+from pathfed_client.io.server_records import Alarm
 from pathfed_common import digest, files
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, PrivacyError
-from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 
 _NAME = "ledger-head"
 
@@ -72,12 +73,49 @@ class HeadFile:
         return PrivacyError(ErrorCode.LEDGER_UNWITNESSED, what, where=self._path, remedy=remedy)
 
 
-class StatingStore(LedgerPort, Protocol):
+class LogKnowledge(Protocol):
+    """A database that keeps what the transparency log showed."""
+
+    def alarms(self) -> Sequence[Alarm]:
+        """The alarms that stand."""
+        ...
+
+
+class StatingStore(LedgerPort, LogKnowledge, Protocol):
     """A database that keeps entries, and statements that name heads."""
 
     def stated_heads(self) -> Sequence[Digest]:
         """The head that each sealed statement of this site names, of all runs."""
         ...
+
+
+class LogWitness:
+    """The transparency log as a witness: it holds each statement of this site, whose ledger's head came before it.
+
+    The agent reads the log leaf by leaf and compares: a statement of this site that this home does not have means that the home was put
+    back to before it, its head file included. That is the one witness outside the machine that is asked without anybody's doing.
+    """
+
+    def __init__(self, store: LogKnowledge) -> None:
+        """Ask what the agent found."""
+        self._store = store
+
+    def heads(self) -> tuple[SeenHead, ...]:
+        """None: a statement that is known is a witness by itself (`StatedHeads`).
+
+        Raises:
+            PrivacyError: PF309, the log holds a statement of this site that this home does not have.
+        """
+        for alarm in self._store.alarms():
+            if alarm.code is ErrorCode.LOG_FOREIGN_LEAF and alarm.subject.startswith("statement"):
+                raise PrivacyError(
+                    ErrorCode.LEDGER_BEHIND,
+                    "the transparency log holds a statement of this site that this home does not have: charges were forgotten",
+                    where=f"alarm {alarm.code.value}",
+                    value=alarm.subject,
+                    remedy="do not train with this home: it was put back to an earlier state, or somebody else holds its key",
+                )
+        return ()
 
 
 class StatedHeads:
@@ -92,7 +130,15 @@ class StatedHeads:
         return [SeenHead(head=head, sequence=None, where="a statement this site has sealed") for head in self._store.stated_heads()]
 
 
-def site_ledger(store: StatingStore, key: SigningKey, policy: SitePolicy, secrets: Path, *, witnesses: Sequence[HeadsPort] = ()) -> Ledger:
+def site_ledger(
+    store: StatingStore,
+    key: SigningKey,
+    policy: SitePolicy,
+    secrets: Path,
+    *,
+    witnesses: Sequence[HeadsPort] = (),
+    former: Sequence[VerifyKey] = (),
+) -> Ledger:
     """The site's one ledger, with every witness that this machine has.
 
     Args:
@@ -101,12 +147,14 @@ def site_ledger(store: StatingStore, key: SigningKey, policy: SitePolicy, secret
         policy: gives delta and the largest epsilon.
         secrets: the folder of the run secrets, which holds the head file.
         witnesses: more of them.
+        former: evidence keys the site had before, in their order.
     """
     return Ledger(
         store,
         key,
         keeper=HeadFile(secrets),
-        witnesses=(StatedHeads(store), *witnesses),
+        witnesses=(StatedHeads(store), LogWitness(store), *witnesses),
+        former=former,
         delta=policy.delta,
         max_epsilon=policy.max_epsilon,
     )

@@ -4,12 +4,14 @@ Either a file of heads (`pathfed_client.budget.witness.parse_heads`), or the fol
 are signed with the site's own evidence key and name the ledger's head of their time, so that the folder may come from anybody.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from pathfed_client.budget.witness import SeenHead, parse_heads
 from pathfed_common import files
+from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance.keys import VerifyKey
@@ -27,13 +29,13 @@ class OutsideHeads:
         return self.seen
 
     @classmethod
-    def read(cls, path: Path, site: SiteName, key: VerifyKey) -> Self:
+    def read(cls, path: Path, site: SiteName, key: VerifyKey | Mapping[Digest, VerifyKey]) -> Self:
         """Read heads of `site` from a file, or from a folder that holds a run's record.
 
         Args:
             path: the file or folder.
             site: this site.
-            key: its evidence key, for the statements in a record.
+            key: its evidence key, or all it had by key id, for the statements in a record.
 
         Raises:
             HostError: PF904, it cannot be read; PF905, it names no head of this site, or is not such a file.
@@ -52,6 +54,6 @@ class OutsideHeads:
         return cls(tuple(_stated(statement, key) for statement in statements))
 
 
-def _stated(path: Path, key: VerifyKey) -> SeenHead:
+def _stated(path: Path, key: VerifyKey | Mapping[Digest, VerifyKey]) -> SeenHead:
     statement = UpdateStatement.from_envelope(files.read_given(path), key, where=str(path))
     return SeenHead(head=statement.ledger_head, sequence=None, where=f"the statement {path}")

@@ -13,6 +13,7 @@ from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import RunName
+from pathfed_common.provenance.keys import VerifyKey
 
 
 class SlideStatus(StrEnum):
@@ -31,10 +32,14 @@ class SlideStatus(StrEnum):
 
 
 class ApprovalState(StrEnum):
-    """Whether a site's approval of a plan stands."""
+    """A site's word on a plan."""
 
+    #: The site trains for it.
     APPROVED = "approved"
-    WITHDRAWN = "withdrawn"
+    #: The site does not; it may approve it later.
+    REJECTED = "rejected"
+    #: The site did, and does no more, for good.
+    REVOKED = "revoked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +109,10 @@ class StoredApproval:
     Attributes:
         plan: digest of the plan.
         signed_plan: the server's envelope around the plan.
-        signed_approval: the site's envelope around its approval.
-        declared_patients: public lower bound of the cohort's patients that the site declares for this plan.
+        signed_approval: the site's envelope around its word: an `Approval`, or a `Decision` against the plan.
+        declared_patients: public lower bound of the cohort's patients that the site declares for this plan; 0 where it approved none.
         at: UTC seconds.
-        state: whether the approval stands.
+        state: what the word is.
     """
 
     plan: Digest
@@ -116,6 +121,38 @@ class StoredApproval:
     declared_patients: int
     at: float
     state: ApprovalState = ApprovalState.APPROVED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approver:
+    """A person who may sign approvals for the site.
+
+    Attributes:
+        name: as this site calls the person.
+        key: the person's own public key.
+        at: UTC seconds since when.
+    """
+
+    name: str
+    key: VerifyKey
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApproverSignature:
+    """A person's signature under an approval.
+
+    Attributes:
+        plan: digest of the plan.
+        approver: the person's name.
+        envelope: a DSSE envelope around what was signed (`gate.second_person`).
+        at: UTC seconds.
+    """
+
+    plan: Digest
+    approver: str
+    envelope: bytes = field(repr=False)
+    at: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ Only the modules of `io.database`, its parts, import a database library. Guarant
 """
 
 from pathfed_client.io.database.approvals_part import ApprovalsPart
+from pathfed_client.io.database.approvers_part import ApproversPart
 from pathfed_client.io.database.connection import BUSY_TIMEOUT_S
 from pathfed_client.io.database.ledger_part import LedgerPart
 from pathfed_client.io.database.log_book_part import LogBookPart
@@ -21,5 +22,5 @@ from pathfed_client.io.database.withdrawals_part import WithdrawalsPart
 __all__ = ["BUSY_TIMEOUT_S", "SiteStore"]
 
 
-class SiteStore(SlidesPart, WithdrawalsPart, LedgerPart, ApprovalsPart, ServerPart, LogBookPart):
+class SiteStore(SlidesPart, WithdrawalsPart, LedgerPart, ApprovalsPart, ApproversPart, ServerPart, LogBookPart):
     """All of a site's database in one object; see the parts it is made of for its methods."""

@@ -7,30 +7,31 @@ no state and knows no privacy: the gate, the ledger and the private step are beh
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pathfed_client.gate.ports import Answer, Answerer
+from pathfed_client.gate.ports import Answer, Answerer, Refusals
 from pathfed_common.errors import ErrorCode
 from pathfed_common.protocol import wire
 
 
-def make_app(answer: Answerer) -> ClientApp:
-    """A ClientApp that answers round offers."""
+def make_app(answer: Answerer, refusals: Refusals) -> ClientApp:
+    """A ClientApp that answers round offers. What is no offer gets a code, which `refusals` is told of first."""
     app = ClientApp()
 
     def train(message: Message, context: Context) -> Message:
         del context  # site state that matters is on the site's disk, never in Flower's context
-        return Message(_content(_answer(answer, message)), reply_to=message)
+        return Message(_content(_answer(answer, refusals, message)), reply_to=message)
 
     app.train()(train)
     return app
 
 
-def _answer(answer: Answerer, message: Message) -> Answer:
+def _answer(answer: Answerer, refusals: Refusals, message: Message) -> Answer:
     try:
         envelope = message.content.config_records[wire.OFFER][wire.ENVELOPE]
         base_state = message.content.array_records[wire.BULK][wire.BYTES].data
     except (KeyError, AttributeError, TypeError):
-        return Answer(code=ErrorCode.MESSAGE_MALFORMED.value)
+        envelope = None
     if not isinstance(envelope, bytes):
+        refusals(ErrorCode.MESSAGE_MALFORMED.value)
         return Answer(code=ErrorCode.MESSAGE_MALFORMED.value)
     return answer(envelope, base_state)
 

@@ -3,72 +3,63 @@
 Flower's SuperNode says `Exit Code: 305` for most of it. A site's IT needs to know whether it is the network, a certificate or the key.
 """
 
-import socket
+import asyncio
+import os
+import secrets
 import ssl
 from pathlib import Path
 
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, TransportError
-from pathfed_common.files import read_given
+from pathfed_client.egress.connection import ConnectionCount
+from pathfed_client.egress.outlet import EgressPort
+from pathfed_client.transport.dial import Address, close, connect, proxy_for, secure, trusting
+from pathfed_client.transport.relay import CERTIFICATE_REFUSED
+from pathfed_common.errors import ErrorCode, PathfedError, TransportError
 from pathfed_common.processes import ProcessEnd
 
-_WITHIN_S = 10.0
 _LOG_END = 4000
 #: SuperLink's answer to a node it does not let in: an unknown key, or a node whose earlier connection it still counts as open.
 _NOT_LET_IN = "[code: 2004]"
-_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 
 
-def check_server(address: str, ca_file: Path) -> None:
-    """Open one TLS connection to HOST:PORT and check the server's certificate against the pinned CA.
+def check_server(address: str, ca_file: Path, record: EgressPort) -> None:
+    """Open one TLS connection to HOST:PORT as the relay does, check the server's certificate against the pinned CA, and say nothing.
+
+    It is written down like the relay's: what leaves is the handshake alone.
 
     Raises:
-        TransportError: PF401, the certificate is not the consortium's, is for another host, or has expired; PF403, nobody answers.
-        HostError: PF904, the pinned CA's file cannot be read or holds no certificate.
+        TransportError: PF401, the certificate is not the consortium's, is for another host, or has expired; PF403, nobody answers; PF451,
+            the web proxy refuses.
+        HostError: PF904, the pinned CA's file cannot be read or holds no certificate; PF901, PF904, PF913, the record cannot be written.
     """
-    host, _, port = address.rpartition(":")
-    context = _trusting(ca_file)
+    tls = trusting(ca_file)
     try:
-        with (
-            socket.create_connection((host, int(port)), timeout=_WITHIN_S) as connection,
-            context.wrap_socket(connection, server_hostname=host),
-        ):
-            return
-    except ssl.SSLCertVerificationError as error:
-        raise TransportError(
-            ErrorCode.CERTIFICATE_REFUSED,
-            f"the server's certificate is refused: {error.verify_message}",
-            where=address,
-            remedy="ask the operator for a new server card; do not go on with this one",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise TransportError(
-            ErrorCode.SERVER_UNREACHABLE,
-            f"the server cannot be reached: {error}",
-            where=address,
-            remedy="check the address, the firewall (outbound TCP) and that the server runs",
-        ) from error
+        there = Address.parse(address)
+    except ValueError as error:
+        raise TransportError(ErrorCode.SERVER_UNREACHABLE, f"the server cannot be reached: {error}", where=address) from error
+    asyncio.run(_shake_hands(there, tls, record))
 
 
-def _trusting(ca_file: Path) -> ssl.SSLContext:
-    read_given(ca_file)
-    try:
-        return ssl.create_default_context(cafile=str(ca_file))
-    except ssl.SSLError:
-        raise HostError(
-            ErrorCode.HOME_UNUSABLE,
-            "holds no certificate",
-            where=ca_file,
-            remedy="it is the consortium's CA from the server card; make the site's home again with `pathfed-site init`",
-        ) from None
+async def _shake_hands(there: Address, tls: ssl.SSLContext, record: EgressPort) -> None:
+    proxy = proxy_for(there, os.environ)
+    connection = await connect(there, proxy)
+    via = None if proxy is None else str(proxy.address)
+    count = ConnectionCount(destination=str(there), connection=f"check-{secrets.token_hex(4)}", via=via, now=0.0)
+    with connection:
+        record.append(count.opened())
+        try:
+            _, writer = await secure(connection, there, proxy, tls)
+            await close(writer)
+        finally:
+            record.append(count.entry(0.0, closed=True))
 
 
 def explain(end: ProcessEnd, address: str) -> PathfedError:
-    """Why a SuperNode ended, as far as its log tells."""
+    """Why a SuperNode, or the relay, ended, as far as its log tells."""
     try:
         text = end.log.read_text(errors="replace")[-_LOG_END:]
     except OSError:
         text = ""
-    if _CERTIFICATE in text:
+    if end.name == "relay" and end.status == CERTIFICATE_REFUSED:
         return TransportError(ErrorCode.CERTIFICATE_REFUSED, "the server's certificate is refused", where=address)
     if _NOT_LET_IN in text:
         return TransportError(

@@ -30,8 +30,9 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from pathfed_client.gate.ports import Refusals
 from pathfed_common.bundle import bundle_hash
-from pathfed_common.errors import ErrorCode
+from pathfed_common.errors import ErrorCode, HostError
 
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _POLL_S = 0.25
@@ -41,10 +42,10 @@ _OBJECT_WITHIN_S = 100.0
 _log = logging.getLogger(__name__)
 
 
-def run(address: str, secret_file: Path, app: ClientApp, *, running: Callable[[], bool] = lambda: True) -> None:
+def run(address: str, secret_file: Path, app: ClientApp, refusals: Refusals, *, running: Callable[[], bool] = lambda: True) -> None:
     """Take and answer tasks from the SuperNode at `address` (loopback HOST:PORT) for as long as `running()` holds.
 
-    A SuperNode that is away is waited for: its supervisor brings it back.
+    A SuperNode that is away is waited for: its supervisor brings it back. `refusals` is told of a code that leaves in the app's place.
     """
     poller = _client(address, SuperExecAuthHttpInterceptor(master_secret=secret_file.read_bytes(), protected_methods=_ACQUIRE))
     while running():
@@ -58,17 +59,19 @@ def run(address: str, secret_file: Path, app: ClientApp, *, running: Callable[[]
             time.sleep(_POLL_S)
             continue
         try:
-            _serve(_client(address, RuntimeTokenHttpInterceptor(task.token)), app)
+            _serve(_client(address, RuntimeTokenHttpInterceptor(task.token)), app, refusals)
+        except HostError as error:
+            _log.error("%s %s: the task is left unanswered", error.code.value, error.what)
         except (httpx.HTTPError, ObjectPushError, ObjectPullError, RuntimeError) as error:
             _log.warning("a task was lost with its SuperNode: %s", type(error).__name__)
 
 
-def _serve(client: RuntimeHttpClient, app: ClientApp) -> None:
+def _serve(client: RuntimeHttpClient, app: ClientApp, refusals: Refusals) -> None:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     try:
         message, context, _, bundle = pull_task_input(cast(RuntimeHttpClient, _Impatient(client, _OBJECT_WITHIN_S)))
-        reply = _answered(app, message, context, bundle)
+        reply = _answered(app, refusals, message, context, bundle)
         push_message(client, reply, context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     finally:
@@ -114,16 +117,18 @@ class _Impatient:
         return response
 
 
-def _answered(app: ClientApp, message: Message, context: Context, bundle: Fab) -> Message:
+def _answered(app: ClientApp, refusals: Refusals, message: Message, context: Context, bundle: Fab) -> Message:
     """The installed app's answer, or a refusal of a bundle that is not ours."""
     if hashlib.sha256(bundle.content).hexdigest() != bundle_hash() or bundle.hash_str != bundle_hash():
         _log.error("refused a bundle with digest %s, expected %s", bundle.hash_str[:12], bundle_hash()[:12])
+        refusals(ErrorCode.BUNDLE_REFUSED.value)
         return Message(Error(code=FlowerErrorCode.INVALID_FAB, reason=ErrorCode.BUNDLE_REFUSED.value), reply_to=message)
     try:
         return app(message, context)
     except Exception as error:
         # The edge of the process: an exception's text must not leave the site (Flower would send it), so a code does. Nor is it logged.
         _log.error("the site's app failed: %s", type(error).__name__)
+        refusals(ErrorCode.SITE_INTERNAL.value)
         return Message(Error(code=FlowerErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=ErrorCode.SITE_INTERNAL.value), reply_to=message)
 
 

@@ -10,6 +10,8 @@ Two things are changed, and nothing else:
 
 flwr is pinned exactly, and tests/client/transport/test_supernode.py fails when the loop changes.
 
+It holds a lock while it lives (`LOCK_VARIABLE`), so that the site's stop switch finds it.
+
 Run as `python -m pathfed_client.transport.supernode <flower-supernode's arguments>`.
 """
 
@@ -17,11 +19,16 @@ import importlib
 import os
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from flwr.supernode.cli import flower_supernode
 
+from pathfed_client.transport.site_engine import LOCK_VARIABLE
+from pathfed_common import process_lock
+
 ENDED = 70
+_LOOK_AGAIN_S = 0.2
 #: Seconds between two questions of an idle SuperNode. One costs the server about 15 ms of a core and the site under 1 ms: a server
 #: of sixty idle sites is kept busy by them, one of twenty is not.
 IDLE_POLL_S = 1.0
@@ -51,14 +58,26 @@ def shorten_idle_sleep() -> None:
     loop.time = _Time()  # type: ignore[attr-defined]
 
 
+def hold_lock() -> BinaryIO | None:
+    """Hold the lock that the environment names, once an earlier SuperNode of this site has let go of it; None: it names none."""
+    named = os.environ.get(LOCK_VARIABLE)
+    if named is None:
+        return None
+    while (held := process_lock.take(Path(named))) is None:
+        time.sleep(_LOOK_AGAIN_S)
+    return held
+
+
 def main() -> None:
     """Run the SuperNode; end the process with it."""
+    lock = hold_lock()  # until the process ends
     shorten_idle_sleep()
     try:
         flower_supernode()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        del lock
         os._exit(ENDED)
 
 

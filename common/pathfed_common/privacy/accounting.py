@@ -161,6 +161,19 @@ def check_bounds(events: Sequence[PrivacyEvent], delta: float) -> float:
     return ours
 
 
+def check_stated(stated: float, events: Sequence[PrivacyEvent], delta: float) -> float:
+    """The same figure, once `lower_bound` was found not to be above it: a check of an epsilon computed before, without slow libraries.
+
+    Raises:
+        PrivacyError: PF305, a test of these events shows more than what is stated, beyond the tolerance stated above.
+        ValueError: delta is not within (0, 1).
+    """
+    below = lower_bound(events, delta)
+    if not stated >= below - LOWER_TOLERANCE:
+        raise _disagreement(f"epsilon is stated to be {stated:.6g}, while a test shows at least {below:.6g}", delta)
+    return stated
+
+
 def check_accountants(events: Sequence[PrivacyEvent], delta: float) -> float:
     """Epsilon (PLD), once all other accountants have been asked and do not contradict it.
 

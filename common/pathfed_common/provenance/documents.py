@@ -1,9 +1,10 @@
-"""Signed documents that pass between people before a run: cards, the signed plan, and approvals.
+"""Signed documents that pass between people before a run: cards, the signed plan, and a site's word on it.
 
 A card introduces a site or the server by its keys and is signed by its own evidence key, which proves that whoever made it holds the key,
 and nothing more: whose card it is, people settle by comparing key texts over another channel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, PlanError, ProvenanceError
 from pathfed_common.ids import SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
-from pathfed_common.provenance import dsse
+from pathfed_common.provenance import cosigned, dsse
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.provenance.values import Value, decode_value
 from pathfed_common.units import UtcSeconds
@@ -20,8 +21,13 @@ from pathfed_common.units import UtcSeconds
 SITE_CARD_TYPE = "application/vnd.pathfed.site-card.v1+json"
 SERVER_CARD_TYPE = "application/vnd.pathfed.server-card.v1+json"
 APPROVAL_TYPE = "application/vnd.pathfed.approval.v1+json"
+DECISION_TYPE = "application/vnd.pathfed.decision.v1+json"
 CARD_CHANGE_TYPE = "application/vnd.pathfed.site-card-change.v1+json"
 PLAN_TYPE = "application/vnd.pathfed.plan.v1+json"
+#: What a site may say of a plan beside approving it.
+REJECTION = "rejection"
+REVOCATION = "revocation"
+LONGEST_REASON = 200
 
 _LONGEST_PUBLIC_NAME = 120
 _NAME_SIGNS = " .,:'&()/+-"
@@ -142,13 +148,55 @@ class Approval(Value):
         return dsse.seal(digest.canonical(self.plain()), APPROVAL_TYPE, key)
 
     @classmethod
-    def from_bytes(cls, data: bytes, key: VerifyKey, *, where: str = "approval") -> Self:
+    def from_bytes(cls, data: bytes, key: VerifyKey | Mapping[Digest, VerifyKey], *, where: str = "approval") -> Self:
         """Verify and read an approval.
 
         Raises:
-            ProvenanceError: PF602, not signed by `key`; PF601, not an approval.
+            ProvenanceError: PF602, not signed by `key`, or one of them; PF601, not an approval.
         """
         return decode_value(cls, dsse.open_envelope(data, payload_type=APPROVAL_TYPE, keys=key, where=where), where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision(Value):
+    """A site's word against a plan: it rejects it, or revokes its approval for good.
+
+    Attributes:
+        site: the site.
+        plan: digest of the plan.
+        kind: `REJECTION` or `REVOCATION`.
+        approval: digest of the envelope of the approval that is revoked; None with a rejection.
+        reason: what the site wants to say about it, in public; at most `LONGEST_REASON` characters, printable, may be empty.
+        decided_at: UTC seconds.
+    """
+
+    site: SiteName
+    plan: Digest
+    kind: str
+    approval: Digest | None
+    reason: str
+    decided_at: UtcSeconds
+
+    def _check(self) -> None:
+        if self.kind not in (REJECTION, REVOCATION):
+            raise ValueError(f"kind must be {REJECTION!r} or {REVOCATION!r}, got {self.kind!r}")
+        if (self.approval is not None) != (self.kind == REVOCATION):
+            raise ValueError("a revocation names the approval that it revokes, a rejection names none")
+        if len(self.reason) > LONGEST_REASON or not self.reason.isprintable():
+            raise ValueError(f"reason must be one line of at most {LONGEST_REASON} printable characters")
+
+    def to_bytes(self, key: SigningKey) -> bytes:
+        """The decision, signed by the site's evidence key."""
+        return dsse.seal(digest.canonical(self.plain()), DECISION_TYPE, key)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: VerifyKey, *, where: str = "decision") -> Self:
+        """Verify and read a decision.
+
+        Raises:
+            ProvenanceError: PF602, not signed by `key`; PF601, not a decision.
+        """
+        return decode_value(cls, dsse.open_envelope(data, payload_type=DECISION_TYPE, keys=key, where=where), where)
 
 
 def check_public_name(text: str) -> str:
@@ -185,13 +233,13 @@ def seal_plan(plan: Plan, key: SigningKey) -> bytes:
 
 
 def open_plan(data: bytes, key: VerifyKey, *, where: str = "signed plan") -> Plan:
-    """Verify and read a signed plan.
+    """Verify and read a signed plan. Operators may have signed it besides (`cosigned`); whether they must is the reader's policy.
 
     Raises:
         PlanError: PF106, not signed by `key`; other PF1xx, not a valid plan of this version.
     """
     try:
-        payload = dsse.open_envelope(data, payload_type=PLAN_TYPE, keys=key, where=where)
+        payload = cosigned.open_cosigned(data, payload_type=PLAN_TYPE, key=key, where=where).payload
     except ProvenanceError as error:
         raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, error.what, where=where, value=error.value) from error
     return plan_from_bytes(payload, where=where)

@@ -10,7 +10,13 @@ from typing import Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
@@ -90,23 +96,29 @@ class SigningKey:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
-    def from_pem(cls, pem: bytes) -> Self:
-        """Read a key from unencrypted PKCS #8 PEM.
+    def from_pem(cls, pem: bytes, passphrase: bytes | None = None) -> Self:
+        """Read a key from PKCS #8 PEM, unencrypted or under a passphrase.
 
         Raises:
-            HostError: PF906, not an unencrypted Ed25519 private key. The message shows nothing of the bytes.
+            HostError: PF906, not an Ed25519 private key, or the passphrase does not open it. The message shows nothing of the bytes.
         """
         try:
-            key = load_pem_private_key(pem, password=None)
+            key = load_pem_private_key(pem, password=passphrase)
         except (ValueError, TypeError):
             key = None
         if not isinstance(key, Ed25519PrivateKey):
-            raise HostError(ErrorCode.KEY_FILE, "an evidence key is an unencrypted Ed25519 private key in PEM form, and this is not")
+            kind = "an unencrypted Ed25519 private key" if passphrase is None else "an Ed25519 private key under this passphrase"
+            raise HostError(ErrorCode.KEY_FILE, f"{kind} in PEM form is expected, and this is none")
         return cls(key)
 
-    def to_pem(self) -> bytes:
-        """Unencrypted PKCS #8 PEM. Write it with `files.write_atomic(..., secret=True)` and nowhere else."""
-        return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    def to_pem(self, passphrase: bytes | None = None) -> bytes:
+        """PKCS #8 PEM, encrypted with a passphrase if one is given. Write it with `files.write_atomic(..., secret=True)` and nowhere else.
+
+        Raises:
+            ValueError: the passphrase is empty.
+        """
+        how = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+        return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
 
     @property
     def public(self) -> VerifyKey:

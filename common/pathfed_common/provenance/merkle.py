@@ -102,6 +102,11 @@ class Frontier:
         """The root of the leaves so far."""
         return _folded([value for _, value in self._edge])
 
+    @property
+    def edge(self) -> tuple[bytes, ...]:
+        """The hashes of `frontier_nodes(size)`: what a tree of this size goes on from."""
+        return tuple(value for _, value in self._edge)
+
 
 def leaf_hash(leaf: bytes) -> bytes:
     """Hash of a leaf's bytes: SHA-256 of a zero byte and the leaf."""

@@ -209,7 +209,7 @@ def _near(found: float | None, due: float | None) -> float | None:
 
 def _sites(contents: Contents) -> tuple[CardSite, ...]:
     epsilons, given = recomputed_epsilons(contents), statements_by_site(contents)
-    names = _names(contents, list(given))
+    names = card_names(contents, list(given))
     rows = []
     for site, name in names.items():
         statements = [sealed.statement for sealed in given[site]]
@@ -228,7 +228,7 @@ def _sites(contents: Contents) -> tuple[CardSite, ...]:
     return tuple(rows)
 
 
-def _names(contents: Contents, sites: list[SiteName]) -> Mapping[SiteName, str]:
+def card_names(contents: Contents, sites: list[SiteName]) -> Mapping[SiteName, str]:
     """What each site is called on the card: first those that agreed to be named, then the others, in order of their names."""
     named = {site: contents.approvals[site].named_as for site in sites if contents.approvals[site].named_as}
     others = [site for site in sites if site not in named]

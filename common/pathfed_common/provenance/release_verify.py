@@ -60,6 +60,7 @@ class ReleaseVerdict:
         leaves: leaves of the log.
         enrolled: sites enrolled at the end of the log.
         cosigned: those of them that have cosigned its end, by keys that count.
+        contents: the record's documents, or None unless nothing is wrong.
     """
 
     record: Verdict = field(default_factory=lambda: Verdict(findings=()))
@@ -71,6 +72,7 @@ class ReleaseVerdict:
     leaves: int = 0
     enrolled: frozenset[SiteName] = frozenset()
     cosigned: frozenset[SiteName] = frozenset()
+    contents: Contents | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def verify_release(
         keys: dict[str, VerifyKey] = {site: _recorded_key(bundle, site, family) for site, family in families.items()}
     except ProvenanceError as error:
         return replace(verdict, findings=(error,))
-    examined = examine_record(folder, TrustedKeys(server=trusted.server, sites=keys), redraw=redraw, thin=True)
+    examined = examine_record(folder, TrustedKeys(server=trusted.server, sites=keys), redraw=redraw, thin=True, manifest=bundle.manifest)
     if examined.contents is None or examined.verdict.findings:
         return replace(verdict, record=examined.verdict, findings=examined.verdict.findings)
     contents = examined.contents
@@ -138,6 +140,7 @@ def verify_release(
         identities_proven=verdict.identities_proven and not findings,
         aggregation_proven=replay is not None and not findings,
         card=None if findings else _card(bundle),
+        contents=None if findings else contents,
     )
 
 

@@ -6,6 +6,7 @@ epsilon, ledger head and the site's previous statement. It is a plain JSON objec
 Sources: https://github.com/in-toto/attestation/blob/v1.0/spec/v1/statement.md, .../envelope.md.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -156,8 +157,13 @@ class UpdateStatement(Value):
         return dsse.seal(self.to_payload(), IN_TOTO_TYPE, key)
 
     @classmethod
-    def from_envelope(cls, data: bytes, key: VerifyKey, *, where: str = "statement") -> Self:
+    def from_envelope(cls, data: bytes, key: VerifyKey | Mapping[Digest, VerifyKey], *, where: str = "statement") -> Self:
         """Verify and read a signed statement.
+
+        Args:
+            data: the envelope.
+            key: the one key that may have signed, or several by key id.
+            where: what to call it in errors.
 
         Raises:
             ProvenanceError: PF602, not signed by `key`; PF601, not a statement of this version.

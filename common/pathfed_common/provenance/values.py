@@ -37,8 +37,11 @@ class Value:
 
     def __post_init__(self) -> None:
         for name, kind in _fields(type(self)).items():
+            given = getattr(self, name)
+            checked = kind.check(name, given)
             # A whole number given for a float field becomes a float, so that equal values have equal bytes.
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+            if checked is not given:
+                object.__setattr__(self, name, checked)
         self._check()
 
     def _check(self) -> None:
@@ -46,7 +49,10 @@ class Value:
 
     def plain(self) -> dict[str, Any]:
         """The value as a JSON object."""
-        return {name: _plain(getattr(self, name)) for name in _fields(type(self))}
+        return {
+            name: getattr(self, name) if kind.plain is None else kind.plain(getattr(self, name))
+            for name, kind in _fields(type(self)).items()
+        }
 
     @classmethod
     def from_plain(cls, raw: object) -> Self:
@@ -58,7 +64,7 @@ class Value:
         kinds = _fields(cls)
         if not isinstance(raw, dict) or set(raw) != set(kinds):
             raise ValueError(f"{cls.__name__} has exactly the fields {sorted(kinds)}")
-        return cls(**{name: _built(raw[name], kind) for name, kind in kinds.items()})
+        return cls(**{name: kind.build(raw[name]) for name, kind in kinds.items()})
 
 
 def decode(payload: bytes, build: Callable[[Any], T], encode: Callable[[T], bytes], *, what: str, where: str) -> T:
@@ -86,54 +92,76 @@ def decode_value(cls: type[V], payload: bytes, where: str) -> V:
     return decode(payload, cls.from_plain, lambda value: digest.canonical(value.plain()), what=f"a {cls.__name__}", where=where)
 
 
-def _fields(cls: type[Value]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Kind:
+    """How a field of one type is read from JSON, and checked. Made once a type: a record has millions of fields.
+
+    Attributes:
+        build: the field's value from JSON; what is not built here is left for `check` to judge.
+        check: the value, checked, given the field's name; raises ValueError.
+        plain: the field's JSON value; None where that is the value itself.
+    """
+
+    build: Callable[[Any], Any]
+    check: Callable[[str, Any], Any]
+    plain: Callable[[Any], Any] | None = None
+
+
+def _fields(cls: type[Value]) -> dict[str, _Kind]:
     if cls not in _KINDS:
         hints = get_type_hints(cls)
-        _KINDS[cls] = {field.name: hints[field.name] for field in fields(cls)}
+        _KINDS[cls] = {field.name: _kind(hints[field.name]) for field in fields(cls)}
     return _KINDS[cls]
 
 
-#: Names and types of each class's fields, resolved once.
-_KINDS: dict[type[Value], dict[str, Any]] = {}
+#: Names and kinds of each class's fields, resolved once.
+_KINDS: dict[type[Value], dict[str, _Kind]] = {}
 
 
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    if get_origin(kind) in _OPTIONAL:
-        return None if value is None else _checked(name, value, _inner(kind))
-    if get_origin(kind) is tuple:
+def _kind(hint: Any) -> _Kind:
+    if get_origin(hint) in _OPTIONAL:
+        return _optional(_kind(next(option for option in get_args(hint) if option is not NoneType)))
+    if get_origin(hint) is tuple:
+        return _tuple(_kind(get_args(hint)[0]))
+    if hint in _CHECKS:
+        return _Kind(lambda raw: raw, _CHECKS[hint])
+    if hint is VerifyKey:
+        return _Kind(VerifyKey.from_text, _instance(hint), VerifyKey.to_text)
+    if issubclass(hint, Value):
+        return _Kind(hint.from_plain, _instance(hint), lambda value: value.plain())
+    raise TypeError(f"a signed value has no fields of type {hint}")
+
+
+def _optional(inner: _Kind) -> _Kind:
+    plain = inner.plain
+    return _Kind(
+        lambda raw: None if raw is None else inner.build(raw),
+        lambda name, value: None if value is None else inner.check(name, value),
+        None if plain is None else lambda value: None if value is None else plain(value),
+    )
+
+
+def _tuple(inner: _Kind) -> _Kind:
+    def check(name: str, value: Any) -> Any:
         if not isinstance(value, tuple):
             raise ValueError(f"{name} must be a tuple")
-        return tuple(_checked(name, item, get_args(kind)[0]) for item in value)
-    if kind in _CHECKS:
-        return _CHECKS[kind](name, value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} must be {kind.__name__}, got {type(value).__name__}")
-    return value
+        return tuple(inner.check(name, item) for item in value)
+
+    plain = inner.plain
+    return _Kind(
+        lambda raw: tuple(inner.build(item) for item in raw) if isinstance(raw, list) else raw,
+        check,
+        list if plain is None else lambda value: [plain(item) for item in value],
+    )
 
 
-def _built(raw: Any, kind: Any) -> Any:
-    """The field's value from JSON; what is not built here is left for `_checked` to judge."""
-    if get_origin(kind) in _OPTIONAL:
-        return None if raw is None else _built(raw, _inner(kind))
-    if get_origin(kind) is tuple and isinstance(raw, list):
-        return tuple(_built(item, get_args(kind)[0]) for item in raw)
-    if kind is VerifyKey:
-        return VerifyKey.from_text(raw)
-    if isinstance(kind, type) and issubclass(kind, Value):
-        return kind.from_plain(raw)
-    return raw
+def _instance(kind: type) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {kind.__name__}, got {type(value).__name__}")
+        return value
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Value):
-        return value.plain()
-    if isinstance(value, VerifyKey):
-        return value.to_text()
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _inner(kind: Any) -> Any:
-    return next(option for option in get_args(kind) if option is not NoneType)
+    return check
 
 
 def _flag(name: str, value: Any) -> bool:

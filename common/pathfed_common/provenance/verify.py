@@ -163,7 +163,9 @@ class Examined:
     contents: Contents | None = None
 
 
-def examine_record(folder: Path, trusted: TrustedKeys | None = None, *, redraw: bool = True, thin: bool = False) -> Examined:
+def examine_record(
+    folder: Path, trusted: TrustedKeys | None = None, *, redraw: bool = True, thin: bool = False, manifest: Manifest | None = None
+) -> Examined:
     """Check the record in a folder, and hand its documents on; see `verify_record`.
 
     Args:
@@ -171,10 +173,11 @@ def examine_record(folder: Path, trusted: TrustedKeys | None = None, *, redraw: 
         trusted: the keys you know; None for none.
         redraw: as of `verify_record`.
         thin: the files that `record.left_out` names may be absent, as in a release's bundle, and are not looked at.
+        manifest: the record's manifest, where the caller has read it already; in a long run's record it lists many thousands of files.
     """
     trusted = trusted or TrustedKeys()
     try:
-        manifest = Manifest.from_bytes(read(folder, record.MANIFEST))
+        manifest = manifest or Manifest.from_bytes(read(folder, record.MANIFEST))
         check_trusted(manifest.server_key, trusted.server, record.MANIFEST)
     except ProvenanceError as error:
         return Examined(Verdict(findings=(error,)))

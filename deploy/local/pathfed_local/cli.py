@@ -165,6 +165,26 @@ def _demand(findings: Sequence[ProvenanceError]) -> None:
         raise findings[0]
 
 
+@app.command()
+def export(
+    given: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A release's bundle, folder or archive.")],
+    prov: Annotated[Path | None, typer.Option(help="Where to write the lineage as W3C PROV-JSON.")] = None,
+    ml_bom: Annotated[Path | None, typer.Option("--ml-bom", help="Where to write a CycloneDX bill of materials of the model.")] = None,
+    trust: Annotated[Path | None, typer.Option(help="Keys you got by another way, as `verify` takes them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a release, and write it in forms that other tools read. They say less than the bundle and prove nothing."""
+    from pathfed_common.errors import HostError
+    from pathfed_local.exporting import export_release
+    from pathfed_local.trusting import trusted_keys
+
+    if prov is None and ml_bom is None:
+        raise HostError(ErrorCode.SETTINGS_INVALID, "nothing to write", remedy="give --prov FILE, --ml-bom FILE or both")
+    export_release(given, trusted_keys(trust), prov=prov, bom=ml_bom)
+    written = {"prov": prov, "ml_bom": ml_bom}
+    show({name: str(place) for name, place in written.items() if place}, as_json=as_json, title="Written.")
+
+
 @plan_app.command("privacy")
 def plan_privacy(
     plan: Annotated[Path, typer.Argument(help="A plan: TOML, or the signed file that sites get.")],

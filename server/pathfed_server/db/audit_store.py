@@ -17,7 +17,8 @@ class AuditStore(Database):
         """Add one event by itself, such as the start of a server; what changes the database adds its own.
 
         Args:
-            actor: ``operator``, ``server`` or ``site:<name>``.
+            actor: ``operator:<name>`` (``operator`` where the server has no operators by name), ``server``, ``site:<name>``, or
+                ``invited:<site>`` for who has that site's invitation and is not admitted.
             action: what was done, such as ``server.started``.
             subject: to what.
             at: UTC seconds.

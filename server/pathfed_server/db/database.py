@@ -74,6 +74,14 @@ class Database:
         self.close()
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A transaction for reading that sees one state of the database, however long it takes."""
+        with _told(self.address), self._engine.connect() as connection:
+            # SQLite's transactions see one state by themselves, from their first read on.
+            options = {"isolation_level": "REPEATABLE READ"} if connection.dialect.name == "postgresql" else {}
+            yield connection.execution_options(pathfed_reads=True, **options)
+
+    @contextmanager
     def _read(self) -> Iterator[Connection]:
         with _told(self.address), self._engine.connect().execution_options(pathfed_reads=True) as connection:
             yield connection

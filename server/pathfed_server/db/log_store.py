@@ -55,7 +55,7 @@ class LogStore(AuditStore):
     def add_checkpoint(self, size: int, note: bytes) -> None:
         """See `LogRecords`."""
         with self._write() as connection:
-            _lock(connection)
+            _lock_table(connection, "log_checkpoint")
             if connection.execute(select(log_checkpoint.c.size).where(log_checkpoint.c.size == size)).scalar() is None:
                 connection.execute(insert(log_checkpoint).values(size=size, note=note))
 
@@ -70,7 +70,7 @@ class LogStore(AuditStore):
         """See `LogRecords`."""
         there = select(cosignature.c.size).where(cosignature.c.size == given.size, cosignature.c.site == given.site)
         with self._write() as connection:
-            _lock(connection)
+            _lock_table(connection, "cosignature")
             if connection.execute(there).scalar() is None:
                 connection.execute(insert(cosignature).values(vars(given)))
 
@@ -84,7 +84,7 @@ class LogStore(AuditStore):
             by: who released it, for the audit trail.
         """
         with self._write() as connection:
-            _lock(connection)
+            _lock_table(connection, "release")
             if connection.execute(select(release.c.digest).where(release.c.digest == name)).scalar() is not None:
                 return
             connection.execute(insert(release).values(digest=name, run=run, released_at=at))
@@ -124,6 +124,12 @@ def append_leaves(connection: Connection, leaves: Sequence[AnyLeaf]) -> int:
 def _lock(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOG_LOCK})
+
+
+def _lock_table(connection: Connection, table: str) -> None:
+    """On PostgreSQL, let one writer of the table at a time look and then insert. The log's own lock would not do: rows refer to others."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
 
 
 def _size(connection: Connection) -> int:

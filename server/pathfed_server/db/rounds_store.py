@@ -159,6 +159,15 @@ class RoundsStore(RunsStore):
             rows = [StatementRow(**dict(row)) for row in connection.execute(query).mappings()]
         return sorted(rows, key=lambda row: (row.round_index, row.site))
 
+    def contributions(self, run_name: RunName) -> dict[SiteName, tuple[int, ...]]:
+        """By site, the committed rounds of a run that its update counted in."""
+        query = select(update_statement.c.site, update_statement.c.round_index).where(update_statement.c.run == run_name)
+        found: dict[SiteName, list[int]] = {}
+        with self._read() as connection:
+            for name, index in connection.execute(query):
+                found.setdefault(SiteName(name), []).append(index)
+        return {name: tuple(sorted(found[name])) for name in sorted(found)}
+
     def quarantined(self, run_name: RunName) -> list[Quarantined]:
         """The updates of a run that were set aside, in order of arrival."""
         query = select(quarantine).where(quarantine.c.run == run_name).order_by(quarantine.c.seq)

@@ -22,6 +22,110 @@ class SiteRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteKeyRow:
+    """A key that a site has or had, in order of `seq`. `continuity` is what the key before it signed; None: the site's first."""
+
+    seq: int
+    site: SiteName
+    kind: str
+    key: str
+    continuity: bytes | None
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateRow:
+    """A site's TLS certificate.
+
+    Attributes:
+        serial: hex.
+        site: whose it is.
+        tls_key: digest of the public key, DER.
+        fingerprint: digest of the certificate, DER.
+        issuer: pin of the authority that issued it.
+        pem: the certificate.
+        issued_at: UTC seconds, as the times below.
+        expires_at: when it ends by itself.
+        first_used_at: None: no call has come with it.
+        revoked_at: from when on it is refused, which may be to come; None: not revoked.
+    """
+
+    serial: str
+    site: SiteName
+    tls_key: Digest
+    fingerprint: Digest
+    issuer: Digest
+    pem: bytes
+    issued_at: float
+    expires_at: float
+    first_used_at: float | None = None
+    revoked_at: float | None = None
+
+    def stands(self, at: float) -> bool:
+        """Whether calls that come with it are taken at that time."""
+        return at < self.expires_at and (self.revoked_at is None or at < self.revoked_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvitationRow:
+    """An invitation, by the hash of its secret. `withdrawn_at` None: not withdrawn."""
+
+    secret_hash: Digest
+    site: SiteName
+    created_at: float
+    expires_at: float
+    withdrawn_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnrolmentRow:
+    """What somebody asked for with an invitation, and what became of it.
+
+    Attributes:
+        invitation: hash of the invitation's secret.
+        site: the site.
+        site_card: its signed card.
+        tls_csr: PKCS #10 request for its TLS key, DER.
+        software: pathfed's version at the site, as it says.
+        state: "pending", "admitted" or "refused".
+        asked_at: UTC seconds.
+        decided_at: None: pending.
+        serial: of the certificate; None: not admitted.
+    """
+
+    invitation: Digest
+    site: SiteName
+    site_card: bytes
+    tls_csr: bytes
+    software: str
+    state: str
+    asked_at: float
+    decided_at: float | None = None
+    serial: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReportRow:
+    """What a site last said of itself."""
+
+    site: SiteName
+    software: str
+    state: str
+    reported_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRow:
+    """A person who runs the server. `role` is "admin", "operator" or "auditor"; `removed_at` None: not removed."""
+
+    name: str
+    role: str
+    key: str
+    added_at: float
+    removed_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanRow:
     """A published plan: canonical bytes, and the operator's DSSE envelope over them."""
 

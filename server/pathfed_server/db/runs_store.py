@@ -17,7 +17,7 @@ from pathfed_server.rounds.state import Checkpoint, RunProgress, RunState
 class RunsStore(SitesStore):
     """Which runs there are, and where each stands."""
 
-    def create_run(self, name: RunName, *, plan_digest: Digest, sites: Sequence[SiteName], at: float) -> None:
+    def create_run(self, name: RunName, *, plan_digest: Digest, sites: Sequence[SiteName], at: float, by: str = "operator") -> None:
         """Plan a run over the given sites.
 
         Raises:
@@ -39,7 +39,7 @@ class RunsStore(SitesStore):
             names = sorted(set(sites))
             if names:
                 connection.execute(insert(run_site), [{"run": name, "site": listed} for listed in names])
-            add_event(connection, actor="operator", action="run.planned", subject=name, at=at, detail={"plan": plan_digest, "sites": names})
+            add_event(connection, actor=by, action="run.planned", subject=name, at=at, detail={"plan": plan_digest, "sites": names})
 
     def run(self, name: RunName) -> RunRow:
         """One run.
@@ -56,21 +56,21 @@ class RunsStore(SitesStore):
             rows = connection.execute(select(run).order_by(run.c.planned_at, run.c.name)).mappings().all()
             return [_run_row(connection, row) for row in rows]
 
-    def stop_run(self, name: RunName, *, at: float) -> None:
+    def stop_run(self, name: RunName, *, at: float, by: str = "operator") -> None:
         """Stop a planned or running run: its loop ends at its next word to the store. Stopping it again changes nothing.
 
         Raises:
             RoundError: PF510, no such run; PF511, it has finished or failed.
         """
-        self._operate(name, RunState.STOPPED, (RunState.PLANNED, RunState.RUNNING), action="run.stopped", at=at)
+        self._operate(name, RunState.STOPPED, (RunState.PLANNED, RunState.RUNNING), action="run.stopped", at=at, by=by)
 
-    def reopen_run(self, name: RunName, *, at: float) -> None:
+    def reopen_run(self, name: RunName, *, at: float, by: str = "operator") -> None:
         """Let a stopped or failed run be taken up again from its last committed round, its failed attempts forgotten.
 
         Raises:
             RoundError: PF510, no such run; PF511, it is running or finished.
         """
-        self._operate(name, RunState.PLANNED, (RunState.STOPPED, RunState.FAILED), action="run.reopened", at=at)
+        self._operate(name, RunState.PLANNED, (RunState.STOPPED, RunState.FAILED), action="run.reopened", at=at, by=by)
 
     def begin_attempt(self, name: RunName, *, at: float) -> RunProgress:
         """See `rounds.ports.RoundStore`."""
@@ -107,7 +107,7 @@ class RunsStore(SitesStore):
         with self._read() as connection:
             return [_checkpoint(row) for row in connection.execute(query).mappings()]
 
-    def _operate(self, name: RunName, to: RunState, allowed: Sequence[RunState], *, action: str, at: float) -> None:
+    def _operate(self, name: RunName, to: RunState, allowed: Sequence[RunState], *, action: str, at: float, by: str) -> None:
         with self._write() as connection:
             row = demand_run(connection, name, lock=True)
             if row["state"] == to:
@@ -116,7 +116,7 @@ class RunsStore(SitesStore):
                 raise _wrong_state(name, row["state"], action.removeprefix("run."), remedy=f"only a {' or '.join(allowed)} run can be")
             ended = at if to is RunState.STOPPED else None
             connection.execute(update(run).where(run.c.name == name).values(state=to, ended_at=ended, code=None, failures=0))
-            add_event(connection, actor="operator", action=action, subject=name, at=at)
+            add_event(connection, actor=by, action=action, subject=name, at=at)
 
     def _end(self, name: RunName, attempt: int, to: RunState, *, code: str | None, at: float) -> None:
         with self._write() as connection:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 #: Tables whose rows are never changed or deleted.
-APPEND_ONLY = ("approval", "audit_event", "cosignature", "log_checkpoint", "log_entry", "release", "update_statement")
+APPEND_ONLY = ("approval", "audit_event", "cosignature", "log_checkpoint", "log_entry", "release", "site_key", "update_statement")
 
 _NAME = String(63)
 _DIGEST = String(71)
@@ -61,6 +61,81 @@ site = Table(
     Column("enrolled_at", Double, nullable=False),
     Column("revoked_at", Double, comment="null: not revoked"),
     _one_of("enrolled", "revoked"),
+)
+
+site_key = Table(
+    "site_key",
+    metadata,
+    Column("seq", _SERIAL, primary_key=True, autoincrement=True),
+    Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("kind", _STATE, nullable=False),
+    Column("key", Text, nullable=False, unique=True, comment="as in site; no key is ever used twice"),
+    Column("continuity", LargeBinary, comment="what the key before it signed to hand over; null: the site's first"),
+    Column("at", Double, nullable=False),
+    CheckConstraint("kind IN ('evidence', 'flower')", name="kind"),
+)
+
+certificate = Table(
+    "certificate",
+    metadata,
+    Column("serial", String(40), primary_key=True, comment="hex"),
+    Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("tls_key", _DIGEST, nullable=False, unique=True, comment="digest of the public key, DER"),
+    Column("fingerprint", _DIGEST, nullable=False, comment="digest of the certificate, DER"),
+    Column("issuer", _DIGEST, nullable=False, comment="pin of the certificate authority"),
+    Column("pem", LargeBinary, nullable=False),
+    Column("issued_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("first_used_at", Double, comment="null: no call has come with it"),
+    Column("revoked_at", Double, comment="from when on it is refused, which may be to come; null: not revoked"),
+)
+
+invitation = Table(
+    "invitation",
+    metadata,
+    Column("secret_hash", _DIGEST, primary_key=True),
+    Column("site", _NAME, nullable=False, comment="who is invited; no site of that name need exist yet"),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("withdrawn_at", Double, comment="null: not withdrawn"),
+)
+
+enrolment = Table(
+    "enrolment",
+    metadata,
+    Column("invitation", _DIGEST, ForeignKey(invitation.c.secret_hash), primary_key=True, comment="one request an invitation"),
+    Column("site", _NAME, nullable=False),
+    Column("site_card", LargeBinary, nullable=False),
+    Column("tls_csr", LargeBinary, nullable=False, comment="PKCS #10, DER"),
+    Column("software", String(40), nullable=False),
+    Column("state", _STATE, nullable=False),
+    Column("asked_at", Double, nullable=False),
+    Column("decided_at", Double, comment="null: pending"),
+    Column("serial", String(40), ForeignKey(certificate.c.serial), comment="of the certificate; null: not admitted"),
+    CheckConstraint("(state = 'pending') = (decided_at IS NULL)", name="decided"),
+    CheckConstraint("(state = 'admitted') = (serial IS NOT NULL)", name="admitted"),
+    _one_of("pending", "admitted", "refused"),
+)
+
+site_report = Table(
+    "site_report",
+    metadata,
+    Column("site", _NAME, ForeignKey(site.c.name), primary_key=True),
+    Column("software", String(40), nullable=False),
+    Column("state", _STATE, nullable=False),
+    Column("reported_at", Double, nullable=False),
+    _one_of("running", "stopped"),
+)
+
+operator = Table(
+    "operator",
+    metadata,
+    Column("name", _NAME, primary_key=True),
+    Column("role", _STATE, nullable=False),
+    Column("key", String(80), nullable=False, unique=True, comment="ed25519:<base64>"),
+    Column("added_at", Double, nullable=False),
+    Column("removed_at", Double, comment="null: not removed"),
+    CheckConstraint("role IN ('admin', 'operator', 'auditor')", name="role"),
 )
 
 plan = Table(
@@ -210,7 +285,7 @@ audit_event = Table(
     metadata,
     Column("seq", _SERIAL, primary_key=True, autoincrement=True),
     Column("at", Double, nullable=False),
-    Column("actor", String(80), nullable=False, comment="operator, site:<name> or server"),
+    Column("actor", String(80), nullable=False, comment="operator[:<name>], site:<name>, invited:<site> or server"),
     Column("action", String(40), nullable=False),
     Column("subject", String(200), nullable=False),
     Column("detail", Text, nullable=False, comment="canonical JSON"),

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, or_, select, update
+from sqlalchemy import RowMapping, insert, select, update
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
-from pathfed_common.provenance.keys import VerifyKey
-from pathfed_common.provenance.log_leaves import PlanApproved, PlanPublished, SiteAdmitted, SiteRevoked
+from pathfed_common.provenance.log_leaves import PlanApproved, PlanPublished, SiteRevoked
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.log_store import LogStore, append_leaves
+from pathfed_server.db.membership import end_access, enrol_site, lock_table
 from pathfed_server.db.rows import ApprovalRow, PlanRow, SiteRow
 from pathfed_server.db.schema import approval, plan, site
 from pathfed_server.rounds.state import SiteState
@@ -21,32 +21,19 @@ from pathfed_server.rounds.state import SiteState
 class SitesStore(LogStore):
     """Who may take part, in what. What the transparency log holds of it is appended in the same transaction."""
 
-    def add_site(self, name: SiteName, *, evidence_key: str, flower_key: str, at: float) -> None:
-        """Enrol a site.
+    def add_site(self, name: SiteName, *, evidence_key: str, flower_key: str, at: float, by: str = "operator") -> None:
+        """Enrol a site by its card alone; it gets no certificate.
 
         Raises:
             RoundError: PF502, the name or one of the keys is taken; revoked sites keep theirs.
             ValueError: `evidence_key` is not a public evidence key.
         """
-        leaf = SiteAdmitted(site=name, evidence_key=VerifyKey.from_text(evidence_key), at=UtcSeconds(at))
-        taken = or_(site.c.name == name, site.c.evidence_key == evidence_key, site.c.flower_key == flower_key)
         with self._write() as connection:
-            _lock(connection, "site")
-            holder = connection.execute(select(site.c.name).where(taken)).scalar()
-            if holder is not None:
-                raise RoundError(
-                    ErrorCode.SITE_EXISTS,
-                    "a site has this name or one of these keys already",
-                    value=holder,
-                    remedy="use a new name and new keys",
-                )
-            values = {"name": name, "evidence_key": evidence_key, "flower_key": flower_key, "state": SiteState.ENROLLED, "enrolled_at": at}
-            connection.execute(insert(site).values(values))
-            add_event(connection, actor="operator", action="site.enrolled", subject=name, at=at, detail={"evidence_key": evidence_key})
+            leaf = enrol_site(connection, name, evidence_key=evidence_key, flower_key=flower_key, at=at, by=by)
             append_leaves(connection, [leaf])
 
-    def revoke_site(self, name: SiteName, *, at: float) -> None:
-        """Revoke a site for good; revoking it again changes nothing.
+    def revoke_site(self, name: SiteName, *, at: float, by: str = "operator") -> None:
+        """Revoke a site for good, with every certificate and invitation it has; revoking it again changes nothing.
 
         Raises:
             RoundError: PF501, no such site.
@@ -56,7 +43,8 @@ class SitesStore(LogStore):
             if found.state is SiteState.REVOKED:
                 return
             connection.execute(update(site).where(site.c.name == name).values(state=SiteState.REVOKED, revoked_at=at))
-            add_event(connection, actor="operator", action="site.revoked", subject=name, at=at)
+            end_access(connection, name, at=at)
+            add_event(connection, actor=by, action="site.revoked", subject=name, at=at)
             append_leaves(connection, [SiteRevoked(site=name, at=UtcSeconds(at))])
 
     def site(self, name: SiteName) -> SiteRow:
@@ -73,14 +61,14 @@ class SitesStore(LogStore):
         with self._read() as connection:
             return sorted((_site(row, "") for row in connection.execute(select(site)).mappings()), key=lambda row: row.name)
 
-    def add_plan(self, plan_digest: Digest, *, name: str, canonical: bytes, signed: bytes, at: float) -> None:
+    def add_plan(self, plan_digest: Digest, *, name: str, canonical: bytes, signed: bytes, at: float, by: str = "operator") -> None:
         """Publish a plan; publishing it again changes nothing."""
         with self._write() as connection:
-            _lock(connection, "plan")
+            lock_table(connection, "plan")
             if connection.execute(select(plan.c.digest).where(plan.c.digest == plan_digest)).scalar() is not None:
                 return
             connection.execute(insert(plan).values(digest=plan_digest, name=name, canonical=canonical, signed=signed, published_at=at))
-            add_event(connection, actor="operator", action="plan.published", subject=plan_digest, at=at, detail={"name": name})
+            add_event(connection, actor=by, action="plan.published", subject=plan_digest, at=at, detail={"name": name})
             append_leaves(connection, [PlanPublished(plan=plan_digest)])
 
     def plan(self, plan_digest: Digest) -> PlanRow:
@@ -101,7 +89,7 @@ class SitesStore(LogStore):
             rows = connection.execute(select(plan).order_by(plan.c.published_at, plan.c.digest)).mappings().all()
         return [PlanRow(**_plain(row)) for row in rows]
 
-    def add_approval(self, given: ApprovalRow, *, at: float) -> None:
+    def add_approval(self, given: ApprovalRow, *, at: float, by: str | None = None) -> None:
         """Keep a site's approval of a plan. The same figures again change nothing: the first approval stays, as evidence.
 
         Raises:
@@ -122,8 +110,13 @@ class SitesStore(LogStore):
                 _demand_same(ApprovalRow(**_plain(row)), given)
                 return
             connection.execute(insert(approval).values(vars(given)))
-            detail = {"plan": given.plan, "declared_patients": given.declared_patients, "reply_slots": given.reply_slots}
-            add_event(connection, actor=f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
+            detail = {
+                "plan": given.plan,
+                "site": given.site,
+                "declared_patients": given.declared_patients,
+                "reply_slots": given.reply_slots,
+            }
+            add_event(connection, actor=by or f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
             append_leaves(connection, [PlanApproved(site=given.site, plan=given.plan, approval=digest.of_bytes(given.envelope))])
 
     def approvals(self, plan_digest: Digest) -> list[ApprovalRow]:
@@ -148,12 +141,6 @@ def _demand_same(stands: ApprovalRow, given: ApprovalRow) -> None:
             value=f"{given.declared_patients}, slots {given.reply_slots}; stands: {stands.declared_patients}, {stands.reply_slots}",
             remedy="publish a plan of another name for the new figures",
         )
-
-
-def _lock(connection: Connection, table: str) -> None:
-    """On PostgreSQL, let one writer of the table at a time look and then insert. SQLite's transactions do so by themselves."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
 
 
 def _plain(row: RowMapping) -> dict[str, Any]:

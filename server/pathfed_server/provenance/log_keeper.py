@@ -8,7 +8,8 @@ Any number of keepers may run at once, in one process or several: a checkpoint o
 
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pathfed_common.errors import ErrorCode, ProvenanceError, RoundError
@@ -17,6 +18,7 @@ from pathfed_common.provenance import note
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_checkpoint import Checkpoint, log_key, open_checkpoint, sign_checkpoint, site_key
 from pathfed_common.provenance.log_history import History, read_history
+from pathfed_common.provenance.log_quorum import Shortfall, cosigned_by, quorum_of, shortfalls
 from pathfed_common.provenance.note import Note, NoteKey, NoteSignature
 from pathfed_server.provenance.log_ports import Cosignature, LogRecords, ServedCheckpoint, ServedInclusion
 from pathfed_server.provenance.log_tree import LogTree
@@ -39,6 +41,23 @@ class LogFile:
 
     leaves: tuple[bytes, ...]
     notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether the history up to a checkpoint has a quorum.
+
+    Attributes:
+        size: the checkpoint's leaves.
+        enrolled: the sites enrolled at its end, in order of their names.
+        cosigned: of every enrolled site that has cosigned, the largest size up to this one.
+        shortfalls: where cosignatures are lacking; empty: it has a quorum. See `log_quorum`.
+    """
+
+    size: int
+    enrolled: tuple[SiteName, ...]
+    cosigned: Mapping[SiteName, int]
+    shortfalls: tuple[Shortfall, ...]
 
 
 class LogKeeper:
@@ -99,13 +118,13 @@ class LogKeeper:
         """See `LogService.leaves`."""
         if not 0 <= start <= stop:
             raise ProvenanceError(ErrorCode.LEAF_UNKNOWN, "leaves go from 0 upwards", where="log", value=f"{start} to {stop}")
-        return self._records.log_leaves(start, min(stop, start + MOST_LEAVES))
+        # A number from outside may be larger than a database takes.
+        end = min(stop, start + MOST_LEAVES, self._records.log_size())
+        return self._records.log_leaves(start, end) if start < end else []
 
     def cosign(self, site: SiteName, size: int, line: bytes) -> None:
         """See `LogService.cosign`."""
-        kept = self._records.log_checkpoint(size) if size > 0 else None
-        if kept is None:
-            raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no checkpoint of this size", where="log", value=size)
+        kept = self._kept(size)
         with self._lock:
             self._grow()
             now, then = self._tree.roll(self._tree.size), self._tree.roll(size)
@@ -141,14 +160,39 @@ class LogKeeper:
             ProvenanceError: PF609, no checkpoint of this size was signed, or the log is empty; PF607, the log is not the one signed.
         """
         with self._lock:
-            signed, found = self._latest(0)
-        if size is not None:
-            signed = self._records.log_checkpoint(size) or b""
-        if not signed:
-            raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no such checkpoint", where="log", value=size)
+            _, found = self._latest(0)
         of = size if size is not None else found.size if found else 0
+        self._kept(of)
         leaves = tuple(leaf for start in range(0, of, _PAGE) for leaf in self._records.log_leaves(start, min(start + _PAGE, of)))
         return LogFile(leaves, self._notes(of))
+
+    def standing(self, size: int | None = None) -> Standing:
+        """Whether the history up to a checkpoint has a quorum, from the tree at hand: what `history` says, without reading every leaf.
+
+        Args:
+            size: the checkpoint's size; the latest if not given. 0 where the log is empty.
+
+        Raises:
+            ProvenanceError: PF609, no checkpoint of this size was signed; PF607, the log is not the one that was signed.
+        """
+        with self._lock:
+            _, found = self._latest(0)
+            of = size if size is not None else found.size if found else 0
+            rolls = {each: self._tree.roll(each) for each in {*(row.size for row in self._records.cosignatures(of)), of}}
+        notes = self._notes(of) if of else ()
+        signed = {Checkpoint.from_text(each.text).size: each for each in notes}
+        cosigned = {each: cosigned_by(one, self._origin, rolls[each]) for each, one in signed.items() if len(one.signatures) > 1}
+        end = rolls[of]
+        largest = {member.site: each for each in sorted(cosigned) for member in cosigned[each] if member in end.members}
+        return Standing(of, tuple(sorted(end.enrolled)), dict(sorted(largest.items())), shortfalls(end, cosigned))
+
+    def quorate(self) -> int | None:
+        """Size of the largest checkpoint whose history has a quorum; None: there is none."""
+        with self._lock:
+            self._grow()
+            lines = Counter(each.size for each in self._records.cosignatures(self._tree.size))
+            enough = [size for size, count in lines.items() if count >= quorum_of(len(self._tree.roll(size).members))]
+        return next((size for size in sorted(enough, reverse=True) if not self.standing(size).shortfalls), None)
 
     def signed(self, size: int) -> Note:
         """A checkpoint with every cosignature it has.
@@ -156,10 +200,15 @@ class LogKeeper:
         Raises:
             ProvenanceError: PF609, no checkpoint of this size was signed.
         """
-        kept = self._records.log_checkpoint(size)
+        self._kept(size)
+        return self._with_lines(size, [given for given in self._records.cosignatures(size) if given.size == size])
+
+    def _kept(self, size: int) -> bytes:
+        """The note of a checkpoint, as it was signed."""
+        kept = self._records.log_checkpoint(size) if 0 < size <= self._records.log_size() else None
         if kept is None:
             raise ProvenanceError(ErrorCode.CHECKPOINT_UNSIGNED, "the log has signed no checkpoint of this size", where="log", value=size)
-        return self._with_lines(size, [given for given in self._records.cosignatures(size) if given.size == size])
+        return kept
 
     def _notes(self, size: int) -> tuple[Note, ...]:
         """What the quorum rule looks at: of each of a site's keys, the largest checkpoint it cosigned."""
@@ -205,6 +254,10 @@ class LogKeeper:
     def _grow(self) -> None:
         """Read the leaves that were added."""
         size = self._records.log_size()
+        if size < self._tree.size:
+            raise ProvenanceError(
+                ErrorCode.LOG_DAMAGED, "the log became shorter while it was in use", where="log", value=f"{self._tree.size}, now {size}"
+            )
         while self._tree.size < size:
             self._tree.append(self._records.log_leaves(self._tree.size, min(self._tree.size + _PAGE, size)))
 

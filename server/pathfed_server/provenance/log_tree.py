@@ -29,16 +29,17 @@ class LogTree:
         self._sizes, self._rolls = [0], [Roll()]
 
     def append(self, leaves: Sequence[bytes]) -> None:
-        """Take further leaves, given as their bytes.
+        """Take further leaves, given as their bytes: all of them, or none where one is refused.
 
         Raises:
             ProvenanceError: PF601, PF602: an admission, revocation or rotation that cannot follow.
         """
+        rolls = self._rolls[-1:]
         for index, leaf in enumerate(leaves, start=self.size):
             if any(mark in leaf for mark in _MARKS):
-                rolled = replace(self._rolls[-1], size=index).after(read_leaf(leaf, where=f"log, leaf {index}"))
-                self._sizes.append(index + 1)
-                self._rolls.append(rolled)
+                rolls.append(replace(rolls[-1], size=index).after(read_leaf(leaf, where=f"log, leaf {index}")))
+        self._rolls += rolls[1:]
+        self._sizes += [roll.size for roll in rolls[1:]]
         merkle.append(self._nodes, self.size, [merkle.leaf_hash(leaf) for leaf in leaves])
         self.size += len(leaves)
 

@@ -5,9 +5,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -20,10 +17,11 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from pathfed_common.bundle import bundle_bytes, bundle_hash
-from pathfed_common.errors import ErrorCode, RoundError, TransportError
+from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_server.transport.node_keys import read_node_key
 
 
 def node_key(openssh_text: str) -> bytes:
@@ -32,15 +30,7 @@ def node_key(openssh_text: str) -> bytes:
     Raises:
         TransportError: PF402, not a public key on a NIST curve in OpenSSH form.
     """
-    try:
-        key = serialization.load_ssh_public_key(openssh_text.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise TransportError(
-            ErrorCode.NODE_KEY_UNKNOWN, f"the site's Flower node key cannot be read: {error}", value=openssh_text[:40]
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not uses_nist_ec_curve(key):
-        raise TransportError(ErrorCode.NODE_KEY_UNKNOWN, "the site's Flower node key is not on a NIST curve", value=openssh_text[:40])
-    return public_key_to_bytes(key)
+    return public_key_to_bytes(read_node_key(openssh_text))
 
 
 class FlowerControl:

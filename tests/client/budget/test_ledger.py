@@ -202,6 +202,19 @@ def test_a_charge_is_what_it_costs_whatever_the_entries_figures_say(port: Memory
     assert make(forged).spent().epsilon == ledger.spent().epsilon
 
 
+def test_a_figure_that_a_test_of_the_events_refutes_is_not_shown(port: Memory) -> None:
+    """What is shown is the last entry's own figure, as long as it is not below what an attacker could demonstrate."""
+    ledger = make(port)
+    assert ledger.stated(ledger.entries()) == 0.0
+    entry = charge(ledger, 1, event=PrivacyEvent(sampling_rate=1.0, noise_multiplier=1.0, steps=9))
+    assert ledger.stated(ledger.entries()) == entry.epsilon_total
+    lowered = LedgerEntry(**{**vars(entry), "epsilon_total": 0.8 * entry.epsilon_total})
+    forged = make(Memory(dsse.seal(lowered.to_payload(), LEDGER_TYPE, KEY)))
+    with pytest.raises(PrivacyError, match="a test shows at least") as caught:
+        forged.stated(forged.entries())
+    assert caught.value.code is ErrorCode.ACCOUNTANTS_DISAGREE
+
+
 def test_two_writers_cannot_both_take_a_sequence_number(port: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = make(port)
     charge(ledger, 1)

@@ -6,12 +6,25 @@ from pathlib import Path
 import pytest
 
 from pathfed_client.cohort.cohort import Pseudonym, SlideId, SlideTiles
-from pathfed_client.io.site_records import ApprovalState, Event, SealedUpdate, SlideRecord, SlideStatus, StoredApproval
+from pathfed_client.io.server_records import ReceivedPlan
+from pathfed_client.io.site_records import (
+    ApprovalState,
+    Approver,
+    ApproverSignature,
+    Event,
+    SealedUpdate,
+    SlideRecord,
+    SlideStatus,
+    StoredApproval,
+)
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_index import IndexEntry
 from pathfed_common import digest
-from pathfed_common.errors import ErrorCode, HostError, PrivacyError, TransportError
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError, ProvenanceError, TransportError
 from pathfed_common.ids import run_name
+from pathfed_common.provenance import cosigned, dsse
+from pathfed_common.provenance.documents import PLAN_TYPE
+from pathfed_common.provenance.keys import SigningKey
 
 KEY = digest.of_bytes(b"rules")
 PLAN = digest.of_bytes(b"plan")
@@ -198,11 +211,52 @@ def test_latest_word_on_a_plan_counts(store):
     assert store.approval(PLAN) is None
     store.add_approval(approval())
     store.add_approval(approval(other))
-    withdrawn = replace(approval(at=2.0), state=ApprovalState.WITHDRAWN)
+    withdrawn = replace(approval(at=2.0), state=ApprovalState.REVOKED)
     store.add_approval(withdrawn)
     assert store.approval(PLAN) == withdrawn
     store.add_approval(approval(patients=12, at=4.0))
     assert store.approvals() == [approval(other), approval(patients=12, at=4.0)]
+
+
+def test_a_plan_that_comes_again_brings_the_signatures_it_lacked(store):
+    server, operator = SigningKey.generate(), SigningKey.generate()
+    signed = dsse.seal(b"plan", PLAN_TYPE, server)
+    assert store.add_received_plan(ReceivedPlan(plan=PLAN, signed_plan=signed, at=2.0))
+    assert not store.add_received_plan(ReceivedPlan(plan=PLAN, signed_plan=cosigned.cosign(signed, operator), at=9.0))
+    assert not store.add_received_plan(ReceivedPlan(plan=PLAN, signed_plan=signed, at=9.0))
+    (kept,) = store.received_plans()
+    assert (kept.plan, kept.at) == (PLAN, 2.0)
+    assert cosigned.parse(kept.signed_plan).signed_by([server.public, operator.public]) == {server.key_id, operator.key_id}
+    for other in (dsse.seal(b"another", PLAN_TYPE, server), b"no envelope"):
+        with pytest.raises(ProvenanceError, match="PF602"):
+            store.add_received_plan(ReceivedPlan(plan=PLAN, signed_plan=other, at=3.0))
+    assert store.received_plans() == [kept]
+
+
+def test_every_word_is_kept_and_none_is_changed(store):
+    store.add_approval(approval())
+    store.add_approval(replace(approval(at=2.0), state=ApprovalState.REVOKED))
+    store.add_signature(ApproverSignature(plan=PLAN, approver="anna", envelope=b"signed", at=1.0))
+    with closing(sqlite3.connect(store.path)) as other:
+        for table in ("approval", "approver_signature"):
+            for change in (f"UPDATE {table} SET at = 0", f"DELETE FROM {table}"):
+                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                    other.execute(change)
+    assert store.signatures(PLAN) == [ApproverSignature(plan=PLAN, approver="anna", envelope=b"signed", at=1.0)]
+    assert store.signatures(KEY) == []
+
+
+def test_approvers_have_a_name_and_a_key_of_their_own(store):
+    anna, ben = SigningKey.generate().public, SigningKey.generate().public
+    assert store.add_approver("anna", anna, at=1.0)
+    assert not store.add_approver("anna", ben, at=2.0)
+    assert not store.add_approver("ben", anna, at=2.0)
+    assert store.add_approver("ben", ben, at=2.0)
+    assert store.approvers() == [Approver(name="anna", key=anna, at=1.0), Approver(name="ben", key=ben, at=2.0)]
+    assert store.remove_approver("anna", at=3.0)
+    assert not store.remove_approver("anna", at=3.0)
+    assert [one.name for one in store.approvers()] == ["ben"]
+    assert store.add_approver("anna", anna, at=4.0)
 
 
 def test_events_are_the_latest_oldest_first(store):

@@ -24,8 +24,12 @@ def offer() -> RecordDict:
     return RecordDict({wire.OFFER: ConfigRecord({wire.ENVELOPE: b"envelope"}), wire.BULK: bulk(b"base state")})
 
 
+def never_refused(code: str) -> None:
+    raise AssertionError(code)
+
+
 def reply(answer: Answer, content: RecordDict | None = None) -> RecordDict:
-    app = make_app(lambda envelope, base_state: answer)
+    app = make_app(lambda envelope, base_state: answer, never_refused)
     return app(message(content or offer()), CONTEXT).content
 
 
@@ -39,7 +43,7 @@ def test_an_offer_is_handed_on_and_the_answer_packed(tmp_path):
         return Answer(code=None, statement=b"statement", update=update)
 
     sent = message(offer())
-    got = make_app(answer)(sent, CONTEXT)
+    got = make_app(answer, never_refused)(sent, CONTEXT)
     assert asked == [(b"envelope", b"base state")]
     assert dict(got.content.config_records[wire.REPLY]) == {wire.CODE: "", wire.ENVELOPE: b"statement"}
     assert got.content.array_records[wire.BULK][wire.BYTES].data == b"\0update\xff"
@@ -74,5 +78,7 @@ def test_another_message_is_malformed_and_asks_nothing(content):
     def never(envelope: bytes, base_state: bytes) -> Answer:
         raise AssertionError("asked")
 
-    got = make_app(never)(message(content), CONTEXT)
+    written: list[str] = []
+    got = make_app(never, written.append)(message(content), CONTEXT)
     assert dict(got.content.config_records[wire.REPLY]) == {wire.CODE: "PF405", wire.ENVELOPE: b""}
+    assert written == ["PF405"], "written down before it leaves"

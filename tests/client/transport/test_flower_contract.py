@@ -162,7 +162,7 @@ def app() -> ClientApp:
 def test_one_task_goes_from_the_offer_to_the_answer_through_flowers_own_functions() -> None:
     assert hashlib.sha256(bundle_bytes()).hexdigest() == bundle_hash()
     runtime = Runtime(bundle_bytes())
-    resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+    resident_runner._serve(runtime, app(), [].append)  # type: ignore[arg-type]
     assert runtime.confirmed == [runtime.message.object_id]
     assert runtime.pushed is not None
     reply = message_from_proto(runtime.pushed.messages_list[0])
@@ -178,7 +178,7 @@ def test_one_task_goes_from_the_offer_to_the_answer_through_flowers_own_function
 
 def test_a_task_with_another_bundle_is_answered_with_a_code_and_ends_like_any_other() -> None:
     runtime = Runtime(b"another")
-    resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+    resident_runner._serve(runtime, app(), [].append)  # type: ignore[arg-type]
     assert runtime.pushed is not None
     assert message_from_proto(runtime.pushed.messages_list[0]).error.reason == "PF404"
     assert runtime.output is not None
@@ -203,7 +203,7 @@ def test_a_message_that_expired_is_not_waited_for() -> None:
     runtime = Withholding(bundle_bytes(), 1)
     runtime.message.metadata.ttl = 0.5
     with pytest.raises(ObjectPullError):
-        resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+        resident_runner._serve(runtime, app(), [].append)  # type: ignore[arg-type]
     assert runtime.closed
 
 
@@ -212,6 +212,6 @@ def test_a_message_whose_parts_stop_coming_is_given_up_and_the_runner_takes_the_
     monkeypatch.setattr(resident_runner, "_OBJECT_WITHIN_S", 0.5)
     runtime = Withholding(bundle_bytes(), parts)
     with pytest.raises(ObjectPullError):
-        resident_runner._serve(runtime, app())  # type: ignore[arg-type]
+        resident_runner._serve(runtime, app(), [].append)  # type: ignore[arg-type]
     assert runtime.pushed is None
     assert runtime.closed

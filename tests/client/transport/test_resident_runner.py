@@ -11,6 +11,7 @@ from flwr.supercore.fab import Fab
 
 from pathfed_client.transport.resident_runner import _answered
 from pathfed_common.bundle import bundle_bytes, bundle_hash
+from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.protocol import wire
 
 CONTEXT = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
@@ -48,17 +49,21 @@ def fab(data: bytes, name: str | None = None) -> Fab:
 
 def test_the_shipped_bundle_is_answered_by_the_installed_app():
     called: list[str] = []
-    got = _answered(app(called), message(), CONTEXT, fab(bundle_bytes()))
+    written: list[str] = []
+    got = _answered(app(called), written.append, message(), CONTEXT, fab(bundle_bytes()))
     assert called == ["called"]
     assert not got.has_error()
+    assert written == [], "the answerer writes down what it answers"
 
 
 @pytest.mark.parametrize("bundle", [fab(hostile_bundle()), fab(hostile_bundle(), bundle_hash()), fab(bundle_bytes(), "0" * 64), fab(b"")])
 def test_another_bundle_is_refused_and_nothing_of_it_runs(bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     called: list[str] = []
-    got = _answered(app(called), message(), CONTEXT, bundle)
+    written: list[str] = []
+    got = _answered(app(called), written.append, message(), CONTEXT, bundle)
     assert (got.has_error(), got.error.reason) == (True, "PF404")
+    assert written == ["PF404"], "written down before it leaves"
     assert called == []
     assert list(tmp_path.iterdir()) == []
 
@@ -70,8 +75,18 @@ def test_an_exceptions_text_stays_at_the_site(caplog):
         raise RuntimeError("Muellerova_biopsy.tif")
 
     made.train()(train)
-    got = _answered(made, message(), CONTEXT, fab(bundle_bytes()))
+    written: list[str] = []
+    got = _answered(made, written.append, message(), CONTEXT, fab(bundle_bytes()))
+    assert written == ["PF410"]
     assert (got.has_error(), got.error.reason) == (True, "PF410")
     assert "Muellerova" not in repr(got.error)
     assert "Muellerova" not in caplog.text
     assert "RuntimeError" in caplog.text
+
+
+def test_a_refusal_that_cannot_be_written_down_does_not_leave():
+    def full(code: str) -> None:
+        raise HostError(ErrorCode.DISK_FULL, "the disk is full")
+
+    with pytest.raises(HostError, match="PF901"):
+        _answered(app([]), full, message(), CONTEXT, fab(b""))

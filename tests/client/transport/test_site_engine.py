@@ -3,7 +3,7 @@
 import sys
 import time
 
-from pathfed_client.transport.site_engine import SiteFiles, start_site
+from pathfed_client.transport.site_engine import SiteFiles, start_relay, start_site
 from pathfed_common.processes import ProcessEnd, Supervisor
 
 
@@ -11,20 +11,21 @@ def test_a_supernode_that_ends_at_once_is_told_later_and_does_not_end_the_site(t
     """As one does whose key the server does not know: its end is explained to people, and it is started again."""
     (tmp_path / "flower").mkdir()
     files = SiteFiles(
-        ca=tmp_path / "no-ca.pem",
-        fleet_address="127.0.0.1:1",
+        relay=[sys.executable, "-c", "import time; time.sleep(600)"],
+        relay_ca=tmp_path / "no-ca.pem",
         flower_key=tmp_path / "no-key",
         superexec_secret=tmp_path / "no-secret",
         flower=tmp_path / "flower",
         logs=tmp_path / "logs",
         runner=[sys.executable, "-c", "import time; time.sleep(600)"],
         threads=1,
+        supernode_lock=tmp_path / "supernode.lock",
     )
     supervisor = Supervisor()
     ends: list[ProcessEnd] = []
     try:
-        start_site(supervisor, files)
-        assert "runner" in supervisor.pids()
+        start_site(supervisor, files, start_relay(supervisor, files))
+        assert {"relay", "runner"} <= set(supervisor.pids())
         until = time.monotonic() + 120
         while not ends and time.monotonic() < until:
             ends += supervisor.poll()

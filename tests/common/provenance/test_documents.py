@@ -1,6 +1,7 @@
 """Cards, approvals and signed plans: who must sign what, and exact forms."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, PathfedError, PlanError, ProvenanceError
 from pathfed_common.ids import SiteName
 from pathfed_common.plan import Plan
-from pathfed_common.provenance import documents, dsse
-from pathfed_common.provenance.documents import Approval, ServerCard, SiteCard, open_plan, seal_plan
+from pathfed_common.provenance import cosigned, documents, dsse
+from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval, Decision, ServerCard, SiteCard, open_plan, seal_plan
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.units import UtcSeconds
 
@@ -127,3 +128,67 @@ def test_an_unauthentic_plan_is_a_plan_error(kind: str, plan: Plan) -> None:
         open_plan(data, KEY.public)
     assert caught.value.code == (ErrorCode.PLAN_WRONG_TYPE if kind == "not a plan" else ErrorCode.PLAN_NOT_AUTHENTIC)
     assert isinstance(caught.value, PathfedError)
+
+
+def test_an_approval_that_names_nobody_keeps_the_bytes_it_had_before_there_were_names() -> None:
+    unnamed = _approval()
+    assert "named_as" not in unnamed.plain()
+    assert Approval.from_bytes(unnamed.to_bytes(KEY), KEY.public) == unnamed
+    named = replace(unnamed, named_as="St Elsewhere")
+    assert Approval.from_bytes(named.to_bytes(KEY), KEY.public).named_as == "St Elsewhere"
+    spelled = dsse.seal(digest.canonical({**unnamed.plain(), "named_as": ""}), documents.APPROVAL_TYPE, KEY)
+    with pytest.raises(ProvenanceError):
+        Approval.from_bytes(spelled, KEY.public)
+
+
+def _decision(**changes: Any) -> Decision:
+    values: dict[str, Any] = {"kind": REVOCATION, "approval": digest.of_bytes(b"approval"), "reason": "the ethics board asks for it"}
+    values |= {"site": SiteName("a"), "plan": digest.of_bytes(b"plan"), "decided_at": UtcSeconds(1_700_000_000), **changes}
+    return Decision(**values)
+
+
+@pytest.mark.parametrize("made", [_decision(), _decision(kind=REJECTION, approval=None, reason="")], ids=["revocation", "rejection"])
+def test_decisions_round_trip_and_are_signed_by_the_site(made: Decision) -> None:
+    data = made.to_bytes(KEY)
+    assert Decision.from_bytes(data, KEY.public) == made
+    with pytest.raises(ProvenanceError, match="PF602"):
+        Decision.from_bytes(data, OTHER.public)
+    with pytest.raises(ProvenanceError, match="PF602"):
+        Approval.from_bytes(data, KEY.public)
+    with pytest.raises(ProvenanceError, match="PF602"):
+        Decision.from_bytes(_approval().to_bytes(KEY), KEY.public)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "veto"},
+        {"approval": None},
+        {"kind": REJECTION},
+        {"reason": "x" * 201},
+        {"reason": "two\nlines"},
+        {"reason": "\x1b[2J"},
+        {"decided_at": 0.0},
+        {"site": "A B"},
+        {"plan": "sha256:1"},
+    ],
+)
+def test_decisions_that_say_nothing_or_too_much_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        _decision(**changes)
+
+
+@pytest.mark.parametrize("name", ["site", "plan", "kind", "approval", "reason", "decided_at", "more"])
+def test_a_decision_is_read_strictly(name: str) -> None:
+    plain = _decision().plain()
+    plain = {**plain, name: "other"} if name == "more" else {key: value for key, value in plain.items() if key != name}
+    with pytest.raises(ProvenanceError, match="PF601"):
+        Decision.from_bytes(dsse.seal(digest.canonical(plain), documents.DECISION_TYPE, KEY), KEY.public)
+
+
+def test_a_plan_may_be_signed_by_operators_besides(plan: Plan) -> None:
+    signed = cosigned.cosign(seal_plan(plan, KEY), OTHER)
+    assert open_plan(signed, KEY.public) == plan
+    assert open_plan(signed, OTHER.public) == plan
+    with pytest.raises(PlanError, match="PF106"):
+        open_plan(signed, SigningKey.generate().public)

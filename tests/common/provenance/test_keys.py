@@ -94,3 +94,17 @@ def test_base64_has_one_form() -> None:
     for text in ("aGk", "aGl=", "aGk=\n", "aG k=", "aGk==", "-_8=", "é"):
         with pytest.raises(ValueError, match="base64"):
             decode_base64(text)
+
+
+def test_a_key_under_a_passphrase_opens_with_it_alone() -> None:
+    key = SigningKey.generate()
+    pem = key.to_pem(b"correct horse")
+    assert b"ENCRYPTED" in pem
+    assert SigningKey.from_pem(pem, b"correct horse").public == key.public
+    for passphrase in (None, b"wrong", b""):
+        with pytest.raises(HostError, match="PF906"):
+            SigningKey.from_pem(pem, passphrase)
+    with pytest.raises(HostError, match="PF906"):
+        SigningKey.from_pem(key.to_pem(), b"not needed")
+    with pytest.raises(ValueError):
+        key.to_pem(b"")

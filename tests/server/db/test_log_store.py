@@ -1,10 +1,12 @@
 """The log in the database: a leaf for everything recorded, in the same transaction, in one order, on SQLite and on PostgreSQL."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from tests.server.db.test_sql_store import AT, PLAN, RUN, A, B, C, approved, checkpoint, enrol, envelopes, key_of, opening, result
 
 from pathfed_common import digest
@@ -25,7 +27,7 @@ from pathfed_common.provenance.log_leaves import (
 )
 from pathfed_common.provenance.merkle import leaf_hash
 from pathfed_common.units import UtcSeconds
-from pathfed_server.db import log_store, rounds_store, sites_store
+from pathfed_server.db import log_store, rounds_store, schema, sites_store
 from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.provenance.log_ports import Cosignature, LogRecords
@@ -230,3 +232,36 @@ def test_processes_that_append_at_once_make_one_log_without_gaps(store: SqlStore
     for process in range(PROCESSES):
         own = [leaf.site for leaf in leaves if isinstance(leaf, SiteAdmitted) and leaf.site.startswith(f"site-{process}-")]
         assert own == [f"site-{process}-{number}" for number in range(EACH)]
+
+
+@pytest.mark.parametrize("what", ["cosignature", "release"])
+def test_nobody_waits_for_a_row_while_holding_the_log(store: SqlStore, url: str, what: str) -> None:
+    """A transaction that holds a site's and a run's row and goes on to the log meets one that adds a row which refers to them."""
+    enrol(store, A)
+    store.add_plan(PLAN, name="p", canonical=b"{}", signed=b"signed", at=AT)
+    store.create_run(RUN, plan_digest=PLAN, sites=[A], at=AT)
+    store.add_checkpoint(1, b"note")
+    begun, failed = threading.Event(), list[BaseException]()
+
+    def add() -> None:
+        begun.set()
+        try:
+            with SqlStore(url) as own:
+                if what == "cosignature":
+                    own.add_cosignature(Cosignature(1, A, b"line"))
+                else:
+                    own.add_release(RELEASE, run=RUN, at=AT)
+        except BaseException as error:
+            failed.append(error)
+
+    other = threading.Thread(target=add)
+    with store._write() as connection:
+        connection.execute(select(schema.site).with_for_update())
+        connection.execute(select(schema.run).with_for_update())
+        other.start()
+        begun.wait()
+        other.join(timeout=0.3)  # on PostgreSQL it has gone as far as it can by then; if not, nothing is missed but the meeting
+        append_leaves(connection, [SiteRevoked(site=A, at=UtcSeconds(AT))])
+    other.join()
+    assert failed == []
+    assert len(store.cosignatures(1)) + len(store.releases()) == 1

@@ -6,12 +6,26 @@ import threading
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import CheckConstraint, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DatabaseError
 
+from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, PathfedError, RoundError
+from pathfed_common.ids import RunName, SiteName
+from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.log_leaves import (
+    EncoderCommitted,
+    PlanApproved,
+    PlanPublished,
+    SiteAdmitted,
+    SiteRevoked,
+    StatementLogged,
+    read_leaf,
+)
+from pathfed_common.units import UtcSeconds
 from pathfed_server.db import database, schema
 from pathfed_server.db.sql_store import SqlStore, migrate
 
@@ -167,6 +181,7 @@ FILLED = {
     "log_checkpoint": "INSERT INTO log_checkpoint VALUES (1, 'n')",
     "cosignature": "INSERT INTO cosignature VALUES (1, 'a', 'l')",
     "release": "INSERT INTO release VALUES ('d', 'r', 1)",
+    "site_key": "INSERT INTO site_key (seq, site, kind, key, at) VALUES (1, 'a', 'evidence', 'k', 1)",
 }
 #: A column of each, and what it is to be changed to.
 CHANGES = {
@@ -177,6 +192,7 @@ CHANGES = {
     "log_checkpoint": "note = 'changed'",
     "cosignature": "line = 'changed'",
     "release": "released_at = 2",
+    "site_key": "site = 'b'",
 }
 PARENTS = (
     "INSERT INTO site (name, evidence_key, flower_key, state, enrolled_at) VALUES ('a', 'k', 'f', 'enrolled', 1)",
@@ -213,3 +229,47 @@ def test_log_takes_the_next_index_alone(url: str, index: int) -> None:
     with pytest.raises(DatabaseError), engine.begin() as connection:
         connection.execute(text("INSERT INTO log_entry VALUES (2, 'k', 'l', 'i')"))
     engine.dispose()
+
+
+BEFORE_THE_LOG = (
+    "INSERT INTO site (name, evidence_key, flower_key, state, enrolled_at) VALUES ('a', '{a}', 'f', 'enrolled', 10.5)",
+    "INSERT INTO site VALUES ('b', '{b}', 'g', 'revoked', 10.5, 40)",
+    "INSERT INTO plan (digest, name, canonical, signed, published_at) VALUES ('{plan}', 'p', 'c', 's', 20)",
+    # Approved by a clock that is behind the server's.
+    "INSERT INTO approval VALUES ('a', '{plan}', 40, TRUE, '{envelope}', 19)",
+    "INSERT INTO run (name, plan, state, attempt, failures, planned_at) VALUES ('r', '{plan}', 'planned', 1, 0, 29)",
+    "INSERT INTO round (run, round_index, state, attempt, base_state) VALUES ('r', 1, 'planned', 0, 'x')",
+    "INSERT INTO checkpoint VALUES ('r', 0, '{first}', 'p', 1, 'o', 'p', 1, 30)",
+    "INSERT INTO checkpoint VALUES ('r', 1, '{second}', 'p', 1, 'o', 'p', 1, 31)",
+    "INSERT INTO update_statement VALUES ('r', 1, 'a', '{statement}', 'e')",
+)
+
+
+def test_what_was_recorded_before_there_was_a_log_gets_its_leaves(empty_url: str, backend: str) -> None:
+    keys = [VerifyKey(bytes([number]) * 32) for number in (1, 2)]
+    plan, first, second, statement = (digest.of_bytes(name) for name in (b"plan", b"first", b"second", b"statement"))
+    values = {"a": keys[0].to_text(), "b": keys[1].to_text(), "plan": plan, "first": first, "second": second, "statement": statement}
+    engine = engine_of(empty_url)
+    with engine.begin() as connection:
+        command.upgrade(database.alembic_config(connection), "0001")
+        for line in BEFORE_THE_LOG:
+            connection.execute(text(line.format(envelope="approval", **values)))
+        if backend == "sqlite":  # as the driver keeps bytes
+            connection.execute(text("DROP TRIGGER approval_no_update"))
+            connection.execute(text("UPDATE approval SET envelope = CAST(envelope AS BLOB)"))
+    engine.dispose()
+    migrate(empty_url)
+    run, a, b = RunName("r"), SiteName("a"), SiteName("b")
+    with SqlStore(empty_url) as store:
+        assert [read_leaf(leaf) for leaf in store.log_leaves(0, 100)] == [
+            SiteAdmitted(site=a, evidence_key=keys[0], at=UtcSeconds(10.5)),
+            SiteAdmitted(site=b, evidence_key=keys[1], at=UtcSeconds(10.5)),
+            PlanPublished(plan=plan),
+            PlanApproved(site=a, plan=plan, approval=digest.of_bytes(b"approval")),
+            EncoderCommitted(run=run, round_index=0, state=first),
+            StatementLogged(site=a, run=run, round_index=1, statement=statement),
+            EncoderCommitted(run=run, round_index=1, state=second),
+            SiteRevoked(site=b, at=UtcSeconds(40)),
+        ]
+        store.revoke_site(a, at=50)
+        assert store.log_size() == 9

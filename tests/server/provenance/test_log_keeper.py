@@ -102,11 +102,16 @@ def test_what_is_not_there_is_refused_with_its_code(log_store: SqlStore) -> None
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.file(3)),
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), 3, b"x")),
         (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), -(2**63), b"x")),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.cosign(SiteName("a"), 2**64 - 1, b"x")),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.signed(2**64 - 1)),
+        (ErrorCode.CHECKPOINT_UNSIGNED, lambda: log.file(2**64 - 1)),
+        (ErrorCode.LOG_BEHIND, lambda: log.checkpoint(2**64 - 1)),
+        (ErrorCode.LOG_BEHIND, lambda: log.inclusion(inside, 2**64 - 1)),
     ):
         with refusal(code):
             ask()
     assert log.leaves(3, 100) == log.leaves(3, 5)
-    assert log.leaves(7, 100) == []
+    assert log.leaves(7, 100) == log.leaves(2**64 - 2, 2**64 - 1) == []
 
 
 def test_answer_holds_so_many_leaves_at_most(log_store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +168,30 @@ def test_history_holds_each_sites_latest_cosignature_and_no_more(log_store: SqlS
     earlier = log.history(9)
     assert earlier.shortfalls == ()
     assert len(earlier.leaves) == 9
+
+
+def test_standing_says_what_a_reader_of_the_history_finds(log_store: SqlStore, sites: list[Watcher]) -> None:
+    log = keeper(log_store)
+    assert log.quorate() is None
+    sizes = []
+    for step in range(5):
+        append(log_store, statement(step))
+        for site in sites[: 1 + step % 3]:
+            site.cosign(log)
+        if step == 3:
+            log_store.revoke_site(sites[2].name, at=AT)
+        sizes.append(log.checkpoint(0).size)
+    sites[0].cosign(log)
+    for size in sizes:
+        standing, history = log.standing(size), log.history(size)
+        assert standing.shortfalls == history.shortfalls
+        assert standing.enrolled == tuple(history.roll.enrolled)
+        quorate = {each for each in sizes if not log.history(each).shortfalls}
+    assert log.quorate() == max(quorate) == sizes[4]
+    assert log.standing().cosigned == {"a": 9, "b": 9}
+    append(log_store, statement(9))
+    assert log.quorate() == sizes[4]
+    assert len(log.standing().shortfalls) == 1
 
 
 def test_cosignature_again_changes_nothing(log_store: SqlStore, sites: list[Watcher]) -> None:
@@ -259,6 +288,16 @@ def test_changed_or_shortened_log_is_not_signed_by_a_process_that_starts_with_it
         with refusal(ErrorCode.LOG_DAMAGED):
             ask()
     assert len({*log_store.log_leaves(0, 100)}) >= 5
+
+
+def test_log_that_is_set_back_under_a_running_keeper_is_not_signed(log_store: SqlStore) -> None:
+    append(log_store, *(statement(number) for number in range(6)))
+    log = keeper(log_store)
+    log.checkpoint(0)
+    tampered(log_store, "DELETE FROM log_entry WHERE leaf_index >= 3")
+    append(log_store, statement(7))
+    with refusal(ErrorCode.LOG_DAMAGED):
+        log.checkpoint(0)
 
 
 def test_checkpoint_of_another_key_in_the_database_is_refused(log_store: SqlStore) -> None:

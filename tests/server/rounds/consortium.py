@@ -1,7 +1,7 @@
 """A whole consortium in memory around the real loop: real store (SQLite), real files, real signatures, tiny tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
+from pathfed_common.provenance.documents import Approval, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
 from pathfed_common.units import UtcSeconds
@@ -227,19 +228,22 @@ class Consortium:
         return {each.site: each.code for each in self.store.participations(RUN, round_index)}
 
 
-def found(home: Path, plan: Plan, sites: Sequence[SiteName]) -> Consortium:
-    """A consortium whose sites have all approved the plan, and one planned run. `home` holds a migrated server.db."""
-    store = SqlStore(f"sqlite:///{home}/server.db").open()
+def _row(given: Approval, envelope: bytes) -> ApprovalRow:
+    columns = {field.name for field in fields(ApprovalRow)}
+    return ApprovalRow(**{name: value for name, value in vars(given).items() if name in columns}, envelope=envelope)
+
+
+def found(home: Path, plan: Plan, sites: Sequence[SiteName], *, url: str | None = None) -> Consortium:
+    """A consortium whose sites have all approved the plan, and one planned run. `home` holds a migrated server.db, or `url` names one."""
+    store = SqlStore(url or f"sqlite:///{home}/server.db").open()
     clock = FakeClock()
     for name in sites:
         store.add_site(name, evidence_key=KEYS[name].public.to_text(), flower_key=f"flower {name}", at=clock.now())
-    store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=b"signed", at=clock.now())
+    signed = seal_plan(plan, KEYS[SiteName("server")])
+    store.add_plan(plan.digest, name=plan.name, canonical=plan.canonical_bytes(), signed=signed, at=clock.now())
     for name in sites:
-        envelope = f"{name} approves".encode()
-        row = ApprovalRow(
-            site=name, plan=plan.digest, declared_patients=DECLARED, reply_slots=True, envelope=envelope, approved_at=clock.now()
-        )
-        store.add_approval(row, at=clock.now())
+        given = Approval(site=name, plan=plan.digest, declared_patients=DECLARED, reply_slots=True, approved_at=UtcSeconds(clock.now()))
+        store.add_approval(_row(given, given.to_bytes(KEYS[name])), at=clock.now())
     store.create_run(RUN, plan_digest=plan.digest, sites=sites, at=clock.now())
     return Consortium(home, store, plan, clock, FakeSites(plan, clock), FakeRecorder())
 

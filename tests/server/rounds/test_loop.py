@@ -78,7 +78,7 @@ def test_each_round_is_recorded_and_committed_alike(consortium: Make) -> None:
         result, statements, approvals = made.recorder.rounds[row.round_index]
         assert made.store.participations(RUN, row.round_index) == list(result.participations)
         assert {each.site: each.envelope for each in made.store.statements(RUN) if each.round_index == row.round_index} == statements
-        assert approvals == {name: f"{name} approves".encode() for name in NAMES}
+        assert approvals == {each.site: each.envelope for each in made.store.approvals(made.plan.digest)}
         assert result.weights == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
         assert row.times == result.times
         assert result.times.transfer_s == pytest.approx(0.75)

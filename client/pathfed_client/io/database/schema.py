@@ -169,6 +169,38 @@ _SECOND_TRIGGERS = (
     "CREATE TRIGGER alarm_no_delete BEFORE DELETE ON alarm BEGIN SELECT RAISE(ABORT, 'an alarm is for good'); END",
 )
 
+# Version 3: who may sign approvals, where a site wants two people.
+
+APPROVER = sa.Table(
+    "approver",
+    META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("removed_at", sa.Float),
+    sa.Index("approver_name", "name", unique=True, sqlite_where=sa.text("removed_at IS NULL")),
+    sa.Index("approver_key", "key", unique=True, sqlite_where=sa.text("removed_at IS NULL")),
+    sqlite_autoincrement=True,
+)
+
+APPROVER_SIGNATURE = sa.Table(
+    "approver_signature",
+    META,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("plan", sa.Text, nullable=False, index=True),
+    sa.Column("approver", sa.Text, nullable=False),
+    sa.Column("envelope", sa.LargeBinary, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+_THIRD_TRIGGERS = tuple(
+    f"CREATE TRIGGER {table}_no_{what.lower()} BEFORE {what} ON {table} BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+    for table in ("approval", "approver_signature")
+    for what in ("UPDATE", "DELETE")
+)
+
 
 @dataclass(frozen=True)
 class SchemaStep:
@@ -187,6 +219,7 @@ class SchemaStep:
 STEPS = (
     SchemaStep((VERSION, SLIDE, WITHDRAWAL, APPROVAL, SEALED, LEDGER, EVENT), _FIRST_TRIGGERS),
     SchemaStep((RECEIVED_PLAN, WORD, OWN_LEAF, ALARM, SERVER_FACT), _SECOND_TRIGGERS),
+    SchemaStep((APPROVER, APPROVER_SIGNATURE), _THIRD_TRIGGERS),
 )
 
 

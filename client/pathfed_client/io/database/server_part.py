@@ -11,15 +11,26 @@ from pathfed_client.io.database.schema import ALARM, OWN_LEAF, RECEIVED_PLAN, SE
 from pathfed_client.io.server_records import Alarm, OwnLeaf, ReceivedPlan, Word
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode
+from pathfed_common.provenance import cosigned
 
 
 class ServerPart(SiteDatabase):
     """What came from the server, and what is on its way to it."""
 
     def add_received_plan(self, plan: ReceivedPlan) -> bool:
-        """Keep a published plan, whose signature was checked; whether it is new."""
+        """Keep a published plan, whose signature was checked; whether it is new. The same plan again adds the signatures it lacked.
+
+        Raises:
+            ProvenanceError: PF602, not an envelope around a plan, or around another one than before.
+        """
+        same = RECEIVED_PLAN.c.plan == plan.plan
         with self._transaction() as connection:
-            return connection.execute(sqlite_insert(RECEIVED_PLAN).values(**asdict(plan)).on_conflict_do_nothing()).rowcount > 0
+            kept = connection.execute(sa.select(RECEIVED_PLAN.c.signed_plan).where(same)).scalar()
+            if kept is None:
+                connection.execute(sa.insert(RECEIVED_PLAN).values(**asdict(plan)))
+            elif kept != plan.signed_plan:
+                connection.execute(sa.update(RECEIVED_PLAN).where(same).values(signed_plan=cosigned.merge(kept, plan.signed_plan)))
+        return kept is None
 
     def received_plans(self) -> list[ReceivedPlan]:
         """All plans that came, the first first."""
@@ -57,9 +68,11 @@ class ServerPart(SiteDatabase):
             connection.execute(sa.update(WORD).where(WORD.c.envelope == word.envelope).values(code=code.value))
 
     def add_own_leaf(self, leaf: bytes, promised_at: float | None) -> None:
-        """Look for a leaf in the log from now on; known already changes nothing."""
+        """Look for a leaf in the log from now on. Of one that is known already, a promise is noted that was not there before."""
+        known = (OWN_LEAF.c.leaf == leaf) & OWN_LEAF.c.promised_at.is_(None) & OWN_LEAF.c.receipt.is_(None)
         with self._transaction() as connection:
             connection.execute(sqlite_insert(OWN_LEAF).values(leaf=leaf, promised_at=promised_at).on_conflict_do_nothing())
+            connection.execute(sa.update(OWN_LEAF).where(known).values(promised_at=promised_at))
 
     def own_leaves(self, *, without_receipt: bool = False) -> list[OwnLeaf]:
         """This site's leaves, or those whose receipt has not come yet."""

@@ -1,0 +1,37 @@
+"""How many calls one caller may make: a token bucket each, in memory."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+#: Callers remembered; the one heard of longest ago is forgotten first, and starts with a full bucket when it comes again.
+_MOST_CALLERS = 10_000
+
+
+class RateLimit:
+    """At most `burst` calls at once, and `per_second` in the long run, for each caller. Safe for several threads."""
+
+    def __init__(self, *, per_second: float, burst: int, monotonic: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nobody known.
+
+        Raises:
+            ValueError: a rate or burst that lets nobody call.
+        """
+        if per_second <= 0 or burst < 1:
+            raise ValueError(f"per_second must be above 0 and burst at least 1, got {per_second} and {burst}")
+        self._per_second, self._burst, self._monotonic = per_second, burst, monotonic
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def allows(self, caller: str) -> bool:
+        """Whether the caller may make this call; counts it if so."""
+        now = self._monotonic()
+        with self._lock:
+            left, since = self._buckets.pop(caller, (float(self._burst), now))
+            left = min(float(self._burst), left + (now - since) * self._per_second)
+            allowed = left >= 1
+            self._buckets[caller] = (left - 1 if allowed else left, now)
+            if len(self._buckets) > _MOST_CALLERS:
+                self._buckets.popitem(last=False)
+        return allowed

@@ -1,0 +1,242 @@
+"""What left this building: a site behind one wire, a packet capture on that wire, and the site's own record of what it sent.
+
+The site runs in a network namespace of its own, the server outside it. Everything on the wire is captured, decrypted with a TLS key log
+of the relay, and compared with the egress record: destinations, bytes, contents. Wants root, for the namespace and the capture.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flower_stream import pushed_messages
+from packet_capture import Building, Capture, Flow, building
+from tls_decrypt import RECORD_OVERHEAD, KeyLog, client_said, records
+
+from pathfed_client.egress.entry import EgressKind, Outgoing
+from pathfed_client.io.egress_log import EgressLog
+from pathfed_common import digest
+from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections
+from pathfed_common.protocol import wire
+
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.timeout(900)
+#: What the client's side of a TLS 1.3 handshake and its goodbye take, bytes, beside the framing of each record.
+HANDSHAKE = 2500
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One connection as the wire shows it, and as TLS hid it."""
+
+    flow: Flow
+    wire: bytes = field(repr=False)
+    said: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, flow: Flow, keys: KeyLog) -> "Sent":
+        data = flow.sent()
+        return cls(flow, data, client_said(data, keys))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a capture and a record have to say of each other.
+
+    Attributes:
+        unlisted: connections on the wire that no entries account for, to the last byte.
+        unseen: connections of the record that were not on the wire.
+    """
+
+    unlisted: list[str]
+    unseen: list[str]
+
+
+def compare(seen: Sequence[Sent], record: Sequence[Outgoing]) -> Compared:
+    """Lay connections on the wire against connections of the record: destination, bytes, and the digest of every part."""
+    listed: dict[str, list[Outgoing]] = {}
+    for one in record:
+        if one.connection is not None:
+            listed.setdefault(one.connection, []).append(one)
+    unlisted = []
+    for sent in seen:
+        name = next((name for name, entries in listed.items() if _accounts(entries, sent)), None)
+        if name is None:
+            unlisted.append(f"{sent.flow.place} from port {sent.flow.port}: {len(sent.said)} bytes")
+        else:
+            del listed[name]
+    return Compared(unlisted, sorted(listed))
+
+
+def _accounts(entries: Sequence[Outgoing], sent: Sent) -> bool:
+    start = 0
+    for one in entries:
+        if one.destination != sent.flow.place or digest.of_bytes(sent.said[start : start + one.size]) != one.digest:
+            return False
+        start += one.size
+    return start == len(sent.said)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A round that was answered, all that was seen of it on the wire, and where the site's home is."""
+
+    home: Path
+    fleet: str
+    capture: Capture
+    seen: Sequence[Sent]
+    bypass: int
+
+    def record(self) -> list[Outgoing]:
+        with closing(EgressLog(self.home / "egress.db")) as log:
+            log.verified()
+            return [entry.sent for entry in log.entries()]
+
+    def of_the_site(self) -> list[Sent]:
+        """What was seen but for what slipped by."""
+        return [sent for sent in self.seen if sent.flow.port != self.bypass]
+
+
+def run(*words: object, within_s: float = 300) -> Any:
+    """Run a command that prints JSON; its result."""
+    done = subprocess.run([*(str(word) for word in words), "--json"], capture_output=True, text=True, timeout=within_s, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+#: Sends a few bytes to the server, round the relay: what software that somebody planted at a site would do.
+BYPASS = """
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+with socket.create_connection((sys.argv[2], int(sys.argv[3]))) as plain, context.wrap_socket(plain, server_hostname=sys.argv[2]) as there:
+    there.sendall(b"POST /v1/fleet/nothing HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 6\\r\\nConnection: close\\r\\n\\r\\nsecret")
+    port = there.getsockname()[1]
+    while there.recv(1000):
+        pass
+print(port)
+"""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, plan_file: Path, hospitals: Path) -> Iterator[Scene]:
+    with building() as made:
+        yield _play(made, tmp_path_factory.mktemp("egress"), plan_file, next(iter(sorted(hospitals.iterdir()))))
+
+
+def _play(made: Building, root: Path, plan_file: Path, hospital: Path) -> Scene:
+    """Set up, run one round with the capture on, let something slip round the relay, and end the site before the capture."""
+    server, home, signed = root / "server", root / "site", root / "plan.dsse"
+    plan = root / "plan.toml"
+    plan.write_text(plan_file.read_text().replace("count = 2", "count = 1").replace("quorum = 2", "quorum = 1"))
+    init = ("--consortium", "capture", "--host", made.outside, "--listen", "0.0.0.0")
+    run(BIN / "pathfed-server", "init", *init, "--home", server)
+    options = ("--name", "site-a", "--slides", hospital / "slides", "--patients", hospital / "patients.csv", "--no-reply-slots")
+    run(BIN / "pathfed-site", "init", *options, "--server-card", server / "server-card.dsse", "--max-epsilon", 50, "--home", home)
+    run(BIN / "pathfed-server", "sites", "add", home / "site-card.dsse", "--home", server)
+    run(BIN / "pathfed-server", "plan", "publish", plan, "--out", signed, "--home", server)
+    run(BIN / "pathfed-site", "scan", signed, "--workers", 1, "--home", home)
+    approval = root / "approval.dsse"
+    run(BIN / "pathfed-site", "approve", signed, "--patients-at-least", 4, "--out", approval, "--home", home)
+    run(BIN / "pathfed-server", "sites", "approval", approval, "--home", server)
+    port = int((server / "server.toml").read_text().split("fleet_port = ")[1].split()[0])
+    keys = root / "keys.log"
+    keys.touch(mode=0o600)
+    outside, inside = Supervisor(), Supervisor()
+    try:
+        with Capture(made) as capture:
+            argv = [str(BIN / "pathfed-server"), "start", "--home", str(server), "--json"]
+            ready = lambda: (server / "ports.json").exists() and accepts_connections(made.outside, port)  # noqa: E731 - used once
+            outside.start(ProcessSpec(name="server", argv=argv, log=root / "server.log", ready=ready))
+            start = made.command(BIN / "pathfed-site", "start", "--home", home, "--json")
+            inside.start(ProcessSpec(name="site", argv=start, log=root / "site.log", environment={"SSLKEYLOGFILE": str(keys)}))
+            (listed,) = run(BIN / "pathfed-server", "plan", "list", "--home", server)
+            run(BIN / "pathfed-server", "run", "start", listed["plan"], "--name", "one", "--home", server)
+            _until_finished(server, root)
+            done = subprocess.run(
+                made.command(sys.executable, "-c", BYPASS, home / "ca.pem", made.outside, port),
+                env={**os.environ, "SSLKEYLOGFILE": str(keys)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            inside.stop(grace_s=30)
+            time.sleep(1)  # what is on the wire reaches the capture
+    finally:
+        inside.stop()
+        outside.stop()
+    log = KeyLog(keys)
+    seen = [Sent.of(flow, log) for flow in capture.flows()]
+    return Scene(home, f"{made.outside}:{port}", capture, seen, int(done.stdout))
+
+
+def _until_finished(server: Path, root: Path) -> None:
+    end = time.monotonic() + 400
+    state = ""
+    while time.monotonic() < end:
+        (found,) = run(BIN / "pathfed-server", "run", "status", "one", "--home", server)
+        state = found["state"]
+        if state not in ("planned", "running"):
+            break
+        time.sleep(0.5)
+    assert state == "finished", (root / "server.log").read_text() + (root / "site.log").read_text()
+
+
+def test_nothing_but_tcp_to_the_servers_one_address_leaves_the_building(scene: Scene) -> None:
+    assert scene.capture.others <= {"arp"}
+    assert {flow.place for flow in scene.capture.flows()} == {scene.fleet}
+    assert {one.destination for one in scene.record()} == {scene.fleet}
+
+
+def test_every_connection_on_the_wire_is_in_the_record_to_the_byte_and_the_reverse(scene: Scene) -> None:
+    seen = scene.of_the_site()
+    assert compare(seen, scene.record()) == Compared([], [])
+    assert sum(len(sent.said) for sent in seen) == sum(one.size for one in scene.record() if one.connection is not None) > 1_000_000
+
+
+def test_the_wire_carries_what_the_record_says_and_framing_alone(scene: Scene) -> None:
+    for sent in scene.seen:
+        framing = RECORD_OVERHEAD * sum(1 for _ in records(sent.wire))
+        assert len(sent.said) <= len(sent.wire) <= len(sent.said) + framing + HANDSHAKE
+
+
+def test_the_bytes_of_the_answer_in_the_decrypted_stream_have_the_digests_of_the_record(scene: Scene) -> None:
+    listed = {one.kind: one for one in scene.record() if one.connection is None}
+    assert set(listed) == {EgressKind.UPDATE, EgressKind.STATEMENT}
+    (message,) = pushed_messages(sent.said for sent in scene.of_the_site())
+    update = message.content.array_records[wire.BULK][wire.BYTES].data
+    statement = message.content.config_records[wire.REPLY][wire.ENVELOPE]
+    assert isinstance(statement, bytes)
+    for kind, data in ((EgressKind.UPDATE, update), (EgressKind.STATEMENT, statement)):
+        assert (listed[kind].digest, listed[kind].size) == (digest.of_bytes(data), len(data))
+    assert (listed[EgressKind.UPDATE].run, listed[EgressKind.UPDATE].round_index) == ("one", 1)
+    assert listed[EgressKind.UPDATE].epsilon_charged
+
+
+def test_a_message_that_went_round_the_relay_is_found(scene: Scene) -> None:
+    """The planted fault: real bytes, from inside the building, to the right server, that nobody wrote down."""
+    found = compare(scene.seen, scene.record())
+    (unlisted,) = found.unlisted
+    assert f"from port {scene.bypass}:" in unlisted
+    assert not found.unseen
+
+
+@pytest.mark.parametrize("fault", ["an entry is missing", "a byte more", "another digest", "another place"])
+def test_a_record_that_says_less_or_otherwise_is_found(scene: Scene, fault: str) -> None:
+    seen = scene.of_the_site()
+    record = [one for one in scene.record() if one.connection is not None]
+    largest = max(range(len(record)), key=lambda number: record[number].size)
+    one = record[largest]
+    changed = {
+        "an entry is missing": [],
+        "a byte more": [replace(one, size=one.size + 1)],
+        "another digest": [replace(one, digest=digest.of_bytes(b"other"))],
+        "another place": [replace(one, destination="10.0.0.1:1")],
+    }[fault]
+    assert compare(seen, [*record[:largest], *changed, *record[largest + 1 :]]).unlisted
