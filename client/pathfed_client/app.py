@@ -99,7 +99,8 @@ def enroll(home: SiteHome, text: str, *, wait: bool, tell: Callable[[str], None]
 
 def show_keys(home: SiteHome) -> dict[str, Any]:
     """Fingerprints of the site's keys, to compare by telephone, and of the request that the operator sees."""
-    from pathfed_client.control.enrolling import certificate_times, enrolment_fingerprint
+    from pathfed_client.control.certificates import certificate_times
+    from pathfed_client.control.enrolling import enrolment_fingerprint
     from pathfed_client.io.site_keys import fingerprints
 
     home.settings  # noqa: B018 - a folder that is no home has its own error
@@ -307,7 +308,7 @@ def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
     """How the site stands with the control plane."""
     if not home.enrolled:
         return {"enrolled": False}
-    from pathfed_client.control.enrolling import certificate_times
+    from pathfed_client.control.certificates import certificate_times
 
     facts, leaves = store.facts(), store.own_leaves()
     head = home.log_head.read() if home.log_head.exists() else None

@@ -1,7 +1,7 @@
 """A site's home folder: settings, policy, keys, database, sealed updates, logs. Everything of a client's is under it but the slides.
 
 site.toml  policy.toml  site-card.dsse  site.db  egress.db
-server-card.dsse  ca.pem  site.pem  tls-request.der   (once enrolled: the server, its CA, the site's certificate and what it was asked with)
+server-card.dsse  ca.pem  site.pem  enrolment.json   (once enrolled: the server, its CA, the site's certificate, what it was asked with)
 keys/      evidence.pem  flower  tls.pem  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are

@@ -844,6 +844,20 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "Choose another name, or make a new key with `pathfed-server operators key`.",
         "operator",
     ),
+    Code.APPROVAL_REVOKED: CatalogEntry(
+        "The site has revoked its approval",
+        "A site took its approval of a plan back. A revocation is for good: the site gets no message for this plan any more, however its "
+        "rounds stand, and an approval of it that is handed in later, an old one too, is refused. What was committed before stays.",
+        "Respect it. To ask the site again, publish the plan under another name.",
+        "operator",
+    ),
+    Code.WORD_OUT_OF_ORDER: CatalogEntry(
+        "A site's word does not follow its last one",
+        "A rejection came for a plan that the site has approved, or a revocation that names another approval than the one on record. "
+        "Nothing was recorded.",
+        "The site takes an approval back with `pathfed-site revoke`. Hand words in, in the order in which the site gave them.",
+        "both",
+    ),
 }
 
 _PROVENANCE: dict[Code, CatalogEntry] = {

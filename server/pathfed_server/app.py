@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from pathfed_common import files
 from pathfed_common.encoder.spec import preset
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
+from pathfed_common.errors import ErrorCode, HostError, PathfedError, PlanError, ProvenanceError, RoundError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import Plan, load_plan
-from pathfed_common.provenance.documents import Approval, SiteCard, seal_plan
+from pathfed_common.plan import Plan, load_plan, plan_from_bytes
+from pathfed_common.provenance import cosigned
+from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
 from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
-from pathfed_server.words import record_word
+from pathfed_server.words import Word, record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -118,12 +119,12 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
     return card
 
 
-def add_approval(root: Path, file: Path) -> Approval:
-    """Record a site's approval, signed with the key it enrolled with.
+def add_word(root: Path, file: Path) -> Word:
+    """Record a site's word on a plan: an approval, a rejection or a revocation.
 
     Raises:
         ProvenanceError: PF602, signed with another key.
-        RoundError: PF501, no such site; PF516, no such plan.
+        RoundError: PF501, no such site; PF516, no such plan; PF519, PF530, PF531, see `words.record_word`.
     """
     envelope = files.read_given(file)
     with opened_by(root, Role.OPERATOR) as (store, by):
@@ -140,8 +141,6 @@ def read_plan(file: Path) -> Plan:
     try:
         return load_plan(files.read_given(file).decode("utf-8"), where=file)
     except UnicodeDecodeError as error:
-        from pathfed_common.errors import PlanError
-
         raise PlanError(ErrorCode.PLAN_UNREADABLE, f"not UTF-8 text: {error.reason}", where=file) from None
 
 
@@ -189,6 +188,37 @@ def publish_plan(root: Path, file: Path, out: Path) -> Plan:
     return plan
 
 
+def read_signed_plan(file: Path) -> Plan:
+    """The plan in a signed plan's file; whose signatures it bears is not looked at.
+
+    Raises:
+        PlanError: PF1xx, it holds none; PF106, it is no signed plan.
+        HostError: PF904, it cannot be read.
+    """
+    try:
+        found = cosigned.parse(files.read_given(file), where=str(file))
+    except ProvenanceError as error:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, error.what, where=file) from None
+    if found.payload_type != PLAN_TYPE:
+        raise PlanError(ErrorCode.PLAN_NOT_AUTHENTIC, "the signed file is no plan", where=file, value=found.payload_type[:100])
+    return plan_from_bytes(found.payload, where=str(file))
+
+
+def collect_signatures(root: Path, file: Path) -> tuple[Plan, int]:
+    """Add the signatures in a file to the published plan; the plan, and how many signatures it has now.
+
+    Raises:
+        PlanError: PF106, not a signed plan.
+        RoundError: PF516, the plan is not published here.
+        ProvenanceError: PF602, more signatures than a plan takes.
+    """
+    plan = read_signed_plan(file)
+    with opened_by(root, Role.OPERATOR) as (store, by):
+        merged = cosigned.merge(store.plan(plan.digest).signed, files.read_given(file), where=str(file))
+        store.set_plan_signatures(plan.digest, merged, at=time.time(), by=by)
+    return plan, len(cosigned.parse(merged).signatures)
+
+
 def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -> RunRow:
     """Plan a run over the given sites, or over all that approved the plan.
 
@@ -199,7 +229,8 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
     with opened_by(root, Role.OPERATOR) as (store, by):
         row = _find_plan(store, plan)
         _check_start(root, row.plan())
-        chosen = list(sites) or [given.site for given in store.approvals(row.digest)]
+        against = store.words_against(row.digest)
+        chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in against]
         quorum = row.plan().rounds.quorum
         if len(chosen) < quorum:
             raise RoundError(

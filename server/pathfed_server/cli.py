@@ -10,6 +10,7 @@ import typer
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
+from pathfed_server import cli_plans
 from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run a consortium: plans, sites, runs and rounds.", pretty_exceptions_enable=False
 )
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
+cli_plans.register(plan_app)
 encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
 run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
 app.command()(invite)
@@ -137,9 +139,10 @@ def plan_list(home: Home = HOME, as_json: Json = False) -> None:
                 "plan": row.digest,
                 "name": row.name,
                 "published_at": row.published_at,
-                "approved_by": [given.site for given in store.approvals(row.digest)],
+                "approved_by": [given.site for given in store.approvals(row.digest) if given.site not in against],
+                "against": against,
             }
-            for row in store.plans()
+            for row, against in ((row, store.words_against(row.digest)) for row in store.plans())
         ]
     show(rows, as_json=as_json, title="plans")
 

@@ -89,13 +89,15 @@ def sites_refuse(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
 
 @sites_app.command("approval")
 def sites_approval(
-    file: Annotated[Path, typer.Argument(help="The approval the hospital handed over.")], home: Home = HOME, as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="The signed word the hospital handed over.")], home: Home = HOME, as_json: Json = False
 ) -> None:
-    """Record a site's signed approval of a plan."""
+    """Record a site's signed word on a plan: its approval, rejection or revocation."""
+    from pathfed_common.provenance.documents import Decision
     from pathfed_server import app as server
 
-    given = server.add_approval(home, file)
-    show({"site": given.site, "plan": given.plan, "declared_patients": given.declared_patients}, as_json=as_json, title="Recorded.")
+    given = server.add_word(home, file)
+    said = {"word": given.kind, "reason": given.reason} if isinstance(given, Decision) else {"declared_patients": given.declared_patients}
+    show({"site": given.site, "plan": given.plan, **said}, as_json=as_json, title="Recorded.")
 
 
 @sites_app.command("revoke")

@@ -123,7 +123,7 @@ class PathfedSide:
         client.scan(home, self.plan.cohort, lambda done, total: None)
         approval = self.root / f"approval-{name}.dsse"
         client.approve(home, signed_plan, _PATIENTS, approval)
-        server.add_approval(self.home.root, approval)
+        server.add_word(self.home.root, approval)
         return home
 
     def measure(self, block: int) -> list[RoundTimes]:

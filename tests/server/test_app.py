@@ -31,7 +31,7 @@ def test_sites_approve_and_a_run_is_planned_over_them(server_home, plan_file, me
         app.add_site(server_home.root, site.card)
         assert server_home.site_card(site.name) == site.card.read_bytes()
         if name != "site-c":
-            app.add_approval(server_home.root, site.approve(plan.digest))
+            app.add_word(server_home.root, site.approve(plan.digest))
     run = app.start_run(server_home.root, plan.digest[:15], RunName("run-1"), [])
     assert (run.state, run.sites, run.plan) == (RunState.PLANNED, ("site-a", "site-b"), plan.digest)
     assert app.round_rows(server_home.root, RunName("run-1")) == []
@@ -47,7 +47,7 @@ def test_an_approval_counts_only_with_the_key_of_the_site_it_names(server_home, 
     plan = published(server_home, plan_file)
     known, stranger = member("site-a"), member("site-b")
     app.add_site(server_home.root, known.card)
-    add = app.add_approval
+    add = app.add_word
     assert code(add, server_home.root, stranger.approve(plan.digest)) == "PF501"
     assert code(add, server_home.root, known.approve(plan.digest, key=SigningKey.generate())) == "PF501"
     app.add_site(server_home.root, stranger.card)

@@ -17,7 +17,7 @@ COMMANDS = (
     *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "list")),
     *(("operators", name) for name in ("key", "add", "remove", "list")),
     *(("ca", name) for name in ("show", "renew", "rotate", "finish")),
-    *(("plan", name) for name in ("check", "publish", "list")),
+    *(("plan", name) for name in ("check", "publish", "list", "key", "cosign", "collect")),
     ("encoder", "import"),
     ("lineage",),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),

@@ -200,7 +200,7 @@ def started(here: None, server_home: ServerHome, plan_file: Path, member: Callab
     members = [member(name) for name in ("site-a", "site-b")]
     for one in members:
         app.add_site(server_home.root, one.card)
-        app.add_approval(server_home.root, one.approve(plan.digest))
+        app.add_word(server_home.root, one.approve(plan.digest))
     app.start_run(server_home.root, plan.digest, RUN, [one.name for one in members])
     key = server_home.evidence_key.public
     return Started(server_home, plan, [Site(one, plan, key) for one in members], start)

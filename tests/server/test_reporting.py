@@ -19,7 +19,7 @@ def planned(server_home, plan_file, member):
     for name in ("site-a", "site-b"):
         site = member(name)
         app.add_site(server_home.root, site.card)
-        app.add_approval(server_home.root, site.approve(plan.digest))
+        app.add_word(server_home.root, site.approve(plan.digest))
     app.start_run(server_home.root, plan.digest, RunName("run-1"), [])
     return plan
 

@@ -84,6 +84,7 @@ class ControlServer:
     cosigned: list[tuple[int, bytes]] = field(default_factory=list)
     serials: set[int] = field(default_factory=set)
     renew_wanted: bool = False
+    secrets: list[bytes] = field(default_factory=lambda: [bytes(range(32))], repr=False)
     cards: list[SiteCard] = field(default_factory=list)
     log: Log = field(init=False)
     enrolment_port: int = 0
@@ -183,7 +184,7 @@ class ControlServer:
         )
 
     def _enroll(self, request: Any) -> Any:
-        if request.secret != bytes(range(32)):
+        if request.secret not in self.secrets:
             raise Refused("PF412")
         self.cards.append(SiteCard.from_bytes(request.site_card))
         if self.state != pb.EnrollReply.ADMITTED:

@@ -23,7 +23,7 @@ from pathfed_server.home import ServerHome
 from pathfed_server.provenance.log_keeper import LogKeeper
 from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import RunSettings, run_rounds
-from pathfed_server.rounds.ports import Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply
 
 _DIGEST = digest.of_bytes(b"anything")
 
@@ -51,7 +51,7 @@ class SigningSites:
     last: dict[SiteName, bytes] = field(default_factory=dict)
     rounds: dict[SiteName, int] = field(default_factory=dict)
 
-    def exchange(self, offers: Sequence[Offer], spool: Path) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
         for sent in offers:
             payload = dsse.open_envelope(sent.envelope, payload_type=OFFER_TYPE, keys=self.server.public)
             offer = RoundOffer.from_bytes(payload)

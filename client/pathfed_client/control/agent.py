@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from pathfed_client.control import renewal
+from pathfed_client.control.certificates import finish
 from pathfed_client.control.log_following import LogFollower, OwnNames
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome, hold
@@ -122,7 +123,7 @@ class Agent:
     def _connected(self) -> ControlClient:
         if self._client is None:
             with suppress(HostError), hold(self._home, "keys"):
-                renewal.finish(self._home)
+                finish(self._home)
             self._client = ControlClient(
                 self._home.server_card.control_address,
                 ca=self._home.ca_file.read_bytes(),

@@ -10,29 +10,36 @@ Any step may be cut short: the same command again takes up where it was, with th
 anything of the server's written.
 """
 
+import base64
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from pathfed_client.control.certificates import check_certificate, checked_ca, finish, unusable
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
 from pathfed_client.io.log_head import LogHeadFile
 from pathfed_client.io.site_keys import KeyKind, certificate_request, tls_public
-from pathfed_common import __version__, files
+from pathfed_common import __version__, digest, files
+from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, ProvenanceError, TransportError
 from pathfed_common.protocol import spiffe
 from pathfed_common.protocol.enrolment import request_fingerprint
-from pathfed_common.protocol.invitation import Invitation, ca_pin
+from pathfed_common.protocol.invitation import Invitation, secret_hash
 from pathfed_common.provenance.documents import ServerCard
 
 if TYPE_CHECKING:
     from pathfed_client.transport.enrolment_client import Enrolled
 
 ASK_EVERY_S = 3.0
+#: What passes by itself while the operator is waited for.
+_PASSING = (ErrorCode.SERVER_UNREACHABLE, ErrorCode.RATE_LIMITED, ErrorCode.CONTROL_INTERNAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +87,27 @@ def enroll(
 
     invitation = Invitation.from_text(text)
     _check_home(home, invitation)
-    card, request = home.card_file.read_bytes(), _request(home)
+    finish(home)
+    card, request = home.card_file.read_bytes(), _request(home, secret_hash(invitation.secret))
     fingerprint = request_fingerprint(card, request)
     ca = pinned_ca(invitation)
-    told = False
+    told = away = False
     while True:
-        answer = request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__, outlet=outlet)
+        try:
+            answer = request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__, outlet=outlet)
+        except PathfedError as error:
+            if not told or error.code not in _PASSING:
+                raise
+            if not away:
+                tell(f"{error.code.value} {error.what}; trying again until it answers")
+            away = True
+            sleep(ask_every_s)
+            continue
+        away = False
         if answer.state is EnrolmentState.REFUSED:
             raise TransportError(ErrorCode.ENROLMENT_REFUSED, "the operator has refused this enrolment", where=invitation.enrolment_address)
         if answer.state is EnrolmentState.ADMITTED:
-            until = _keep(home, invitation, answer, ca)
+            until = _keep(home, invitation, answer, ca, _key_of(home, _public_of_request(request)) or home.keys.tls_key())
             return Enrolment(admitted=True, fingerprint=fingerprint, certificate_until=until)
         if not wait:
             return Enrolment(admitted=False, fingerprint=fingerprint)
@@ -106,7 +124,7 @@ def enrolment_fingerprint(home: SiteHome) -> str:
     Raises:
         HostError: PF901, PF904, PF906: files.
     """
-    return request_fingerprint(home.card_file.read_bytes(), _request(home))
+    return request_fingerprint(home.card_file.read_bytes(), _request(home, None))
 
 
 def _check_home(home: SiteHome, invitation: Invitation) -> None:
@@ -128,26 +146,53 @@ def _check_home(home: SiteHome, invitation: Invitation) -> None:
         )
 
 
-def _request(home: SiteHome) -> bytes:
-    """The certificate request: made once, so that the same enrolment is asked for however often."""
+def _request(home: SiteHome, invitation: Digest | None) -> bytes:
+    """The certificate request of an invitation (None: of whichever was used last), made once: the same is asked for however often.
+
+    A key gets one certificate, so a further invitation of this home, after its certificate has ended say, is used with a new key.
+    """
     home.keys.make(KeyKind.TLS)
-    path, key = home.root / "tls-request.der", home.keys.tls_key()
-    if path.exists():
-        made = path.read_bytes()
-        if _public_of_request(made) == tls_public(key):
-            return made
-    made = certificate_request(key, home.name)
-    files.write_atomic(path, made)
+    path = home.root / "enrolment.json"
+    used, made = _kept_request(path)
+    if made is not None and _key_of(home, _public_of_request(made)) is not None and (None in (used, invitation) or used == invitation):
+        if used is None and invitation is not None:
+            _keep_request(path, invitation, made)
+        return made
+    further = used is not None and invitation is not None
+    if further:
+        home.keys.drop_staged(KeyKind.TLS)
+        home.keys.stage(KeyKind.TLS)
+    made = certificate_request(home.keys.tls_key(staged=further), home.name)
+    _keep_request(path, invitation, made)
     return made
 
 
-def _keep(home: SiteHome, invitation: Invitation, answer: "Enrolled", ca: bytes) -> float:
+def _kept_request(path: Path) -> tuple[Digest | None, bytes | None]:
+    """The invitation (by the hash of its secret) and the request that it was used with, as far as they are there."""
+    try:
+        raw = json.loads(path.read_bytes())
+        return raw["invitation"], base64.b64decode(raw["request"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, None
+
+
+def _keep_request(path: Path, invitation: Digest | None, request: bytes) -> None:
+    files.write_atomic(path, digest.canonical({"invitation": invitation, "request": base64.b64encode(request).decode("ascii")}))
+
+
+def _key_of(home: SiteHome, public: bytes) -> bytes | None:
+    """The TLS key, in use or staged, with this public half."""
+    keys = [home.keys.tls_key(), *([home.keys.tls_key(staged=True)] if home.keys.is_staged(KeyKind.TLS) else [])]
+    return next((key for key in keys if tls_public(key) == public), None)
+
+
+def _keep(home: SiteHome, invitation: Invitation, answer: "Enrolled", ca: bytes, key: bytes) -> float:
     """Check what the server sent, and keep it."""
     where = invitation.enrolment_address
     try:
         card = ServerCard.from_bytes(answer.server_card)
     except ProvenanceError as error:
-        raise _unusable(f"its card cannot be used: {error.what}", where) from error
+        raise unusable(f"its card cannot be used: {error.what}", where) from error
     if card.evidence_key != invitation.server_key:
         raise TransportError(
             ErrorCode.PIN_DIFFERS,
@@ -157,70 +202,15 @@ def _keep(home: SiteHome, invitation: Invitation, answer: "Enrolled", ca: bytes)
             remedy="do not go on; ask the operator by telephone for the server's key",
         )
     trusted = checked_ca(answer.ca, ca, where)
-    until = check_certificate(answer.certificate, home.keys.tls_key(), trusted, spiffe.site_uri(card.name, home.name), where)
+    until = check_certificate(answer.certificate, key, trusted, spiffe.site_uri(card.name, home.name), where)
     if not home.enrolled and not home.log_head.exists():
         LogHeadFile.create(home.run_secrets)
     files.write_atomic(home.server_card_file, answer.server_card)
     files.write_atomic(home.ca_file, trusted)
-    files.write_atomic(home.certificate_file, answer.certificate)
+    files.write_atomic(home.next_certificate_file, answer.certificate)
+    finish(home)
     return until
-
-
-def checked_ca(sent: bytes, known: bytes, where: str) -> bytes:
-    """The CAs that a server sends, which must hold the one that is trusted already.
-
-    Raises:
-        TransportError: PF433, they are none, or do not hold it.
-    """
-    try:
-        pins = {ca_pin(certificate.public_bytes(Encoding.PEM)) for certificate in x509.load_pem_x509_certificates(sent)}
-    except ValueError as error:
-        raise _unusable(f"its CAs cannot be read: {error}", where) from None
-    if not pins & {ca_pin(certificate.public_bytes(Encoding.PEM)) for certificate in x509.load_pem_x509_certificates(known)}:
-        raise _unusable("the CAs that it sends do not hold the one that is trusted", where)
-    return sent
-
-
-def check_certificate(certificate: bytes, key: bytes, ca: bytes, identity: str, where: str) -> float:
-    """See that a certificate is for this key and this identity, by one of these CAs; its end in UTC seconds.
-
-    Raises:
-        TransportError: PF433, it is not.
-    """
-    try:
-        found = x509.load_pem_x509_certificate(certificate)
-        public = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        identities = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (ValueError, x509.ExtensionNotFound) as error:
-        raise _unusable(f"its certificate for this site cannot be read: {error}", where) from None
-    if public != tls_public(key):
-        raise _unusable("its certificate is not for this site's key", where)
-    if identities != [identity]:
-        raise _unusable(f"its certificate is not for {identity}", where)
-    if not any(_issued_by(found, authority) for authority in x509.load_pem_x509_certificates(ca)):
-        raise _unusable("its certificate for this site is not of the pinned CA", where)
-    return found.not_valid_after_utc.timestamp()
-
-
-def certificate_times(certificate: bytes) -> tuple[float, float]:
-    """From when to when a certificate is valid, UTC seconds."""
-    found = x509.load_pem_x509_certificate(certificate)
-    times = (found.not_valid_before_utc, found.not_valid_after_utc)
-    return times[0].timestamp(), times[1].timestamp()
-
-
-def _issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception:
-        return False
-    return True
 
 
 def _public_of_request(request: bytes) -> bytes:
     return x509.load_der_x509_csr(request).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _unusable(what: str, where: str) -> PathfedError:
-    return TransportError(ErrorCode.ANSWER_UNUSABLE, f"the server's answer cannot be used: {what}", where=where)

@@ -1,15 +1,12 @@
 """A new TLS key and certificate in place of the present ones, at no moment without a pair that fits.
 
 The new key waits beside the present one, its certificate beside the present certificate. Taking them over is two renames: whatever cuts
-them short, `finish` sees from the files how far it came.
+them short, `certificates.finish` sees from the files how far it came.
 """
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-from pathfed_client.control.enrolling import certificate_times, check_certificate, checked_ca
+from pathfed_client.control.certificates import certificate_times, check_certificate, checked_ca, finish
 from pathfed_client.home import SiteHome
-from pathfed_client.io.site_keys import KeyKind, certificate_request, tls_public
+from pathfed_client.io.site_keys import KeyKind, certificate_request
 from pathfed_client.transport.control_client import ControlClient
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, TransportError
@@ -51,21 +48,3 @@ def renew(home: SiteHome, client: ControlClient) -> float:
     files.write_atomic(home.next_certificate_file, issued.certificate)
     finish(home)
     return until
-
-
-def finish(home: SiteHome) -> None:
-    """Take over a new key and certificate that were received, as far as that is not done yet.
-
-    Raises:
-        HostError: PF901, PF904, PF906: files.
-    """
-    waiting = home.next_certificate_file
-    if not waiting.exists():
-        return
-    certificate = waiting.read_bytes()
-    wanted = x509.load_pem_x509_certificate(certificate).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if home.keys.is_staged(KeyKind.TLS) and tls_public(home.keys.tls_key(staged=True)) == wanted:
-        home.keys.promote(KeyKind.TLS)
-    if tls_public(home.keys.tls_key()) == wanted:
-        files.write_atomic(home.certificate_file, certificate)
-    waiting.unlink()

@@ -11,6 +11,7 @@ cut short: it sends the same card and the same leaf, which the server takes once
 """
 
 from pathfed_client.control import renewal
+from pathfed_client.control.certificates import finish
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome, site_card
 from pathfed_client.io.site_keys import KeyKind
@@ -33,7 +34,7 @@ def connect(home: SiteHome, outlet: Outlet) -> ControlClient:
     card = home.server_card
     if not home.enrolled:
         raise TransportError(ErrorCode.NOT_ENROLLED, "this home has no certificate: it knows its server by a card alone", where=home.root)
-    renewal.finish(home)
+    finish(home)
     return ControlClient(
         card.control_address,
         ca=home.ca_file.read_bytes(),

@@ -46,7 +46,8 @@ class SitePolicy(Settings):
     #: Most memory of the machine that each of the client's computing processes may take, GB (10^9 bytes). Left out: all of it.
     memory_gb: float | None = Field(default=None, ge=1, le=100_000)
     #: Most that the client sends to the server, Mbit/s (10^6 bits), over all connections. Left out: as much as the line takes.
-    bandwidth_mbit_s: float | None = Field(default=None, gt=0, le=1_000_000)
+    #: Flower gives up a part of 5 MB that takes too long, hence the lower bound.
+    bandwidth_mbit_s: float | None = Field(default=None, ge=0.5, le=1_000_000)
     #: Largest epsilon that one whole plan may cost a patient of this site, at `delta`. Left out: `max_epsilon` alone bounds it.
     max_epsilon_per_plan: float | None = Field(default=None, gt=0, le=1000)
     #: Objectives that plans may have, of "mae" and "dino". Left out: all.

@@ -1,10 +1,15 @@
 """A limit on what leaves a second, shared by all connections of the relay."""
 
 import asyncio
+import socket
 import time
+from contextlib import suppress
 
 #: What may go at once after a pause, seconds of the limit.
 _BURST_S = 0.25
+_SHALLOW, _SEGMENT = 4 * 1024, 1460
+#: Bytes a second below which a line counts as slow.
+_SLOW = 2_500_000.0
 _LARGEST, _SMALLEST = 64 * 1024, 512
 
 
@@ -29,6 +34,18 @@ class Bandwidth:
     def part(self) -> int:
         """How many bytes to send at once at most, so that a slow line goes evenly."""
         return _LARGEST if self._rate is None else int(min(_LARGEST, max(_SMALLEST, self._rate * _BURST_S)))
+
+    def shallow(self, listening: socket.socket) -> socket.socket:
+        """Let what is sent to a socket of the loopback, which does not listen yet, wait at its sender and not in the kernel.
+
+        On slow lines only. The kernel would take megabytes at once, and SuperNode, which waits 30 s for an answer from when it has written
+        a request of 5 MB, would give up and send the same again, for ever.
+        """
+        if self._rate is not None and self._rate < _SLOW:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SHALLOW)
+            with suppress(AttributeError, OSError):  # a sender's buffer grows with the size of segments, 64 kB on the loopback
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
+        return listening
 
     def delay(self, size: int, now: float) -> float:
         """Take leave for `size` bytes at `now` (any clock's seconds); how long to wait before sending them."""

@@ -103,7 +103,8 @@ class Relay:
         tls: dict[str, Any] = {}
         if way.inner is not None:
             tls = {"ssl": way.inner, "ssl_handshake_timeout": _HANDSHAKE_S, "ssl_shutdown_timeout": GOODBYE_S}
-        server = await asyncio.start_server(begin, LOOPBACK, way.port, limit=self._bandwidth.part, **tls)
+        listening = self._bandwidth.shallow(_bound(way.port))
+        server = await asyncio.start_server(begin, sock=listening, limit=self._bandwidth.part, **tls)
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
 
@@ -226,6 +227,18 @@ class Relay:
 
     async def _write_down(self, sent: Outgoing) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writing, self._record.append, sent)
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket at a port of the loopback; nobody listens yet."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((LOOPBACK, port))
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 @dataclass

@@ -2,18 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, RowMapping, and_, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, and_, delete, exists, insert, select, update
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.provenance.documents import REVOCATION
 from pathfed_common.provenance.log_leaves import AnyLeaf, EncoderCommitted, StatementLogged
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.rows import RoundRow, StatementRow
 from pathfed_server.db.runs_store import RunsStore, demand_attempt, demand_run, progress_of
-from pathfed_server.db.schema import approval, checkpoint, participation, quarantine, round_, run, run_site, site, update_statement
+from pathfed_server.db.schema import (
+    approval,
+    checkpoint,
+    decision,
+    participation,
+    quarantine,
+    round_,
+    run,
+    run_site,
+    site,
+    update_statement,
+)
 from pathfed_server.rounds.state import (
     Candidate,
     Checkpoint,
@@ -38,6 +50,7 @@ class RoundsStore(RunsStore):
         with self._read() as connection:
             plan_digest = demand_run(connection, run_name)["plan"]
             given = and_(approval.c.site == site.c.name, approval.c.plan == plan_digest)
+            of_site = and_(decision.c.site == site.c.name, decision.c.plan == plan_digest)
             columns = (
                 site.c.name.label("site"),
                 site.c.state,
@@ -45,10 +58,11 @@ class RoundsStore(RunsStore):
                 approval.c.declared_patients,
                 approval.c.reply_slots,
                 approval.c.envelope.label("approval"),
+                exists().where(of_site, decision.c.kind == REVOCATION).label("revoked"),
             )
             joined = run_site.join(site, run_site.c.site == site.c.name).outerjoin(approval, given)
             rows = connection.execute(select(*columns).select_from(joined).where(run_site.c.run == run_name)).mappings().all()
-        found = (Candidate(**{**row, "state": SiteState(row["state"])}) for row in rows)
+        found = (Candidate(**{**row, "state": SiteState(row["state"]), "revoked": bool(row["revoked"])}) for row in rows)
         return sorted(found, key=lambda candidate: candidate.site)
 
     def commit_initial(self, run_name: RunName, attempt: int, initial: Checkpoint, *, at: float) -> None:

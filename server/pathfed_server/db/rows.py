@@ -153,6 +153,18 @@ class ApprovalRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecisionRow:
+    """A site's word against a plan: ``rejection`` or ``revocation``. `approval`: digest of the approval that is revoked, or None."""
+
+    site: SiteName
+    plan: Digest
+    kind: str
+    approval: Digest | None
+    envelope: bytes
+    decided_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRow:
     """A run. `sites` are those listed in it, in name order."""
 

@@ -27,7 +27,17 @@ from sqlalchemy import (
 )
 
 #: Tables whose rows are never changed or deleted.
-APPEND_ONLY = ("approval", "audit_event", "cosignature", "log_checkpoint", "log_entry", "release", "site_key", "update_statement")
+APPEND_ONLY = (
+    "approval",
+    "audit_event",
+    "cosignature",
+    "decision",
+    "log_checkpoint",
+    "log_entry",
+    "release",
+    "site_key",
+    "update_statement",
+)
 
 _NAME = String(63)
 _DIGEST = String(71)
@@ -159,6 +169,19 @@ approval = Table(
     Column("approved_at", Double, nullable=False),
     PrimaryKeyConstraint("site", "plan"),
     CheckConstraint("declared_patients >= 1", name="declared_patients"),
+)
+
+decision = Table(
+    "decision",
+    metadata,
+    Column("seq", _SERIAL, primary_key=True, autoincrement=True),
+    Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("plan", _DIGEST, ForeignKey(plan.c.digest), nullable=False),
+    Column("kind", _STATE, nullable=False, comment="a word against the plan; a revocation is for good"),
+    Column("envelope", LargeBinary, nullable=False),
+    Column("digest", _DIGEST, nullable=False, unique=True, comment="of the envelope"),
+    Column("decided_at", Double, nullable=False, comment="by the site's clock"),
+    CheckConstraint("kind IN ('rejection', 'revocation')", name="kind"),
 )
 
 run = Table(

@@ -2,19 +2,20 @@
 
 from typing import Any
 
-from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, Select, insert, select, update
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
-from pathfed_common.provenance.log_leaves import PlanApproved, PlanPublished, SiteRevoked
+from pathfed_common.provenance.documents import REJECTION, REVOCATION
+from pathfed_common.provenance.log_leaves import PlanApproved, PlanDecided, PlanPublished, SiteRevoked
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.log_store import LogStore, append_leaves
 from pathfed_server.db.membership import end_access, enrol_site, lock_table
-from pathfed_server.db.rows import ApprovalRow, PlanRow, SiteRow
-from pathfed_server.db.schema import approval, plan, site
+from pathfed_server.db.rows import ApprovalRow, DecisionRow, PlanRow, SiteRow
+from pathfed_server.db.schema import approval, decision, plan, site
 from pathfed_server.rounds.state import SiteState
 
 
@@ -71,6 +72,22 @@ class SitesStore(LogStore):
             add_event(connection, actor=by, action="plan.published", subject=plan_digest, at=at, detail={"name": name})
             append_leaves(connection, [PlanPublished(plan=plan_digest)])
 
+    def set_plan_signatures(self, plan_digest: Digest, signed: bytes, *, at: float, by: str = "operator") -> None:
+        """Keep a published plan's envelope with more signatures; with the same ones nothing changes.
+
+        Raises:
+            RoundError: PF516, no such plan.
+        """
+        with self._write() as connection:
+            kept = connection.execute(select(plan.c.signed).where(plan.c.digest == plan_digest)).scalar()
+            if kept is None:
+                raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=plan_digest)
+            if bytes(kept) == signed:
+                return
+            connection.execute(update(plan).where(plan.c.digest == plan_digest).values(signed=signed))
+            detail = {"signed": digest.of_bytes(signed)}
+            add_event(connection, actor=by, action="plan.cosigned", subject=plan_digest, at=at, detail=detail)
+
     def plan(self, plan_digest: Digest) -> PlanRow:
         """One plan.
 
@@ -93,19 +110,16 @@ class SitesStore(LogStore):
         """Keep a site's approval of a plan. The same figures again change nothing: the first approval stays, as evidence.
 
         Raises:
-            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF519, it approved the plan with other figures.
+            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF519, it approved the plan with other figures;
+                PF530, it has revoked its approval of the plan, which is for good.
         """
         with self._write() as connection:
-            found = _site(
-                connection.execute(select(site).where(site.c.name == given.site).with_for_update()).mappings().first(), given.site
-            )
-            if found.state is not SiteState.ENROLLED:
-                raise RoundError(ErrorCode.SITE_REVOKED, "a revoked site approves no plan", value=given.site)
-            if connection.execute(select(plan.c.digest).where(plan.c.digest == given.plan)).scalar() is None:
-                raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=given.plan)
-            row = (
-                connection.execute(select(approval).where(approval.c.site == given.site, approval.c.plan == given.plan)).mappings().first()
-            )
+            _demand_member_and_plan(connection, given.site, given.plan)
+            if _revoked(connection, given.site, given.plan):
+                raise RoundError(
+                    ErrorCode.APPROVAL_REVOKED, "the site has revoked its approval of this plan", where=given.site, value=short(given.plan)
+                )
+            row = connection.execute(_approval_of(given.site, given.plan)).mappings().first()
             if row is not None:
                 _demand_same(ApprovalRow(**_plain(row)), given)
                 return
@@ -119,11 +133,78 @@ class SitesStore(LogStore):
             add_event(connection, actor=by or f"site:{given.site}", action="plan.approved", subject=given.plan, at=at, detail=detail)
             append_leaves(connection, [PlanApproved(site=given.site, plan=given.plan, approval=digest.of_bytes(given.envelope))])
 
+    def add_decision(self, given: DecisionRow, *, at: float, by: str | None = None) -> None:
+        """Keep a site's word against a plan. The same word again changes nothing.
+
+        A revocation is for good, and may come before the approval that it revokes was ever handed in.
+
+        Raises:
+            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF531, a rejection of a plan that stands approved
+                or revoked, or a revocation of another approval than the one on record.
+        """
+        name = digest.of_bytes(given.envelope)
+        with self._write() as connection:
+            _demand_member_and_plan(connection, given.site, given.plan)
+            if connection.execute(select(decision.c.seq).where(decision.c.digest == name)).scalar() is not None:
+                return
+            _demand_order(connection, given)
+            values = {key: value for key, value in vars(given).items() if key != "approval"}
+            connection.execute(insert(decision).values(**values, digest=name))
+            detail = {"plan": given.plan, "site": given.site, "decision": name}
+            action = {REJECTION: "plan.rejected", REVOCATION: "plan.revoked"}[given.kind]
+            add_event(connection, actor=by or f"site:{given.site}", action=action, subject=given.plan, at=at, detail=detail)
+            append_leaves(connection, [PlanDecided(site=given.site, plan=given.plan, decision=name)])
+
+    def words_against(self, plan_digest: Digest) -> dict[SiteName, str]:
+        """Sites that have spoken against a plan and not approved it since: ``rejection`` or ``revocation``, in site order."""
+        with self._read() as connection:
+            rows = connection.execute(select(decision).where(decision.c.plan == plan_digest).order_by(decision.c.seq)).mappings().all()
+            approved = set(connection.execute(select(approval.c.site).where(approval.c.plan == plan_digest)).scalars())
+        latest = {SiteName(row["site"]): str(row["kind"]) for row in rows}
+        return {site: kind for site, kind in sorted(latest.items()) if kind == REVOCATION or site not in approved}
+
     def approvals(self, plan_digest: Digest) -> list[ApprovalRow]:
-        """The approvals of a plan, in site order."""
+        """The approvals of a plan, in site order: evidence, also of those that were revoked since (`words_against`)."""
         with self._read() as connection:
             rows = connection.execute(select(approval).where(approval.c.plan == plan_digest)).mappings().all()
         return sorted((ApprovalRow(**_plain(row)) for row in rows), key=lambda row: row.site)
+
+
+def _demand_member_and_plan(connection: Connection, name: SiteName, plan_digest: Digest) -> None:
+    """Lock the site's row, so that its words come one after another.
+
+    Raises:
+        RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan.
+    """
+    found = _site(connection.execute(select(site).where(site.c.name == name).with_for_update()).mappings().first(), name)
+    if found.state is not SiteState.ENROLLED:
+        raise RoundError(ErrorCode.SITE_REVOKED, "a revoked site decides on no plan", value=name)
+    if connection.execute(select(plan.c.digest).where(plan.c.digest == plan_digest)).scalar() is None:
+        raise RoundError(ErrorCode.PLAN_UNKNOWN, "no plan with this digest is published", value=plan_digest)
+
+
+def _demand_order(connection: Connection, given: DecisionRow) -> None:
+    stands = connection.execute(_approval_of(given.site, given.plan)).mappings().first()
+    if given.kind == REJECTION:
+        wrong = stands is not None or _revoked(connection, given.site, given.plan)
+    else:
+        wrong = stands is not None and digest.of_bytes(bytes(stands["envelope"])) != given.approval
+    if wrong:
+        raise RoundError(
+            ErrorCode.WORD_OUT_OF_ORDER,
+            f"this {given.kind} does not follow what the site has said of the plan",
+            where=given.site,
+            value=short(given.plan),
+        )
+
+
+def _approval_of(name: SiteName, plan_digest: Digest) -> Select[Any]:
+    return select(approval).where(approval.c.site == name, approval.c.plan == plan_digest)
+
+
+def _revoked(connection: Connection, name: SiteName, plan_digest: Digest) -> bool:
+    of_site = (decision.c.site == name) & (decision.c.plan == plan_digest) & (decision.c.kind == REVOCATION)
+    return connection.execute(select(decision.c.seq).where(of_site)).first() is not None
 
 
 def _site(row: RowMapping | None, name: str) -> SiteRow:

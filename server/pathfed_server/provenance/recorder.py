@@ -17,7 +17,7 @@ from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
 from pathfed_common.provenance import record
-from pathfed_common.provenance.documents import seal_plan
+from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
 from pathfed_common.units import UtcSeconds
@@ -135,9 +135,19 @@ class Recorder:
     def _site(self, site: SiteName, approval: bytes | None) -> Iterator[FileEntry]:
         if site not in self._cards:
             raise ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "the site's card is not at hand", where=record.card_path(site), value=site)
-        yield self._write(record.card_path(site), self._cards[site])
+        yield self._card(site)
         if approval is not None:
             yield self._write(record.approval_path(site), approval)
+
+    def _card(self, site: SiteName) -> FileEntry:
+        """The site's card. A recorded one stays where only the Flower node key is new: statements rest on the evidence key."""
+        place, card = record.card_path(site), self._cards[site]
+        listed = None if self._manifest is None else self._manifest.entry(place)
+        if listed is not None:
+            before = SiteCard.from_bytes((self._folder / place).read_bytes(), where=place)
+            if before.evidence_key == SiteCard.from_bytes(card, where=place).evidence_key:
+                return listed
+        return self._write(place, card)
 
     def _previous(self, index: int) -> Digest | None:
         return None if index == 1 else digest.of_bytes((self._folder / record.round_path(index - 1)).read_bytes())

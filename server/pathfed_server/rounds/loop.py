@@ -36,7 +36,7 @@ from pathfed_server.rounds.admission import RoundTerms, file_norm, read_chunks
 from pathfed_server.rounds.aggregation import average, shares
 from pathfed_server.rounds.collection import Collection, reasons
 from pathfed_server.rounds.files import RunFiles
-from pathfed_server.rounds.participants import choose
+from pathfed_server.rounds.participants import choose, no_consent
 from pathfed_server.rounds.ports import Clock, Offer, RoundStore, RunRecorder, SitePort
 from pathfed_server.rounds.progress import Progress, RunOutcome, Stage
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
@@ -204,9 +204,14 @@ class _Loop:
     def _exchange(self, last: Checkpoint, gathered: Collection, incoming: Path) -> None:
         offers = [self._offer(last, gathered, participant.site) for participant in gathered.open]
         if offers:
-            for reply in self.sites.exchange(offers, incoming):
+            for reply in self.sites.exchange(offers, incoming, withheld=self._withheld):
                 gathered.take(reply)
         gathered.close()
+
+    def _withheld(self, site: SiteName) -> str | None:
+        """Why nothing may be sent to a site now, or None. The store is asked: a revocation may have come since the round was opened."""
+        code = next((no_consent(each) for each in self.store.candidates(self.run) if each.site == site), ErrorCode.SITE_UNKNOWN)
+        return None if code is None else code.value
 
     def _offer(self, last: Checkpoint, gathered: Collection, site: SiteName) -> Offer:
         offer = RoundOffer(

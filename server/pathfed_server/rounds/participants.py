@@ -44,14 +44,16 @@ def choose(plan: Plan, candidates: Iterable[Candidate]) -> Choice:
     | candidate | outcome |
     | --- | --- |
     | revoked | excluded, PF518 |
+    | has revoked its approval of the plan | excluded, PF530 |
     | has not approved the plan | excluded, PF407 |
     | declares fewer patients than the plan expects in a step | excluded, PF303 |
     | any other | takes part |
     """
     participants, excluded = [], []
     for candidate in sorted(candidates, key=lambda each: each.site):
-        if candidate.state is not SiteState.ENROLLED:
-            excluded.append(_excluded(candidate, ErrorCode.SITE_REVOKED))
+        refused = no_consent(candidate)
+        if refused is not None:
+            excluded.append(_excluded(candidate, refused))
         elif candidate.approval is None or candidate.declared_patients is None:
             excluded.append(_excluded(candidate, ErrorCode.PLAN_NOT_APPROVED))
         elif plan.privacy.expected_patients > candidate.declared_patients:
@@ -67,6 +69,18 @@ def choose(plan: Plan, candidates: Iterable[Candidate]) -> Choice:
                 )
             )
     return Choice(tuple(participants), tuple(excluded))
+
+
+def no_consent(candidate: Candidate) -> ErrorCode | None:
+    """Why nothing may be sent to a site for the run's plan, or None: it is enrolled, and its approval stands.
+
+    Asked when a round's participants are chosen, and again for each at the moment of sending: a word may come in between.
+    """
+    if candidate.state is not SiteState.ENROLLED:
+        return ErrorCode.SITE_REVOKED
+    if candidate.revoked:
+        return ErrorCode.APPROVAL_REVOKED
+    return ErrorCode.PLAN_NOT_APPROVED if candidate.approval is None else None
 
 
 def _excluded(candidate: Candidate, code: ErrorCode) -> Participation:

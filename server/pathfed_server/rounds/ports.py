@@ -4,7 +4,7 @@ The loop is pure apart from them and the files of the server's home. `transport`
 `RoundStore` on SQL, `provenance` implements `RunRecorder`; tests may implement `SitePort` in memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,14 +53,20 @@ class Reply:
     transfer_s: float
 
 
+#: Why nothing may be sent to a site now, as a code, or None: asked of the store at the moment of sending.
+Consent = Callable[[SiteName], str | None]
+
+
 class SitePort(Protocol):
     """Sends offers and brings replies back, one at a time."""
 
-    def exchange(self, offers: Sequence[Offer], spool: Path) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
         """Send the offers, then yield each reply as it arrives, its update already in a file under `spool`.
 
         MUST yield at most one reply a site, MUST NOT hold more updates in memory with more sites, and MUST end when every site has
         answered or the latest deadline has passed. A site that cannot be reached yields a reply with a PF4xx or PF515 code.
+        Immediately before a site's offer is handed to the network, it MUST ask `withheld`, and where that gives a code send nothing to the
+        site and yield a reply with the code.
         """
         ...
 

@@ -64,6 +64,7 @@ class Candidate:
         declared_patients: the lower bound it declared when it approved the run's plan, or None when it has not approved it.
         reply_slots: whether it replies at time slots, or None likewise.
         approval: the signed approval (DSSE bytes), or None likewise.
+        revoked: whether it has taken its approval of the plan back, for good.
     """
 
     site: SiteName
@@ -72,6 +73,7 @@ class Candidate:
     declared_patients: int | None
     reply_slots: bool | None
     approval: bytes | None
+    revoked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
-from pathfed_server.rounds.ports import Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply
 
 RUN_KEY = "pathfed-run"
 _POLL_S = 0.25
@@ -43,15 +43,18 @@ class FlowerSites:
         self._grid = grid
         self._sites = {key: site for site, key in node_keys.items()}
 
-    def exchange(self, offers: Sequence[Offer], spool: Path) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
         """Send offers, yield replies as they come; see `SitePort`."""
         waiting = {offer.site: offer for offer in offers}
         deadline = max(offer.deadline for offer in offers)
         inbox = _Inbox(self._grid, spool)
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
-                for site, message_id in self._send_to_online(waiting):
-                    inbox.expect(site, message_id)
+                for site, sent in self._send_to_online(waiting, withheld):
+                    if isinstance(sent, Reply):
+                        yield sent
+                    else:
+                        inbox.expect(site, sent)
                 reply = inbox.next(_POLL_S)
                 if reply is not None:
                     yield reply
@@ -60,11 +63,19 @@ class FlowerSites:
         for site in [*inbox.expected, *waiting]:
             yield _without_update(site, ErrorCode.SITE_SILENT.value)
 
-    def _send_to_online(self, waiting: dict[SiteName, Offer]) -> Iterator[tuple[SiteName, str]]:
-        """Send the offers of sites whose node is connected now, and take them off `waiting`."""
+    def _send_to_online(self, waiting: dict[SiteName, Offer], withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
+        """Send the offers of sites whose node is connected now and who consent, and take them off `waiting`.
+
+        With each site comes the id of the message, or the reply that says why none was sent.
+        """
         for node in self._grid.get_nodes() if waiting else ():
             site = self._sites.get(bytes(node.public_key))
             if site is None or site not in waiting:
+                continue
+            code = withheld(site)
+            if code is not None:
+                del waiting[site]
+                yield site, _without_update(site, code)
                 continue
             (message_id,) = self._grid.push_messages([_message(waiting[site], node.node_id)])
             if message_id:

@@ -7,7 +7,7 @@ import pytest
 from control_server import ControlServer, Refused
 
 from pathfed_client.control.agent import PASSES, Agent
-from pathfed_client.control.enrolling import certificate_times, check_certificate
+from pathfed_client.control.certificates import certificate_times, check_certificate
 from pathfed_client.control.supervising import AlarmTeller
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet

@@ -9,11 +9,12 @@ import pytest
 from connect_proxy import proxying
 from control_server import ControlServer, Refused
 
-from pathfed_client.control.enrolling import check_certificate, enroll, enrolment_fingerprint
+from pathfed_client.control.certificates import check_certificate
+from pathfed_client.control.enrolling import enroll, enrolment_fingerprint
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
 from pathfed_client.io.egress_log import EgressLog
-from pathfed_client.io.site_keys import KeyKind, certificate_request
+from pathfed_client.io.site_keys import KeyKind, certificate_request, fingerprints
 from pathfed_common.errors import HostError, PathfedError, TransportError
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import control_pb2 as pb
@@ -86,6 +87,43 @@ def test_waiting_ends_with_the_operators_decision_and_tells_the_fingerprint(home
 
     assert ask(home, server, wait=True, tell=told.append, sleep=admit).admitted
     assert enrolment_fingerprint(home) in told[0]
+
+
+def test_a_server_that_is_away_while_the_operator_is_waited_for_is_asked_again(home, server):
+    told: list[str] = []
+    failing: list[int] = []
+
+    def away(request, honest):
+        failing.append(1)
+        if 2 <= len(failing) <= 3:
+            raise Refused("PF419")
+        return honest
+
+    def nap(seconds: float) -> None:
+        if len(failing) == 3:
+            server.state = pb.EnrollReply.ADMITTED
+
+    server.lies["Enroll"] = away
+    assert ask(home, server, wait=True, tell=told.append, sleep=nap).admitted
+    assert sum("PF419" in line for line in told) == 1
+
+
+def test_a_further_invitation_is_used_with_a_new_tls_key_and_all_else_stays(home, server):
+    server.state = pb.EnrollReply.ADMITTED
+    ask(home, server)
+    before = fingerprints(home.keys)
+    other = bytes(reversed(range(32)))
+    server.secrets.append(other)
+    text = server.invitation("site-a", secret=other)
+    for _ in range(2):
+        assert asked_with(SiteHome(home.root), text, wait=False, tell=lambda line: None).admitted
+    after = fingerprints(home.keys)
+    assert {kind for kind in KeyKind if after[kind] != before[kind]} == {KeyKind.TLS}
+    assert not home.keys.is_staged(KeyKind.TLS)
+    first, *further = [request.tls_csr_der for request in server.requests]
+    assert first not in further
+    assert further[0] == further[1], "the same invitation, the same request"
+    check_certificate(home.certificate_file.read_bytes(), home.keys.tls_key(), server.tls.ca_certificate, "spiffe://test/site/site-a", "")
 
 
 def test_the_operators_refusal_has_its_code(home, server):
@@ -205,7 +243,7 @@ def test_a_home_of_one_server_is_not_enrolled_with_another(home, server):
     assert SiteHome(home.root).server_card.evidence_key == server.key.public
 
 
-@pytest.mark.parametrize("stopped_before", ["server_card_file", "ca_file", "certificate_file"])
+@pytest.mark.parametrize("stopped_before", ["server_card_file", "ca_file", "next_certificate_file", "certificate_file"])
 def test_a_command_that_was_cut_short_goes_on_with_the_same_keys(stopped_before, home, server, monkeypatch):
     from pathfed_common import files
 

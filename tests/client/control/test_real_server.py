@@ -14,7 +14,7 @@ from pathfed_client.control.rotating import rotate
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
-from pathfed_client.io.site_keys import KeyKind
+from pathfed_client.io.site_keys import KeyKind, fingerprints
 from pathfed_client.transport.relay_certificate import make_certificate
 from pathfed_common.errors import PathfedError, TransportError
 from pathfed_common.ids import SiteName
@@ -85,6 +85,21 @@ def test_an_operator_who_refuses_is_heard(server, tmp_path):
     members.refuse(server.home.root, SiteName("no"))
     with pytest.raises(TransportError, match=r"PF432"):
         server.ask(home, text)
+
+
+def test_a_site_whose_certificate_has_ended_is_invited_again_and_keeps_its_keys(server, make):
+    site = make("late")
+    keys = fingerprints(site.home.keys)
+    text = members.invite(server.home.root, SiteName("late"), hours=1).text
+    asked = server.ask(site.home, text)
+    assert not asked.admitted
+    members.admit(server.home.root, SiteName("late"), asked.fingerprint)
+    assert server.ask(site.home, text).admitted
+    now = fingerprints(SiteHome(site.home.root).keys)
+    assert {kind for kind in KeyKind if now[kind] != keys[kind]} == {KeyKind.TLS}
+    again = site.reopened()
+    assert again.pass_once()
+    again.close()
 
 
 def test_a_revocation_takes_effect_on_a_connection_that_is_open(server, make):

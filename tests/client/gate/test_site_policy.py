@@ -103,7 +103,7 @@ def policy_of(**given: object) -> SitePolicy:
         ("operator_signatures", 0, "greater than or equal to 1"),
         ("second_person", "yes", "boolean"),
         ("memory_gb", 0.5, "greater than or equal to 1"),
-        ("bandwidth_mbit_s", 0.0, "greater than 0"),
+        ("bandwidth_mbit_s", 0.4, "greater than or equal to 0.5"),
     ],
 )
 def test_every_key_is_checked_and_the_error_names_key_value_and_what_is_allowed(key, value, allowed):

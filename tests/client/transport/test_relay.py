@@ -445,6 +445,26 @@ def test_a_limit_holds_over_all_connections(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_on_a_slow_line_little_waits_in_the_kernel(tmp_path: Path) -> None:
+    """SuperNode counts its 30 s for an answer from when it has written a part of 5 MB: it must not have written what is far from sent."""
+
+    async def scene() -> None:
+        async with serving(tmp_path) as server, relaying(tmp_path, server.port, bytes_per_s=62_500) as relayed:
+            _, writer = await relayed.client()
+            writer.transport.set_write_buffer_limits(0)
+            part, taken = bytes(1 << 14), 0
+            with contextlib.suppress(TimeoutError):
+                while taken < 5_000_000:
+                    writer.write(part)
+                    await asyncio.wait_for(writer.drain(), 3)
+                    taken += len(part)
+            assert taken - len(server.came) < 62_500 * 25
+            writer.transport.abort()
+            await end(writer)
+
+    asyncio.run(scene())
+
+
 def test_closing_the_relay_ends_its_connections_and_writes_them_down(tmp_path: Path) -> None:
     async def scene() -> None:
         async with serving(tmp_path, echo) as server:

@@ -176,6 +176,7 @@ def test_damaged_sqlite_file_is_told(tmp_path: Path) -> None:
 FILLED = {
     "audit_event": "INSERT INTO audit_event (seq, at, actor, action, subject, detail) VALUES (1, 1, 'a', 'a', 'a', '{}')",
     "approval": "INSERT INTO approval VALUES ('a', 'p', 1, TRUE, 'e', 1)",
+    "decision": "INSERT INTO decision VALUES (1, 'a', 'p', 'revocation', 'e', 'd', 1)",
     "update_statement": "INSERT INTO update_statement VALUES ('r', 1, 'a', 'd', 'e')",
     "log_entry": "INSERT INTO log_entry VALUES (0, 'k', 'l', 'h')",
     "log_checkpoint": "INSERT INTO log_checkpoint VALUES (1, 'n')",
@@ -187,6 +188,7 @@ FILLED = {
 CHANGES = {
     "audit_event": "at = 2",
     "approval": "envelope = 'changed'",
+    "decision": "kind = 'rejection'",
     "update_statement": "envelope = 'changed'",
     "log_entry": "leaf = 'changed'",
     "log_checkpoint": "note = 'changed'",

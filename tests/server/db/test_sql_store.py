@@ -11,9 +11,11 @@ import pytest
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.provenance.documents import REJECTION, REVOCATION
 from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.log_leaves import PlanDecided
 from pathfed_server.db import rounds_store
-from pathfed_server.db.rows import ApprovalRow
+from pathfed_server.db.rows import ApprovalRow, DecisionRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.ports import RoundStore
 from pathfed_server.rounds.state import (
@@ -230,6 +232,56 @@ def test_revoked_site_approves_nothing(planned: SqlStore) -> None:
     planned.revoke_site(C, at=AT)
     with refusal(ErrorCode.SITE_REVOKED):
         planned.add_approval(approved(C), at=AT)
+
+
+def against(site: SiteName, kind: str = REVOCATION, approval: ApprovalRow | None = None, word: str = "no") -> DecisionRow:
+    revoked = None if approval is None else digest.of_bytes(approval.envelope)
+    return DecisionRow(site=site, plan=PLAN, kind=kind, approval=revoked, envelope=f"{site} {kind} {word}".encode(), decided_at=AT)
+
+
+def test_a_revocation_is_for_good_and_takes_the_site_out_of_the_candidates(planned: SqlStore) -> None:
+    word = against(A, approval=approved(A))
+    planned.add_decision(word, at=AT + 1)
+    planned.add_decision(word, at=AT + 2)  # the same word again
+    assert planned.words_against(PLAN) == {A: REVOCATION}
+    assert {each.site: each.revoked for each in planned.candidates(RUN)} == {A: True, B: False, C: False}
+    assert planned.approvals(PLAN) == [approved(A), approved(B)]  # evidence stays
+    with pytest.raises(RoundError, match="PF530"):
+        planned.add_approval(approved(A), at=AT + 3)
+    told = [event for event in planned.audit_events() if event.action == "plan.revoked"]
+    assert [(event.actor, event.subject) for event in told] == [(f"site:{A}", PLAN)]
+    assert PlanDecided(site=A, plan=PLAN, decision=digest.of_bytes(word.envelope)).to_bytes() in planned.log_leaves(0, planned.log_size())
+
+
+def test_a_revocation_may_come_before_the_approval_it_revokes(planned: SqlStore) -> None:
+    planned.add_decision(against(C, approval=approved(C)), at=AT)
+    with pytest.raises(RoundError, match="PF530"):
+        planned.add_approval(approved(C), at=AT)
+    assert planned.words_against(PLAN) == {C: REVOCATION}
+
+
+def test_a_rejected_plan_may_be_approved_later(planned: SqlStore) -> None:
+    planned.add_decision(against(C, REJECTION), at=AT)
+    assert planned.words_against(PLAN) == {C: REJECTION}
+    planned.add_approval(approved(C), at=AT)
+    assert planned.words_against(PLAN) == {}
+    assert [each.revoked for each in planned.candidates(RUN)] == [False] * 3
+
+
+def test_words_that_do_not_follow_the_last_one_are_refused_and_change_nothing(planned: SqlStore) -> None:
+    none, size = SiteName("none"), planned.log_size()
+    for code, word in (
+        ("PF531", against(A, REJECTION)),
+        ("PF531", against(A, approval=approved(B))),
+        ("PF501", against(none, REJECTION)),
+        ("PF516", replace(against(C, REJECTION), plan=name_of(9))),
+    ):
+        with pytest.raises(RoundError, match=code):
+            planned.add_decision(word, at=AT)
+    planned.revoke_site(C, at=AT)
+    with pytest.raises(RoundError, match="PF518"):
+        planned.add_decision(against(C, REJECTION), at=AT)
+    assert (planned.words_against(PLAN), planned.log_size()) == ({}, size + 1)  # the site's own revocation
 
 
 def test_candidates_are_the_listed_sites_with_their_approvals(planned: SqlStore) -> None:

@@ -212,6 +212,21 @@ def test_a_whole_run_verifies_after_every_step(world: World) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == model.encoder_spec(world.plan).shapes()
 
 
+def test_a_site_may_change_its_flower_node_key_while_a_run_goes_on_and_not_its_evidence_key(world: World) -> None:
+    recorder = world.recorder()
+    world.begin(recorder)
+    world.record_round(recorder, 1)
+    cards = {site: SiteCard(site=site, evidence_key=key.public, flower_key="ssh, new").to_bytes(key) for site, key in world.keys.items()}
+    world.record_round(Recorder(world.folder, world.server, cards), 2)
+    world.verify().require(identities=True)
+    stranger = SigningKey.generate()
+    cards = {site: SiteCard(site=site, evidence_key=stranger.public, flower_key="ssh").to_bytes(stranger) for site in world.keys}
+    with pytest.raises(ProvenanceError) as caught:
+        world.record_round(Recorder(world.folder, world.server, cards), 2)
+    assert caught.value.code is ErrorCode.RECORD_CHANGED
+    world.verify().require()
+
+
 def test_the_released_encoder_is_that_of_the_prefix_bit_for_bit(tmp_path: Path) -> None:
     numbers = {"encoder.a": torch.tensor([1.0]), "head.a": torch.tensor([2.0]), "teacher.encoder.a": torch.tensor([3.0])}
     state = tmp_path / "state"

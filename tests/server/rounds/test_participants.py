@@ -43,6 +43,8 @@ def test_approved_enrolled_sites_take_part_in_name_order_with_their_weights() ->
         ({"state": SiteState.REVOKED, "approval": None}, "PF518"),
         ({"approval": None, "declared_patients": None, "reply_slots": None}, "PF407"),
         ({"declared_patients": 7}, "PF303"),
+        ({"revoked": True}, "PF530"),
+        ({"revoked": True, "approval": None, "declared_patients": None}, "PF530"),
     ],
 )
 def test_others_are_named_with_the_reason(changes: dict[str, object], code: str) -> None:

@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
-from pathfed_server.rounds.ports import Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply
 from pathfed_server.transport import flower_server
 from pathfed_server.transport.flower_server import FlowerSites
 
@@ -85,11 +85,17 @@ def exchange(tmp_path):
     spool = tmp_path / "spool"
     spool.mkdir()
 
-    def call(grid: Any, asked: Iterable[str], enrolled: Iterable[str] | None = None, within_s: float = LONG_S) -> dict[str, Reply]:
+    def call(
+        grid: Any,
+        asked: Iterable[str],
+        enrolled: Iterable[str] | None = None,
+        within_s: float = LONG_S,
+        withheld: Consent = lambda site: None,
+    ) -> dict[str, Reply]:
         deadline = time.time() + within_s
         offers = [Offer(site=SiteName(name), envelope=f"offer to {name}".encode(), base_state=state, deadline=deadline) for name in asked]
         keys = {SiteName(name): key(name) for name in (enrolled or grid.answers)}
-        replies = list(FlowerSites(grid, keys).exchange(offers, spool))
+        replies = list(FlowerSites(grid, keys).exchange(offers, spool, withheld=withheld))
         assert len({reply.site for reply in replies}) == len(replies), "one reply a site"
         return {reply.site: reply for reply in replies}
 
@@ -110,6 +116,23 @@ def test_each_site_gets_its_own_offer_and_the_state_and_its_update_is_spooled(ex
         assert reply.update is not None
         assert reply.update.read_bytes() == UPDATE
         assert reply.transfer_s >= 0
+
+
+def test_no_message_reaches_a_site_whose_consent_is_gone_when_its_node_is_found(exchange):
+    """Asked at the moment of sending, not when the round was opened: a site may be offline for an hour and revoke meanwhile."""
+    grid = LocalGrid({"site-a": answered, "site-b": answered})
+    grid.online = ["site-a"]
+    revoked: set[str] = set()
+
+    def withheld(site: SiteName) -> str | None:
+        if site == "site-a":  # while site-b is still away, it revokes; then its node connects
+            revoked.add("site-b")
+            grid.online = ["site-a", "site-b"]
+        return "PF530" if site in revoked else None
+
+    replies = exchange(grid, ["site-a", "site-b"], withheld=withheld)
+    assert [name for name, _ in grid.sent] == ["site-a"]
+    assert (replies["site-a"].code, replies["site-b"].code, replies["site-b"].update) == (None, "PF530", None)
 
 
 def test_nodes_of_sites_that_are_not_asked_or_not_enrolled_get_nothing(exchange):
