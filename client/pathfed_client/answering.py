@@ -66,7 +66,7 @@ from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
 from pathfed_client.training.local_round import RoundOutcome
 from pathfed_common import digest, files
-from pathfed_common.code_digest import code_digest
+from pathfed_common.code_digest import SITE_PACKAGES, code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, SiteDataError, TransportError
@@ -80,7 +80,6 @@ from pathfed_common.units import UtcSeconds
 
 _log = logging.getLogger(__name__)
 
-PACKAGES = ("pathfed_client", "pathfed_common")
 _SALT_BYTES = 32
 
 
@@ -111,7 +110,7 @@ class _Task:
             "cohort": self.cohort.digest,
             "withdrawn": len(self.withdrawn),
             "declared_patients": self.approval.declared_patients,
-            "code": code_digest(PACKAGES),
+            "code": code_digest(SITE_PACKAGES),
         }
 
 
@@ -377,7 +376,7 @@ class SiteAnswerer:
             epsilon_total=entry.epsilon_total,
             delta_total=entry.delta,
             ledger_head=head,
-            code=code_digest(PACKAGES),
+            code=code_digest(SITE_PACKAGES),
             figures=Figures(
                 loss_sum=figures.loss_sum, loss_sum_std=figures.loss_sum_std, patients=figures.patients, patients_std=figures.patients_std
             ),

@@ -21,6 +21,7 @@ from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_records import Event
 from pathfed_client.io.site_store import SiteStore
 from pathfed_common import files, process_lock
+from pathfed_common.code_digest import SITE_PACKAGES, module_command, verify_installation
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError, TransportError
 from pathfed_common.plan import CohortPlan, Plan
 from pathfed_common.provenance.documents import open_plan
@@ -497,6 +498,7 @@ def _start(home: SiteHome, tell: Callable[[str], None]) -> None:
         files.read_secret(key)
     with closing(open_store(home)) as store:
         open_ledger(home, store).verify()
+        verify_installation(SITE_PACKAGES)
         check_devices(home)
         _greet(home, tell)
         _run_processes(home, store, tell)
@@ -516,13 +518,13 @@ def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]
     alarms = AlarmTeller(store, tell)
     answers: bool | None = None
     files_of_site = SiteFiles(
-        relay=[sys.executable, "-m", "pathfed_client.relaying", str(home.root)],
+        relay=[*module_command("pathfed_client.relaying"), str(home.root)],
         relay_ca=certificate.ca,
         flower_key=home.flower_key,
         superexec_secret=home.superexec_secret,
         flower=flower,
         logs=home.logs,
-        runner=[sys.executable, "-m", "pathfed_client.app", str(home.root)],
+        runner=[*module_command("pathfed_client.app"), str(home.root)],
         threads=home.policy.threads,
         supernode_lock=home.lock("supernode"),
     )
@@ -606,7 +608,7 @@ def run_resident(home: SiteHome, address: str) -> None:
 
     Raises:
         HostError: PF904, another runner works in this home and does not end.
-        TransportError: PF440, the site is stopped.
+        TransportError: PF440, the site is stopped; PF446, PF447, its code is not that of the installed wheel.
     """
     from pathfed_client.io.process_limits import limit_memory
     from pathfed_client.transport import resident_runner
@@ -614,6 +616,7 @@ def run_resident(home: SiteHome, address: str) -> None:
     # A runner that is being replaced may need a moment to end.
     with hold(home, "runner", patience_s=_RUNNER_PATIENCE_S), closing(open_store(home)) as store:
         home.stop_switch.check()
+        verify_installation(SITE_PACKAGES)
         limit_memory(home.policy.memory_gb)
         app, refusals = make_flower_app(home, store)
         warm_up(home)

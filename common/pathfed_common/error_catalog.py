@@ -522,6 +522,20 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "another name.",
         "site",
     ),
+    Code.CODE_CHANGED: CatalogEntry(
+        "The installed code is not that of its wheel",
+        "At its start the client compares every file of its own with the list that came with the wheel (RECORD), and files differ, are "
+        "missing or are there besides. It does not start: what it would state about its code would not be what was installed and reviewed.",
+        "Install the wheel again into a fresh environment, and find out who changed the files that the message names.",
+        "site",
+    ),
+    Code.FOREIGN_CODE: CatalogEntry(
+        "Other code stands before the installed code",
+        "Python finds one of pathfed's packages elsewhere than the installation put it: a variable (PYTHONPATH), a `.pth` file or a folder "
+        "shadows it. The client does not start.",
+        "Unset PYTHONPATH for the client's service, and look at the place that the message names.",
+        "site",
+    ),
     Code.INVITATION_UNREADABLE: CatalogEntry(
         "The invitation cannot be read",
         "The text is not an invitation, or not a whole one: a letter is missing or was changed on the way.",

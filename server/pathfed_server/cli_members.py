@@ -103,10 +103,13 @@ def sites_approval(
 @sites_app.command("revoke")
 def sites_revoke(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
     """Take a site out for good: no further offer, its node is removed, and its certificate ends within seconds."""
-    from pathfed_server import members
+    from pathfed_server import lineage, members
+    from pathfed_server.home import ServerHome
 
     members.revoke(home, site_name(site))
-    show({"site": site, "state": "revoked"}, as_json=as_json)
+    (left,) = (row for row in lineage.overview(ServerHome(home)) if row["site"] == site)
+    title = f"Revoked: no further round asks it. What stays of it, `pathfed-server lineage {site}` says."
+    show({name: left[name] for name in ("site", "state", "runs", "states", "releases")}, as_json=as_json, title=title)
 
 
 @sites_app.command("list")

@@ -7,6 +7,7 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.provenance import record
 from pathfed_common.provenance.record import FileEntry, Manifest
 from pathfed_server import app
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import Checkpoint, Participation, ParticipationState, RoundOpening, RoundResult, RoundTimes
 
 AT = 1_700_000_000.5
@@ -27,7 +28,7 @@ def state(run: str, index: int) -> Checkpoint:
 def carry_out(home, plan, name: str, rounds: list[list[str]]) -> digest.Digest:
     """A finished run whose rounds admitted these sites, its record's manifest included; the exported encoder's digest."""
     run, encoder = RunName(name), digest.of_bytes(name.encode())
-    with app.opened(home.root) as store:
+    with SqlStore(home.database_url) as store:
         store.begin_attempt(run, at=AT)
         store.commit_initial(run, 1, state(name, 0), at=AT)
         for index, sites in enumerate(rounds, start=1):
@@ -76,11 +77,11 @@ def history(server_home, plan_file, member):
     for site in members:
         app.add_site(server_home.root, site.card)
     first = app.publish_plan(server_home.root, plan_file, plan_file.with_suffix(".dsse"))
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         store.create_run(RunName("first"), plan_digest=first.digest, sites=[site.name for site in members], at=AT)
     encoder = carry_out(server_home, first.digest, "first", [["site-a", "site-b"], ["site-b"], ["site-a", "site-b"]])
     second = first.model_copy(update={"encoder": first.encoder.model_copy(update={"init_from": encoder})})
-    with app.opened(server_home.root) as store:
+    with SqlStore(server_home.database_url) as store:
         store.add_release(digest.of_bytes(b"release"), run=RunName("first"), at=AT)
         store.add_plan(second.digest, name=second.name, canonical=second.canonical_bytes(), signed=b"s", at=AT)
         store.create_run(RunName("second"), plan_digest=second.digest, sites=[site.name for site in members], at=AT + 1)
@@ -103,7 +104,10 @@ def test_a_sites_withdrawal_is_told_with_what_it_can_and_cannot_undo(server_cli,
         {"run": "second", "own_rounds": [], "through": "first", "first_state": 0, "last_state": 1, "releases": []},
     ]
     assert found["can_be_undone"][0].startswith("Revoke the site")
-    assert server_cli("sites", "revoke", "site-a", *history).status == 0
+    revoked = server_cli("sites", "revoke", "site-a", *history, "--json").json
+    assert (revoked["state"], revoked["runs"], revoked["states"], len(revoked["releases"])) == ("revoked", ["first", "second"], 5, 1)
+    (event,) = [row for row in server_cli("audit", *history, "--json").json if row["action"] == "site.revoked"]
+    assert (event["subject"], event["detail"]) == ("site-a", {"updates": {"first": 2}})
     found = server_cli("lineage", "site-a", *history, "--json").json
     assert found["state"] == "revoked"
     assert found["can_be_undone"][0] == "No further round asks the site: it was revoked."

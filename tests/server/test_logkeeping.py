@@ -8,6 +8,7 @@ import pytest
 from pathfed_common.provenance.log_checkpoint import cosign_checkpoint, log_key, open_checkpoint, origin_of
 from pathfed_common.provenance.note import Note
 from pathfed_server import app, logkeeping
+from pathfed_server.db.sql_store import SqlStore
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def members(server_home, plan_file, member):
 
 
 def cosign(home, *sites) -> None:
-    with app.opened(home.root) as store:
+    with SqlStore(home.database_url) as store:
         log = logkeeping.log_keeper(home, store)
         served = log.checkpoint(0)
         checkpoint = open_checkpoint(Note.from_bytes(served.note), log.key)
@@ -109,7 +110,7 @@ def test_a_changed_database_is_told_with_its_code(server_cli, server_home, membe
     home = ("--home", server_home.root)
     cosign(server_home, members[0])
     done = server_cli("log", "verify", *home, "--json")
-    assert (done.status, done.json) == (0, {"leaves": 7, "checkpoints": 1, "cosignatures": 1, "rows": 7})
+    assert (done.status, done.json) == (0, {"leaves": 7, "checkpoints": 1, "cosignatures": 1, "rows": 13})
     changed(server_home, statement)
     done = server_cli("log", "verify", *home, "--json")
     assert done.code == code

@@ -91,31 +91,42 @@ def enroll(
     card, request = home.card_file.read_bytes(), _request(home, secret_hash(invitation.secret))
     fingerprint = request_fingerprint(card, request)
     ca = pinned_ca(invitation)
-    told = away = False
+
+    def ask() -> "Enrolled":
+        return request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__, outlet=outlet)
+
+    answer = ask()
+    if answer.state is EnrolmentState.PENDING and wait:
+        tell(f"asked. Tell the operator this fingerprint by telephone: {fingerprint}")
+        tell("waiting for the operator's admission; Ctrl-C stops the waiting and loses nothing")
+        answer = _decided(ask, tell, lambda: sleep(ask_every_s))
+    if answer.state is EnrolmentState.REFUSED:
+        raise TransportError(ErrorCode.ENROLMENT_REFUSED, "the operator has refused this enrolment", where=invitation.enrolment_address)
+    if answer.state is EnrolmentState.PENDING:
+        return Enrolment(admitted=False, fingerprint=fingerprint)
+    until = _keep(home, invitation, answer, ca, _key_of(home, _public_of_request(request)) or home.keys.tls_key())
+    return Enrolment(admitted=True, fingerprint=fingerprint, certificate_until=until)
+
+
+def _decided(ask: Callable[[], "Enrolled"], tell: Callable[[str], None], rest: Callable[[], None]) -> "Enrolled":
+    """Ask until the operator has decided, also over times in which the server is away."""
+    from pathfed_client.transport.enrolment_client import EnrolmentState
+
+    away = False
     while True:
+        rest()
         try:
-            answer = request_enrolment(invitation, ca=ca, site_card=card, csr=request, software=__version__, outlet=outlet)
+            answer = ask()
         except PathfedError as error:
-            if not told or error.code not in _PASSING:
+            if error.code not in _PASSING:
                 raise
             if not away:
                 tell(f"{error.code.value} {error.what}; trying again until it answers")
             away = True
-            sleep(ask_every_s)
             continue
         away = False
-        if answer.state is EnrolmentState.REFUSED:
-            raise TransportError(ErrorCode.ENROLMENT_REFUSED, "the operator has refused this enrolment", where=invitation.enrolment_address)
-        if answer.state is EnrolmentState.ADMITTED:
-            until = _keep(home, invitation, answer, ca, _key_of(home, _public_of_request(request)) or home.keys.tls_key())
-            return Enrolment(admitted=True, fingerprint=fingerprint, certificate_until=until)
-        if not wait:
-            return Enrolment(admitted=False, fingerprint=fingerprint)
-        if not told:
-            tell(f"asked. Tell the operator this fingerprint by telephone: {fingerprint}")
-            tell("waiting for the operator's admission; Ctrl-C stops the waiting and loses nothing")
-            told = True
-        sleep(ask_every_s)
+        if answer.state is not EnrolmentState.PENDING:
+            return answer
 
 
 def enrolment_fingerprint(home: SiteHome) -> str:

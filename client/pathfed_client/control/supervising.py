@@ -1,12 +1,12 @@
 """The agent as a child of `pathfed-site start`, and its alarms told there."""
 
-import sys
 from collections.abc import Callable
 
 from pathfed_client.control.agent import PASSES
 from pathfed_client.home import SiteHome
 from pathfed_client.io.server_records import Alarm
 from pathfed_client.io.site_store import SiteStore
+from pathfed_common.code_digest import module_command
 from pathfed_common.processes import ProcessSpec, Supervisor
 
 _RESTARTS = 1000
@@ -29,7 +29,7 @@ def start_agent(home: SiteHome, store: SiteStore, supervisor: Supervisor, tunnel
     supervisor.start(
         ProcessSpec(
             name="agent",
-            argv=[sys.executable, "-m", "pathfed_client.control.agent", str(home.root), str(tunnel)],
+            argv=[*module_command("pathfed_client.control.agent"), str(home.root), str(tunnel)],
             log=home.logs / "agent.log",
             ready=lambda: store.facts().get(PASSES) != before,
             ready_within_s=120.0,

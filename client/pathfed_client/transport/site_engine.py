@@ -1,10 +1,10 @@
 """A site's processes: the relay, which is the way out; Flower's SuperNode, which keeps the connection; our resident runner, which works."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathfed_common.code_digest import module_command
 from pathfed_common.flower_environment import flower_environment
 from pathfed_common.processes import ProcessSpec, Supervisor, free_port
 
@@ -78,7 +78,7 @@ def start_site(supervisor: Supervisor, files: SiteFiles, ports: RelayPorts) -> N
     port = free_port()
     environment = flower_environment(files.flower)
     supernode = [
-        *(sys.executable, "-m", "pathfed_client.transport.supernode"),
+        *module_command("pathfed_client.transport.supernode"),
         *("--root-certificates", str(files.relay_ca), "--superlink", f"{LOOPBACK}:{ports.fleet}"),
         *("--auth-supernode-private-key", str(files.flower_key)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(files.superexec_secret)),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, insert, select, update
+from sqlalchemy import Connection, RowMapping, Select, func, insert, select, update
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest, short
@@ -15,7 +15,7 @@ from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.log_store import LogStore, append_leaves
 from pathfed_server.db.membership import end_access, enrol_site, lock_table
 from pathfed_server.db.rows import ApprovalRow, DecisionRow, PlanRow, SiteRow
-from pathfed_server.db.schema import approval, decision, plan, site
+from pathfed_server.db.schema import approval, decision, plan, site, update_statement
 from pathfed_server.rounds.state import SiteState
 
 
@@ -45,7 +45,9 @@ class SitesStore(LogStore):
                 return
             connection.execute(update(site).where(site.c.name == name).values(state=SiteState.REVOKED, revoked_at=at))
             end_access(connection, name, at=at)
-            add_event(connection, actor=by, action="site.revoked", subject=name, at=at)
+            # What the site leaves behind: nothing takes these updates out again.
+            detail = {"updates": _updates_of(connection, name)}
+            add_event(connection, actor=by, action="site.revoked", subject=name, at=at, detail=detail)
             append_leaves(connection, [SiteRevoked(site=name, at=UtcSeconds(at))])
 
     def site(self, name: SiteName) -> SiteRow:
@@ -211,6 +213,12 @@ def _site(row: RowMapping | None, name: str) -> SiteRow:
     if row is None:
         raise RoundError(ErrorCode.SITE_UNKNOWN, "no site of this name is enrolled", value=name, remedy="`pathfed-server sites` lists them")
     return SiteRow(**{**row, "state": SiteState(row["state"])})
+
+
+def _updates_of(connection: Connection, name: SiteName) -> dict[str, int]:
+    """By run, the committed rounds that a site's update counted in."""
+    counted = select(update_statement.c.run, func.count()).where(update_statement.c.site == name).group_by(update_statement.c.run)
+    return {row.run: row[1] for row in connection.execute(counted.order_by(update_statement.c.run))}
 
 
 def _demand_same(stands: ApprovalRow, given: ApprovalRow) -> None:

@@ -1,5 +1,7 @@
 """Every field of every document of a bundle is changed, one at a time, and verification must fail each time.
 
+For each field one of several other values is drawn with a seed, so that the module stays under a minute.
+
 Two change it: a stranger who has no key, and the operator, who signs its own documents, both lists and the log's checkpoints again, but
 has no site's key. What the operator can do without being found is to leave out co-signatures that a quorum does not need: that says
 nothing false.
@@ -81,7 +83,7 @@ def _others(value: Any) -> list[Any]:
         case int():
             return [value + 1]
         case float():
-            return [value * 2 + 1]
+            return [value * 2 + 1, 1e308]
         case None:
             return ["x", digest.of_bytes(b"x"), 1]
         case str() if value.startswith("sha256:"):
@@ -141,19 +143,18 @@ def test_every_field_of_every_envelope_is_bound(honest: Files, verify: Any) -> N
     tried = 0
     for path in _envelopes(honest):
         outer, inner = json.loads(honest[path]), _payload(honest[path])
-        changed = [digest.canonical(value) for _, value in _mutations(outer)]
-        changed += [_with_payload(honest[path], value) for _, value in _mutations(inner)]
+        changed = [digest.canonical(value) for value in _one_a_field(outer, path)]
+        changed += [_with_payload(honest[path], value) for value in _one_a_field(inner, path)]
         changed += [_resealed(honest[path], inner, _STRANGER)]
-        for data in _sample(changed, 60, path):
+        for data in changed:
             tried += 1
             assert verify({path: data}).findings, path
-    assert tried > 800
+    assert tried > 500
 
 
 def test_every_field_of_every_other_json_file_is_bound(honest: Files, verify: Any) -> None:
     for path in (record.PLAN, record.ENCODER_CONFIG, release.CARD, release.MODEL_SIGNATURE, release.EVALUATION):
-        changed = [digest.canonical(value) for _, value in _mutations(json.loads(honest[path]))]
-        for data in _sample(changed, 150, path):
+        for data in map(digest.canonical, _one_a_field(json.loads(honest[path]), path)):
             if data != honest[path]:
                 assert verify({path: data}).findings, path
 
@@ -162,7 +163,7 @@ def test_any_byte_of_any_file_is_bound(honest: Files, verify: Any) -> None:
     """Seeded places in each file: flipped, left out, doubled, cut off there, and one more at the end."""
     for path, data in honest.items():
         draw = random.Random(path)
-        places = {0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(6))}
+        places = {0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(2))}
         changed = [data + b"\n", b""]
         for place in sorted(places):
             flipped = bytes([data[place] ^ (1 << draw.randrange(8))])
@@ -194,21 +195,21 @@ def test_an_operator_who_signs_its_lists_again_is_found(scene: Scene, honest: Fi
             continue
         key = _signer(scene, path)
         inner = _payload(honest[path])
-        for _, value in _sample(list(_mutations(inner)), 40, path):
+        for value in _one_a_field(inner, f"operator {path}"):
             data = _resealed(honest[path], value, scene.server) if key is scene.server else _with_payload(honest[path], value)
             tried += 1
             assert verify(_relisted(scene, honest, {path: data})).findings, path
     for path in (release.CARD, release.README, release.EVALUATION, release.MODEL_KEY, release.MODEL_SIGNATURE, record.PLAN):
         assert verify(_relisted(scene, honest, {path: honest[path][:-1]})).findings, path
-    assert tried > 500
+    assert tried > 250
 
 
 def test_an_operator_who_changes_the_log_is_found(scene: Scene, honest: Files, verify: Any) -> None:
-    """Every field of every leaf: under the old checkpoints, and under new ones of the log with the sites' old lines, or without."""
+    """Fields of every leaf: under the old checkpoints, and under new ones of the log with the sites' old lines, or without."""
     leaves = release.split_leaves(honest[release.LEAVES])
     lines = Note.from_bytes(honest[release.checkpoint_path(len(leaves))]).signatures[1:]
     for index, leaf in enumerate(leaves):
-        for _, value in _mutations(json.loads(leaf)):
+        for value in _one_a_field(json.loads(leaf), f"leaf {index}"):
             changed = [*leaves[:index], digest.canonical(value), *leaves[index + 1 :]]
             joined = {release.LEAVES: release.join_leaves(changed)}
             assert verify(_relogged(scene, honest, joined)).findings, (index, value)
@@ -264,6 +265,10 @@ def _relogged(scene: Scene, honest: Files, changed: Files) -> Files:
     return {**changed, release.HISTORY: due.to_bytes(scene.server)}
 
 
-def _sample(values: list[Any], most: int, seed: str) -> list[Any]:
-    """All of them, or so many drawn with a seed, so that the whole module stays under a minute."""
-    return values if len(values) <= most else random.Random(seed).sample(values, most)
+def _one_a_field(value: Any, seed: str) -> list[Any]:
+    """For every place of a JSON value, the whole value with something else there."""
+    draw = random.Random(seed)
+    by_place: dict[_Place, list[Any]] = {}
+    for place, changed in _mutations(value):
+        by_place.setdefault(place, []).append(changed)
+    return [draw.choice(options) for options in by_place.values()]

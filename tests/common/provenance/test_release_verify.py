@@ -397,6 +397,14 @@ def test_a_smaller_epsilon_on_the_card_is_found_and_rounding_is_not(bundle: Rele
     assert [finding.code for finding in changed.findings] == [ErrorCode.MODEL_SIGNATURE]  # the card was signed as it was
 
 
+def test_a_card_with_figures_beyond_printing_is_a_finding_and_no_crash(bundle: ReleaseScene, verified: Any) -> None:
+    def huge(made: Files) -> Files:
+        card = Card.from_bytes(made[release.CARD], where="card")
+        return {**made, release.CARD: replace(card, sites=(replace(card.sites[0], epsilon=1e308), *card.sites[1:])).to_bytes()}
+
+    _found(verified(bundle.files(parts=huge)), ErrorCode.MODEL_CARD, "sites is not")
+
+
 def test_a_page_that_says_more_than_its_card_is_found(bundle: ReleaseScene, verified: Any) -> None:
     changed = bundle.files(parts=lambda made: {**made, release.README: made[release.README] + b"\nApproved by everybody.\n"})
     _found(verified(changed), ErrorCode.MODEL_CARD, "the page")
