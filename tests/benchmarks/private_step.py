@@ -83,8 +83,8 @@ class Setting:
 
     @property
     def patients(self) -> int:
-        """Patients of a measured step: whole passes of the book-keeping engine, and few where each takes long."""
-        return max(TILES_IN_A_PASS // self.k, 2)
+        """Patients of a measured step: whole passes of the book-keeping engine, and eight at least, for a step makes its sum once."""
+        return max(TILES_IN_A_PASS // self.k, 8)
 
 
 class EncoderOnly(torch.nn.Module):
@@ -289,14 +289,18 @@ def targets(rows: list[Setting]) -> dict[str, Target]:
 
 def main() -> int:
     """Measure and print."""
-    given = arguments(__doc__, ("--memory-of", {"help": "measure one engine's memory in this process (used by the benchmark itself)"}))
+    given = arguments(
+        __doc__,
+        ("--memory-of", {"help": "measure one engine's memory in this process (used by the benchmark itself)"}),
+        ("--only", {"action": "append", "metavar": "ROW", "help": "measure this row of the full table alone, such as ti_224_k1"}),
+    )
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch|opacus")
     if given.memory_of:
         engine, values = json.loads(given.memory_of)
         print_own_peak(engine, Setting(**values))
         return 0
-    rows = settings(given.quick)
+    rows = [row for row in settings(given.quick) if not given.only or row.name in given.only]
     figures: dict[str, Any] = {}
     for row in rows:
         others = ("opacus_hooks",) if row.encoder_only else ()

@@ -4,13 +4,14 @@ The cost of a patient is counted in multiply-adds, with memory traffic and the c
 
     both engines     3 S I O a linear layer and k tiles (forward, input gradient, weight gradient), less efficient with few rows:
                      times 1 + R / rows, with rows = S for the serial engine and P S for a pass over P patients
-    serial           5 transfers of each parameter (gradient written, read for the norm, read and added to the sum)
-    book-keeping     a layer's Gram matrices S^2 (I + O), or its gradient written, read for the norm and read for the sum
-                     (3 transfers); and 3 transfers of each parameter (gradient written, read and added to the sum)
-    both             a fixed cost for each layer and pass, shared by P patients
+    serial           5 transfers of each parameter: gradient written, read for the norm and read for the sum, the sum read and written
+    book-keeping     4 transfers of each parameter: gradient written and read, the sum read and written; beside them a layer's Gram
+                     matrices S^2 (I + O), or its gradients kept for all patients of the pass (6 transfers: fresh memory costs twice)
+    both             a fixed cost for each layer and pass, twice as high for a tapped layer, shared by P patients
 
-S are a patient's rows in a layer, I and O its widths. The constants are fitted to `tests/benchmarks/private_step.py` on CPUs; see
-docs/decisions/0010-engines.md. Patients in one pass: as many as keep the tiles within `TILES_IN_A_PASS` and the memory within its limit;
+S are a patient's rows in a layer, I and O its widths. The constants are rounded from a least-squares fit to measured steps of
+`tests/benchmarks/private_step.py` with the exact sum, ViT-Ti and ViT-S on one CPU: docs/benchmarks/2026-11-30-private-step.md has the
+steps and how far the fit is off. Patients in one pass: as many as keep the tiles within `TILES_IN_A_PASS` and the memory within its limit;
 where no limit is known, within the memory of the serial engine or `FRUGAL` times that of the step without privacy, whichever is larger.
 """
 
@@ -37,7 +38,11 @@ FRUGAL = 1.15
 #: Rows at which a matrix product runs at half its speed, multiply-adds that one number's transfer is worth, and those of a layer's calls.
 _HALF_SPEED_ROWS = 24.0
 _TRANSFER = 12.0
-_CALL = 1.5e6
+_CALL = 8e6
+#: Transfers of a parameter's number in the serial engine and in the book-keeping one, and of one in a gradient that is kept for a pass.
+_SERIAL, _BOOK, _KEPT = 5, 4, 6
+#: Calls of a tapped layer beside those of an ordinary one.
+_TAPPED = 2.0
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,18 @@ def make_engine(
 
 def serial_cost(shapes: Shapes, k: int) -> float:
     """Cost of a patient with k tiles in the serial engine, in multiply-adds."""
-    return _products(shapes, k, 1) + 5 * _TRANSFER * shapes.parameters + _CALL * len(shapes.layers)
+    return _products(shapes, k, 1) + _SERIAL * _TRANSFER * shapes.parameters + _CALL * len(shapes.layers)
 
 
 def book_keeping_cost(shapes: Shapes, k: int, patients: int) -> float:
     """Cost of a patient with k tiles in a pass over that many patients of the book-keeping engine, in multiply-adds."""
-    cost = _products(shapes, k, patients) + 3 * _TRANSFER * shapes.parameters + 1.5 * _CALL * len(shapes.layers) / patients
+    cost = _products(shapes, k, patients) + _BOOK * _TRANSFER * shapes.parameters + _TAPPED * _CALL * len(shapes.layers) / patients
     for layer in shapes.layers:
         rows = layer.rows * k
         if gram_is_cheaper(int(rows), layer.inputs, layer.outputs):
             cost += rows * rows * (layer.inputs + layer.outputs)
         else:
-            cost += 3 * _TRANSFER * layer.inputs * layer.outputs
+            cost += _KEPT * _TRANSFER * layer.inputs * layer.outputs
     return cost
 
 
