@@ -155,7 +155,7 @@ class SiteAnswerer:
         policy = self._home.policy_now()
         if policy != self._policy:
             _log.info("the site's policy has changed; it counts from this round on")
-            self.close()
+            self._end_processes()
             self.__dict__.pop("_ledger", None)
             self._take_policy(policy)
 
@@ -319,8 +319,11 @@ class SiteAnswerer:
 
     def close(self) -> None:
         """End the reading processes and the ranks, and close the egress record. Safe to call twice."""
-        self._computer.close()
+        self._end_processes()
         self._record.close()
+
+    def _end_processes(self) -> None:
+        self._computer.close()
         if self._readers is not None:
             self._readers.close()
             self._readers = None
