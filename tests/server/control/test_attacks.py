@@ -109,7 +109,7 @@ def test_messages_cut_short_or_with_a_flipped_byte_never_fail_inside(unlimited):
     ],
 )
 def test_a_number_that_no_database_holds_is_refused(serving, enrolled, refused, method, request_):
-    """Found by the fuzzer: it failed inside."""
+    """A number that no database column holds is refused with a code, and fails nothing inside."""
     with refused("PF416", grpc.StatusCode.INVALID_ARGUMENT):
         control(serving, enrolled("north"), method, request_)
 
