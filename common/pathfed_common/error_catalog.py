@@ -872,6 +872,13 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "The site takes an approval back with `pathfed-site revoke`. Hand words in, in the order in which the site gave them.",
         "both",
     ),
+    Code.APPROVAL_OUTDATED: CatalogEntry(
+        "A site has another key than the one it approved with",
+        "The site replaced its evidence key after it approved the plan. A run's record holds one key for each site, and would not verify. "
+        "No run was started or resumed.",
+        "Publish the plan again under another name and ask the sites to approve that; or name sites without this one.",
+        "operator",
+    ),
 }
 
 _PROVENANCE: dict[Code, CatalogEntry] = {

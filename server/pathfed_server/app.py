@@ -6,7 +6,7 @@ Heavy libraries (torch, Flower, the accountants) are imported by the function th
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
-from pathfed_server.words import Word, record_word
+from pathfed_server.words import Word, outdated, record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -81,9 +81,12 @@ def resume_run(root: Path, run: RunName) -> None:
     """Let a failed or stopped run go on from its last committed round.
 
     Raises:
-        RoundError: PF510, no such run; PF511, it is running or finished; PF522, PF523, see `operators.acting`.
+        RoundError: PF510, no such run; PF511, it is running or finished; PF532, a site has replaced the key it approved with; PF522, PF523,
+            see `operators.acting`.
     """
     with opened_by(root, Role.OPERATOR) as (store, by):
+        given = store.run(run)
+        _demand_present_keys(outdated(store, given.plan).intersection(given.sites))
         store.reopen_run(run, at=time.time(), by=by)
 
 
@@ -223,15 +226,18 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
     """Plan a run over the given sites, or over all that approved the plan.
 
     Raises:
-        RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum.
+        RoundError: PF516, no plan or several begin so; PF501, no such site; PF503, fewer sites than the quorum; PF532, a site
+            that is needed has approved with a key that it has replaced.
         PlanError: PF109, the server does not have the checkpoint that the plan starts from.
     """
     with opened_by(root, Role.OPERATOR) as (store, by):
         row = _find_plan(store, plan)
         _check_start(root, row.plan())
-        against = store.words_against(row.digest)
-        chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in against]
+        old = outdated(store, row.digest)
+        out = {*store.words_against(row.digest), *old}
+        chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in out]
         quorum = row.plan().rounds.quorum
+        _demand_present_keys(old if len(chosen) < quorum else old.intersection(chosen))
         if len(chosen) < quorum:
             raise RoundError(
                 ErrorCode.QUORUM_LOST,
@@ -241,6 +247,13 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
             )
         store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time(), by=by)
         return store.run(name)
+
+
+def _demand_present_keys(old: Collection[SiteName]) -> None:
+    if old:
+        raise RoundError(
+            ErrorCode.APPROVAL_OUTDATED, "the approval is signed with a key that the site has replaced", value=", ".join(sorted(old))
+        )
 
 
 def _check_start(root: Path, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 import time
 
+from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance import dsse
@@ -72,3 +73,9 @@ def _decision_row(word: Decision, envelope: bytes) -> DecisionRow:
     return DecisionRow(
         site=word.site, plan=word.plan, kind=word.kind, approval=word.approval, envelope=envelope, decided_at=word.decided_at
     )
+
+
+def outdated(store: SqlStore, plan: Digest) -> frozenset[SiteName]:
+    """The sites whose approval of a plan is signed with an evidence key that they have replaced since."""
+    present = {row.name: VerifyKey.from_text(row.evidence_key).key_id for row in store.sites()}
+    return frozenset(row.site for row in store.approvals(plan) if dsse.parse(row.envelope).key_id != present[row.site])

@@ -4,8 +4,10 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.privacy.accounting import epsilon
-from pathfed_common.provenance.documents import open_plan
+from pathfed_common.provenance.documents import SiteCard, open_plan
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_common.provenance.log_leaves import rotate_key
+from pathfed_common.units import UtcSeconds
 from pathfed_server import app
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import RunState
@@ -101,6 +103,38 @@ def test_a_run_below_its_quorum_is_not_planned(server_home, plan_file, member):
     assert code(app.start_run, server_home.root, plan.digest, RunName("run"), [SiteName("site-a"), SiteName("none")]) == "PF501"
     with SqlStore(server_home.database_url) as store:
         assert store.runs() == []
+
+
+def test_a_site_that_replaced_the_key_it_approved_with_is_in_no_run_that_would_not_verify(server_home, plan_file, member):
+    """A record holds one key for each site."""
+    root, plan = server_home.root, published(server_home, plan_file)
+    sites = [member(name) for name in ("site-a", "site-b", "site-c")]
+    for site in sites:
+        app.add_site(root, site.card)
+        app.add_word(root, site.approve(plan.digest))
+    app.start_run(root, plan.digest, RunName("run-1"), [SiteName("site-a"), SiteName("site-b")])
+    app.stop_run(root, RunName("run-1"))
+    rotate(server_home, sites[0])
+    assert code(app.resume_run, root, RunName("run-1")) == "PF532"
+    assert app.start_run(root, plan.digest, RunName("run-2"), []).sites == ("site-b", "site-c")
+    assert code(app.start_run, root, plan.digest, RunName("run-3"), [SiteName("site-a"), SiteName("site-b")]) == "PF532"
+    rotate(server_home, sites[2])
+    assert code(app.start_run, root, plan.digest, RunName("run-4"), []) == "PF532", "too few are left, and it says why"
+    with SqlStore(server_home.database_url) as store:
+        assert [run.name for run in store.runs()] == ["run-1", "run-2"]
+        assert store.run(RunName("run-1")).state is RunState.STOPPED
+
+
+def rotate(home, site) -> None:
+    fresh = SigningKey.generate()
+    with SqlStore(home.database_url) as store:
+        before = store.site(site.name)
+        card = SiteCard(site=site.name, evidence_key=fresh.public, flower_key=before.flower_key)
+        for run in store.runs():
+            if run.state is RunState.PLANNED:
+                store.stop_run(run.name, at=1.0)
+        leaf = rotate_key(site.name, site.key, fresh, UtcSeconds(60.0))
+        store.rotate_keys(card, before=before, continuity=leaf.to_bytes(), leaf=leaf, at=60.0)
 
 
 def test_a_plan_is_described_with_what_it_costs_patients_of_one_two_and_three_sites(plan_file):
