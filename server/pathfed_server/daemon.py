@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from pathfed_common import files
-from pathfed_common.errors import ErrorCode
+from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessEnd, Supervisor
 from pathfed_server.control import control_process
@@ -86,7 +86,7 @@ class _Daemon:
         if attempt.opened > ATTEMPTS:
             why = f"given up after {ATTEMPTS} attempts without a committed round; see logs/server-app.log"
             self.tell(f"{ErrorCode.RUN_FAILED.value} run {run.name}: {why}")
-            self.store.fail_run(run.name, run.attempt, code=ErrorCode.RUN_FAILED.value, at=time.time())
+            self.store.give_up(run.name, code=ErrorCode.RUN_FAILED.value, at=time.time())
             return
         self.tell(
             f"{ErrorCode.PROCESS_ENDED.value} run {run.name}: the round loop ended early ({why}); it goes on from the last committed round"
@@ -143,19 +143,32 @@ def _forget_ports(home: ServerHome) -> None:
 
 
 def _loop(daemon: _Daemon, supervisor: Supervisor) -> None:
-    away = False
+    trouble = ""
     while True:
-        try:
-            daemon.reconcile()
-            away = False
-        except httpx.HTTPError as error:
-            if not away:
-                daemon.tell(f"SuperLink does not answer ({type(error).__name__}); waiting for it")
-            away = True
+        trouble = _reconciled(daemon, trouble)
         until = time.monotonic() + _RECONCILE_S
         while time.monotonic() < until:
             time.sleep(_TICK_S)
             tell_ends(supervisor.poll(), daemon.tell)
+
+
+def _reconciled(daemon: _Daemon, before: str) -> str:
+    """Reconcile; what is in the way is told once while it lasts, and ends nothing.
+
+    Returns:
+        What is in the way, or nothing.
+    """
+    try:
+        daemon.reconcile()
+    except httpx.HTTPError as error:
+        trouble = f"SuperLink does not answer ({type(error).__name__}); waiting for it"
+    except RoundError as error:
+        trouble = str(error)
+    else:
+        return ""
+    if trouble != before:
+        daemon.tell(trouble)
+    return trouble
 
 
 def tell_ends(ends: Iterable[ProcessEnd], tell: Tell) -> None:

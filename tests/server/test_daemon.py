@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pathfed_common.errors import HostError
+from pathfed_common import digest
+from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessEnd, accepts_connections
 from pathfed_server import daemon
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.rounds.state import RunState
 
 RUN = RunName("run-1")
 PROGRAM = Path(sys.executable).parent / "pathfed-server"
@@ -118,3 +122,53 @@ def test_an_end_that_is_made_good_is_told_and_one_for_good_is_raised(tmp_path):
     assert told == [f"PF903 door ended (1) and is started again; see {tmp_path / 'door.log'}"]
     with pytest.raises(HostError, match="PF903"):
         daemon.tell_ends([ProcessEnd(name="door", status=1, restarted=False, log=tmp_path / "door.log")], told.append)
+
+
+class FailingEngine:
+    """What the daemon uses of Flower's control; every run ends at once, before its loop begins."""
+
+    def ensure_nodes(self, keys: Iterable[bytes]) -> None:
+        pass
+
+    def start_run(self, config: dict[str, str]) -> int:
+        return 1
+
+    def run_status(self, run: int) -> tuple[str, str]:
+        return "finished", "failed"
+
+
+def test_a_run_whose_loop_never_began_is_given_up_and_the_server_goes_on(server_home):
+    told: list[str] = []
+    with SqlStore(server_home.database_url) as store:
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
+        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        engine: Any = FailingEngine()
+        watched = daemon._Daemon(server_home, store, engine, told.append)
+        for _ in range(daemon.ATTEMPTS + 2):
+            assert daemon._reconciled(watched, "") == ""
+        run = store.run(RUN)
+        assert (run.state, run.attempt, run.code) == (RunState.FAILED, 0, "PF514")
+        assert [event.action for event in store.audit_events()].count("run.failed") == 1
+        store.give_up(RUN, code="PF514", at=2.0)
+        assert store.run(RUN) == run, "a run that ended stays as it is"
+    assert told[-1] == "run run-1: failed (PF514)"
+
+
+def test_what_the_database_refuses_is_told_once_while_it_lasts(server_home, monkeypatch):
+    told: list[str] = []
+    with SqlStore(server_home.database_url) as store:
+        engine: Any = FailingEngine()
+        watched = daemon._Daemon(server_home, store, engine, told.append)
+
+        def refuse() -> None:
+            raise RoundError(ErrorCode.DATABASE_UNAVAILABLE, "away")
+
+        trouble = ""
+        with monkeypatch.context() as broken:
+            broken.setattr(watched, "reconcile", refuse)
+            for _ in range(3):
+                trouble = daemon._reconciled(watched, trouble)
+        assert daemon._reconciled(watched, trouble) == ""
+    assert len(told) == 1
+    assert "PF512" in told[0]

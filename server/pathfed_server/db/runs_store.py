@@ -101,6 +101,16 @@ class RunsStore(SitesStore):
         """See `rounds.ports.RoundStore`."""
         self._end(name, attempt, RunState.FAILED, code=code, at=at)
 
+    def give_up(self, name: RunName, *, code: str, at: float) -> None:
+        """Mark a run failed that is planned or running, whether or not a loop ever took it up; any other run stays as it is.
+
+        Raises:
+            RoundError: PF510, no such run.
+        """
+        with self._write() as connection:
+            if demand_run(connection, name, lock=True)["state"] in (RunState.PLANNED, RunState.RUNNING):
+                _note_end(connection, name, RunState.FAILED, code=code, at=at)
+
     def checkpoints(self, name: RunName) -> list[Checkpoint]:
         """The checkpoints of a run, the initial state's first."""
         query = select(checkpoint).where(checkpoint.c.run == name).order_by(checkpoint.c.round_index)
@@ -121,8 +131,12 @@ class RunsStore(SitesStore):
     def _end(self, name: RunName, attempt: int, to: RunState, *, code: str | None, at: float) -> None:
         with self._write() as connection:
             demand_attempt(connection, name, attempt)
-            connection.execute(update(run).where(run.c.name == name).values(state=to, ended_at=at, code=code))
-            add_event(connection, actor="server", action=f"run.{to}", subject=name, at=at, detail={"code": code} if code else None)
+            _note_end(connection, name, to, code=code, at=at)
+
+
+def _note_end(connection: Connection, name: RunName, to: RunState, *, code: str | None, at: float) -> None:
+    connection.execute(update(run).where(run.c.name == name).values(state=to, ended_at=at, code=code))
+    add_event(connection, actor="server", action=f"run.{to}", subject=name, at=at, detail={"code": code} if code else None)
 
 
 def demand_run(connection: Connection, name: RunName, *, lock: bool = False) -> RowMapping:
