@@ -584,7 +584,7 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     Code.ROTATION_REFUSED: CatalogEntry(
         "The new key is not accepted",
         "The change of key is not signed by the present key, names another site or key, or the new key was in use before; or the site "
-        "takes part in a run that is still going, in which its evidence key stays.",
+        "takes part in a run that is planned or still going, in which its keys stay.",
         "Wait for the run to end, or ask the operator to stop it; then rotate again. A key that was ever used is not used again.",
         "both",
     ),

@@ -96,8 +96,8 @@ class CertificateStore(AuditStore):
             at: UTC seconds.
 
         Raises:
-            TransportError: PF418, a key was in use before, the site's keys have changed since, or it takes part in a run that is going and
-                its evidence key would change.
+            TransportError: PF418, a key was in use before, the site's keys have changed since, or it takes part in a run that is planned
+                or going.
         """
         old = {"evidence": before.evidence_key, "flower": before.flower_key}
         new = {"evidence": card.evidence_key.to_text(), "flower": card.flower_key}
@@ -109,8 +109,9 @@ class CertificateStore(AuditStore):
                 raise _rotation_refused("the site's keys have changed meanwhile")
             if connection.execute(select(site_key.c.seq).where(site_key.c.key.in_(changed.values()))).first() is not None:
                 raise _rotation_refused("the key was in use before")
-            if "evidence" in changed and _takes_part(connection, before.name):
-                raise _rotation_refused("the site takes part in a run that is going")
+            # A run's record names the evidence key, and its round loop sends to the node key that it began with.
+            if _takes_part(connection, before.name):
+                raise _rotation_refused("the site takes part in a run that is planned or going")
             values = {"evidence_key": new["evidence"], "flower_key": new["flower"]}
             connection.execute(update(site).where(site.c.name == before.name).values(values))
             rows = [{"site": before.name, "kind": kind, "key": key, "continuity": continuity, "at": at} for kind, key in changed.items()]

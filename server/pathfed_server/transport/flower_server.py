@@ -27,6 +27,8 @@ _POLL_S = 0.25
 _AT_ONCE = 2
 #: Seconds after which a pull counts as stalled, and others may pull beside it. It holds no more in memory than what has arrived of it.
 _STALL_S = 20.0
+#: Seconds between two questions whether a site that is not connected may still be sent to.
+_ASK_S = 2.0
 _CODES = frozenset(code.value for code in ErrorCode)
 
 
@@ -48,6 +50,7 @@ class FlowerSites:
         waiting = {offer.site: offer for offer in offers}
         deadline = max(offer.deadline for offer in offers)
         inbox = _Inbox(self._grid, spool)
+        asked = time.monotonic()
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
                 for site, sent in self._send_to_online(waiting, withheld):
@@ -55,6 +58,9 @@ class FlowerSites:
                         yield sent
                     else:
                         inbox.expect(site, sent)
+                if time.monotonic() - asked > _ASK_S:
+                    yield from _withdrawn(waiting, withheld)
+                    asked = time.monotonic()
                 reply = inbox.next(_POLL_S)
                 if reply is not None:
                     yield reply
@@ -81,6 +87,15 @@ class FlowerSites:
             if message_id:
                 del waiting[site]
                 yield site, message_id
+
+
+def _withdrawn(waiting: dict[SiteName, Offer], withheld: Consent) -> Iterator[Reply]:
+    """Take off `waiting` the sites that may be sent nothing any more: the node of one that was revoked does not come back."""
+    for site in list(waiting):
+        code = withheld(site)
+        if code is not None:
+            del waiting[site]
+            yield _without_update(site, code)
 
 
 class _Inbox:

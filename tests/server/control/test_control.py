@@ -234,7 +234,7 @@ def test_an_old_key_does_not_come_back(serving, enrolled, refused):
         control(serving, north, "RotateKey", back)
 
 
-def test_the_evidence_key_stays_while_a_run_is_going(serving, enrolled, store, plan, refused):
+def test_the_keys_stay_while_a_run_is_going(serving, enrolled, store, plan, refused):
     north = enrolled("north")
     store.create_run(RunName("run-1"), plan_digest=plan, sites=[NORTH], at=1.0)
     fresh = replace(north, evidence=SigningKey.generate())
@@ -242,8 +242,14 @@ def test_the_evidence_key_stays_while_a_run_is_going(serving, enrolled, store, p
     with refused("PF418"):
         control(serving, north, "RotateKey", request)
     moved = with_node_key(north)
-    control(serving, north, "RotateKey", pb.RotateKeyRequest(site_card=moved.card, continuity=seal_card_change(moved.card, north.evidence)))
+    move = pb.RotateKeyRequest(site_card=moved.card, continuity=seal_card_change(moved.card, north.evidence))
+    with refused("PF418"):  # the round loop sends to the node key that it began with
+        control(serving, north, "RotateKey", move)
+    store.begin_attempt(RunName("run-1"), at=1.5)
+    with refused("PF418"):
+        control(serving, north, "RotateKey", move)
     store.stop_run(RunName("run-1"), at=2.0)
+    control(serving, north, "RotateKey", move)
     with refused("PF418"):  # the rotation's card is of the node key before
         control(serving, north, "RotateKey", pb.RotateKeyRequest(site_card=fresh.card, rotation=b""))
     after = replace(fresh, node_key=moved.node_key)

@@ -212,7 +212,7 @@ def test_a_whole_run_verifies_after_every_step(world: World) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == model.encoder_spec(world.plan).shapes()
 
 
-def test_a_site_may_change_its_flower_node_key_while_a_run_goes_on_and_not_its_evidence_key(world: World) -> None:
+def test_a_run_goes_on_after_a_site_changed_its_flower_node_key_and_not_after_another_evidence_key(world: World) -> None:
     recorder = world.recorder()
     world.begin(recorder)
     world.record_round(recorder, 1)

@@ -228,3 +228,18 @@ def test_stalled_uploads_hold_up_nobody_else_and_write_nothing_afterwards(exchan
         if thread.name.startswith("reply of stalled"):
             thread.join(LONG_S)
     assert [path.name for path in (tmp_path / "spool").iterdir()] == ["prompt.safetensors"]
+
+
+def test_a_site_revoked_while_it_is_away_holds_nobody_to_the_deadline(exchange, monkeypatch):
+    monkeypatch.setattr(flower_server, "_ASK_S", 0.1)
+    grid = LocalGrid({"site-a": answered, "site-b": answered})
+    grid.online = ["site-a"]
+    begun, asked = time.monotonic(), []
+
+    def withheld(site: SiteName) -> str | None:
+        asked.append(site)
+        return "PF518" if site == "site-b" and asked.count(site) > 1 else None
+
+    replies = exchange(grid, ["site-a", "site-b"], withheld=withheld)
+    assert (replies["site-a"].code, replies["site-b"].code) == (None, "PF518")
+    assert time.monotonic() - begun < LONG_S / 2
