@@ -94,6 +94,20 @@ def test_every_answer_has_its_exit_status_and_its_words(trust: bool, replay: boo
     assert "Not proven" in told
 
 
+@pytest.mark.parametrize("what", ["bundle", "record"])
+@pytest.mark.parametrize(("trust", "status"), [(True, Status.AGGREGATION_UNPROVEN), (False, Status.BOTH_UNPROVEN)])
+def test_a_first_state_that_was_not_drawn_again_is_not_proven(what: str, trust: bool, status: Status, places: Path, verify: Any) -> None:
+    options = ["--trust", places / "trust.json"] if trust else []
+    ended, told, _ = verify(places / what, *options, "--replay", places / "updates", "--no-redraw", "--json")
+    said = json.loads(told)
+    assert (ended, said["first_state_proven"]) == (status, False)
+    if what == "bundle":
+        assert not any("first state" in sentence for sentence in said["proven"])
+        assert any("FIRST STATE" in sentence for sentence in said["not_proven"])
+    ended, told, _ = verify(places / what, *options, "--replay", places / "updates", "--json")
+    assert (ended, json.loads(told)["first_state_proven"]) == (Status.PROVEN if trust else Status.IDENTITIES_UNPROVEN, True)
+
+
 def test_a_changed_bundle_fails_and_names_the_file(places: Path, tmp_path: Path, verify: Any) -> None:
     files = {path.relative_to(places / "bundle").as_posix(): path.read_bytes() for path in (places / "bundle").rglob("*") if path.is_file()}
     folder = write_files(tmp_path / "bundle", {**files, MODEL_KEY: b"", "extra": b""})

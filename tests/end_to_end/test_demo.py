@@ -89,7 +89,7 @@ def test_the_release_says_what_is_proven_and_what_is_not(demo, trusted: bool, re
     out, _ = demo
     trust = ["--trust", out / "trust.json"] if trusted else []
     replay = ["--replay", out / "record" / "updates"] if replayed else []
-    done = _run("pathfed", "verify", out / "release", *trust, *replay, "--no-redraw", "--json")
+    done = _run("pathfed", "verify", out / "release", *trust, *replay, "--json")
     said = json.loads(done.stdout)
     assert (done.returncode, said["identities_proven"], said["aggregation_proven"]) == (status, trusted, replayed)
     sites = [path.name for path in sorted((out / "sites").iterdir())]

@@ -51,7 +51,7 @@ class ReleaseVerdict:
     """The outcome of a bundle's verification.
 
     Attributes:
-        record: of the record in it; `identities_proven` there is about the record's keys alone.
+        record: of the record in it; `identities_proven` there is about the record's keys alone, `first_state_proven` about this bundle.
         findings: everything that is wrong, the record's findings among it.
         identities_proven: see the module.
         aggregation_proven: whether the states were recomputed from the updates.

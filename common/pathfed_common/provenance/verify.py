@@ -71,6 +71,7 @@ class Verdict:
         notes: what is not wrong and worth knowing.
         identities_proven: whether the server's key and every admitted site's key are trusted ones.
         aggregation_proven: whether the states were recomputed from retained updates; not done by this version.
+        first_state_proven: whether nothing is wrong and the first state's random weights were drawn again from the plan's seed.
         run: the run, or None without a readable manifest.
         plan: digest of its plan, likewise.
         server_key: the key that signed the record, likewise.
@@ -83,6 +84,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     identities_proven: bool = False
     aggregation_proven: bool = False
+    first_state_proven: bool = False
     run: RunName | None = None
     plan: Digest | None = None
     server_key: VerifyKey | None = None
@@ -208,6 +210,7 @@ def examine_record(
         findings=findings,
         notes=(first.note,) if first.note else (),
         identities_proven=not findings and trusted.server is not None and all(site.key_trusted for site in sites),
+        first_state_proven=redraw and not findings,
         delta=contents.plan.privacy.delta,
         sites=sites,
     )

@@ -101,8 +101,9 @@ def verify(
 ) -> None:
     """Check a release or a run's record offline: every byte, signature, chain and epsilon, and that it started where its plan says.
 
-    Exit status 0: all is proven. 3: identities are not, without --trust. 4: the aggregation is not, without --replay. 5: neither is.
-    6: it cannot be read. 16: something does not verify. A run's record alone has no log: there, 0 says nothing of the aggregation.
+    Exit status 0: all is proven. 3: identities are not, without --trust. 4: the aggregation is not, without --replay, or with --no-redraw,
+    which leaves its start unproven. 5: neither is. 6: it cannot be read. 16: something does not verify. A run's record alone has no log:
+    there, 0 says nothing of the aggregation, and 4 and 5 are about its start.
     """
     from pathfed_common.provenance.release_verify import is_bundle
     from pathfed_local import verifying
@@ -144,7 +145,7 @@ def _verify_bundle(folder: Path, keys: "TrustedKeys | None", updates: Path | Non
 def _verify_record(folder: Path, keys: "TrustedKeys | None", updates: Path | None, *, redraw: bool, as_json: bool) -> int:
     from pathfed_common.provenance.verify import examine_record, verify_record
     from pathfed_local.replaying import replay
-    from pathfed_local.verifying import Status, summary
+    from pathfed_local.verifying import record_status, summary
 
     verdict = verify_record(folder, keys, redraw=redraw)
     _demand(verdict.findings)
@@ -155,7 +156,7 @@ def _verify_record(folder: Path, keys: "TrustedKeys | None", updates: Path | Non
         verdict = replace(verdict, aggregation_proven=True, notes=notes)
     title = "consistent, identities proven" if verdict.identities_proven else "consistent, IDENTITIES UNPROVEN (PF604)"
     show(summary(verdict), as_json=as_json, title=title)
-    return Status.PROVEN if verdict.identities_proven else Status.IDENTITIES_UNPROVEN
+    return record_status(verdict)
 
 
 def _demand(findings: Sequence[ProvenanceError]) -> None:

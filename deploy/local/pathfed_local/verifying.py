@@ -71,13 +71,23 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def status(verdict: ReleaseVerdict) -> Status:
-    """The exit status of a bundle in which nothing is wrong."""
+    """The exit status of a bundle in which nothing is wrong. From a start that nobody checked, no aggregate is proven."""
     return {
         (True, True): Status.PROVEN,
         (False, True): Status.IDENTITIES_UNPROVEN,
         (True, False): Status.AGGREGATION_UNPROVEN,
         (False, False): Status.BOTH_UNPROVEN,
-    }[verdict.identities_proven, verdict.aggregation_proven]
+    }[verdict.identities_proven, verdict.aggregation_proven and verdict.record.first_state_proven]
+
+
+def record_status(verdict: Verdict) -> Status:
+    """The exit status of a record in which nothing is wrong; the aggregation does not count."""
+    return {
+        (True, True): Status.PROVEN,
+        (False, True): Status.IDENTITIES_UNPROVEN,
+        (True, False): Status.AGGREGATION_UNPROVEN,
+        (False, False): Status.BOTH_UNPROVEN,
+    }[verdict.identities_proven, verdict.first_state_proven]
 
 
 def proven(verdict: ReleaseVerdict) -> list[str]:
@@ -86,7 +96,7 @@ def proven(verdict: ReleaseVerdict) -> list[str]:
     limit = card.epsilon_limit if card else 0
     told = [
         f"The encoder is the last of {verdict.record.rounds + 1} states, each made from the one before in a recorded round.",
-        "The first state is the plan's: the checkpoint it names, or its seed's draw.",
+        *(["The first state is the plan's: the checkpoint it names, or its seed's draw."] if verdict.record.first_state_proven else []),
         f"{sum(site.rounds for site in verdict.record.sites)} updates of {sites} sites went in. Each was signed at its site for this "
         "round, plan and state, and is in the log in its place.",
         f"No site's releases cost a patient more than epsilon {limit:g}, which each site approved, at delta {verdict.record.delta:g}.",
@@ -113,6 +123,8 @@ def not_proven(verdict: ReleaseVerdict) -> list[str]:
         told.append(
             "AGGREGATION (PF623): that each state is the aggregate of its updates. Give --replay with the retained updates to recompute it."
         )
+    if not verdict.record.first_state_proven:
+        told.append("FIRST STATE (PF630): that the first state's random weights are the draw of the plan's seed. Leave out --no-redraw.")
     return [
         *told,
         "That sites ran the code whose digest they state, or trained on the patients that they declare.",
@@ -130,6 +142,7 @@ def release_summary(verdict: ReleaseVerdict) -> dict[str, Any]:
         "rounds": found["rounds"],
         "identities_proven": verdict.identities_proven,
         "aggregation_proven": verdict.aggregation_proven,
+        "first_state_proven": found["first_state_proven"],
         "log_entries": verdict.leaves,
         "enrolled": sorted(verdict.enrolled),
         "cosigned": sorted(verdict.cosigned),
@@ -147,6 +160,7 @@ def summary(verdict: Verdict) -> dict[str, Any]:
         "rounds": verdict.rounds,
         "identities_proven": verdict.identities_proven,
         "aggregation_proven": verdict.aggregation_proven,
+        "first_state_proven": verdict.first_state_proven,
         "delta": verdict.delta,
         "sites": {
             site.site: {"rounds": site.rounds, "epsilon_stated": site.epsilon_stated, "epsilon_recomputed": site.epsilon_recomputed}
