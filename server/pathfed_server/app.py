@@ -21,6 +21,7 @@ from pathfed_server.db.rows import PlanRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
+from pathfed_server.rounds.state import SiteState
 from pathfed_server.words import Word, outdated, record_word
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def serve(root: Path, tell: Callable[[str], None]) -> None:
 
 
 def add_site(root: Path, card_file: Path) -> SiteCard:
-    """Enrol a site by its card.
+    """Enrol a site by its card. The card of an enrolled site whose file is missing is put in its place.
 
     Raises:
         ProvenanceError: PF602, the card does not verify.
@@ -113,6 +114,9 @@ def add_site(root: Path, card_file: Path) -> SiteCard:
     place = ServerHome(root).site_card_file(card.site)
     written = place.with_suffix(".new")
     with opened_by(root, Role.OPERATOR) as (store, by):
+        if not place.exists() and any(row.state is SiteState.ENROLLED and row.is_of(card) for row in store.sites()):
+            files.write_atomic(place, data)  # an admission was cut short after its commit
+            return card
         files.write_atomic(written, data)
         try:
             store.add_site(card.site, evidence_key=card.evidence_key.to_text(), flower_key=card.flower_key, at=time.time(), by=by)

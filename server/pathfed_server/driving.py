@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from flwr.serverapp import Grid
 
+from pathfed_common import files
 from pathfed_common.errors import PathfedError
-from pathfed_common.ids import RunName
+from pathfed_common.ids import RunName, SiteName
 from pathfed_common.model import initial_state, state_shapes
+from pathfed_common.provenance.documents import SiteCard
 from pathfed_server.daemon import note_server_app
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import stored_encoder
@@ -54,7 +56,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
         with SqlStore(home.database_url) as store:
             plan = store.plan(store.run(run).plan).plan()
             nodes = {site.name: node_key(site.flower_key) for site in store.sites() if site.state is SiteState.ENROLLED}
-            cards = {site: home.site_card(site) for site in store.run(run).sites}
+            cards = {site: _card(home, store, site) for site in store.run(run).sites}
             settings = RunSettings(
                 run=run,
                 plan=plan,
@@ -75,6 +77,16 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
     except PathfedError as error:
         _log.error("%s", error)
         raise
+
+
+def _card(home: ServerHome, store: SqlStore, site: SiteName) -> bytes:
+    """A site's card. Where an admission was cut short after its commit, it is put in place from the admitted request."""
+    place = home.site_card_file(site)
+    if not place.exists():
+        for asked in store.enrolments("admitted"):
+            if store.site(site).is_of(SiteCard.from_bytes(asked.site_card)):
+                files.write_atomic(place, asked.site_card)
+    return home.site_card(site)
 
 
 def end_with_parent() -> None:

@@ -105,6 +105,23 @@ def test_a_run_below_its_quorum_is_not_planned(server_home, plan_file, member):
         assert store.runs() == []
 
 
+def test_the_card_of_an_enrolled_site_is_put_back_where_its_file_is_missing(server_home, member):
+    root, site = server_home.root, member("site-a")
+    given = site.card.read_bytes()
+    app.add_site(root, site.card)
+    assert code(app.add_site, root, site.card) == "PF502"
+    server_home.site_card_file(site.name).unlink()
+    assert code(app.add_site, root, member("site-a").card) == "PF502", "other keys"
+    site.card.write_bytes(given)
+    app.add_site(root, site.card)
+    assert server_home.site_card(site.name) == given
+    server_home.site_card_file(site.name).unlink()
+    with SqlStore(server_home.database_url) as store:
+        assert [event.action for event in store.audit_events()].count("site.enrolled") == 1
+        store.revoke_site(site.name, at=1.0)
+    assert code(app.add_site, root, site.card) == "PF502", "revoked"
+
+
 def test_a_site_that_replaced_the_key_it_approved_with_is_in_no_run_that_would_not_verify(server_home, plan_file, member):
     """A record holds one key for each site."""
     root, plan = server_home.root, published(server_home, plan_file)

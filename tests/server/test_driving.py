@@ -38,6 +38,8 @@ from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatemen
 from pathfed_common.provenance.verify import Verdict, verify_record
 from pathfed_common.units import UtcSeconds
 from pathfed_server import app, driving
+from pathfed_server.db.rows import CertificateRow, EnrolmentRow
+from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import StoredEncoder, import_checkpoint
 from pathfed_server.home import ServerHome
 from pathfed_server.transport.flower_control import node_key
@@ -235,3 +237,21 @@ def test_a_run_whose_checkpoint_is_gone_when_it_is_driven_ends_with_a_code_and_n
     assert caught.value.code is ErrorCode.CHECKPOINT_UNAVAILABLE
     assert "PF109" in (started.home.logs / "server-app.log").read_text()
     assert not list(started.home.root.rglob("states/*.safetensors"))
+
+
+def test_a_site_whose_admission_was_cut_short_after_the_commit_takes_part_with_the_card_it_asked_with(started: Started) -> None:
+    member = started.sites[0].member
+    place, name = started.home.site_card_file(member.name), digest.of_bytes(b"secret")
+    asked = EnrolmentRow(
+        invitation=name, site=member.name, site_card=place.read_bytes(), tls_csr=b"", software="1", state="pending", asked_at=1.0
+    )
+    certificate = CertificateRow(
+        serial="a", site=member.name, tls_key=name, fingerprint=name, issuer=name, pem=b"", issued_at=1.0, expires_at=2.0
+    )
+    with SqlStore(started.home.database_url) as store:
+        store.add_invitation(name, member.name, expires_at=2.0, at=1.0, by="operator")
+        store.admit(store.ask(asked, at=1.0), certificate, at=1.0, by="operator")
+    place.unlink()
+    started.drive()
+    started.verify().require(identities=True)
+    assert place.read_bytes() == asked.site_card

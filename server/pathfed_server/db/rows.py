@@ -6,6 +6,7 @@ from typing import Any
 from pathfed_common.digest import Digest
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
+from pathfed_common.provenance.documents import SiteCard
 from pathfed_server.rounds.state import RoundState, RoundTimes, RunState, SiteState
 
 
@@ -19,6 +20,10 @@ class SiteRow:
     state: SiteState
     enrolled_at: float
     revoked_at: float | None
+
+    def is_of(self, card: SiteCard) -> bool:
+        """Whether a card is of this site and of its present keys."""
+        return (self.name, self.evidence_key, self.flower_key) == (card.site, card.evidence_key.to_text(), card.flower_key)
 
 
 @dataclass(frozen=True, kw_only=True)
