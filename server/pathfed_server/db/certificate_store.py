@@ -1,6 +1,9 @@
-"""Certificates, keys and reports of sites in the server database: who a caller is, and what it may still do."""
+"""Certificates, keys and reports of sites in the server database: who a caller is, and what it may still do.
 
-from sqlalchemy import Connection, and_, insert, or_, select, update
+Who writes of a site locks the site's row first and then, on PostgreSQL, tables, `site` before the others; so does whoever revokes it.
+"""
+
+from sqlalchemy import Connection, RowMapping, and_, insert, or_, select, update
 
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import SiteName
@@ -35,6 +38,7 @@ class CertificateStore(AuditStore):
     def note_first_use(self, used: CertificateRow, *, at: float) -> None:
         """The site has its new certificate at hand: those before it end soon."""
         with self._write() as connection:
+            _lock_site(connection, used.site)
             here = and_(certificate.c.serial == used.serial, certificate.c.first_used_at.is_(None))
             if connection.execute(update(certificate).where(here).values(first_used_at=at)).rowcount == 0:
                 return
@@ -49,9 +53,12 @@ class CertificateStore(AuditStore):
             The certificate; an earlier one, where it was issued for this key and stands: the reply got lost.
 
         Raises:
-            TransportError: PF414, the key is that of the certificate the site calls with, or of another one that does not stand.
+            TransportError: PF414, the key is that of the certificate the site calls with, or of another one that does not stand; PF415, the
+                site is revoked.
         """
         with self._write() as connection:
+            if _lock_site(connection, issued.site)["state"] != SiteState.ENROLLED:
+                raise TransportError(ErrorCode.IDENTITY_REFUSED, "the site is revoked", value=issued.site)
             lock_table(connection, "certificate")
             row = connection.execute(select(certificate).where(certificate.c.tls_key == issued.tls_key)).mappings().first()
             if row is not None:
@@ -103,8 +110,9 @@ class CertificateStore(AuditStore):
         new = {"evidence": card.evidence_key.to_text(), "flower": card.flower_key}
         changed = {kind: key for kind, key in new.items() if key != old[kind]}
         with self._write() as connection:
+            here = _lock_site(connection, before.name)
+            lock_table(connection, "site")
             lock_table(connection, "site_key")
-            here = connection.execute(select(site).where(site.c.name == before.name).with_for_update()).mappings().one()
             if (here["evidence_key"], here["flower_key"]) != (old["evidence"], old["flower"]):
                 raise _rotation_refused("the site's keys have changed meanwhile")
             if connection.execute(select(site_key.c.seq).where(site_key.c.key.in_(changed.values()))).first() is not None:
@@ -150,6 +158,10 @@ def add_certificate(connection: Connection, issued: CertificateRow, *, at: float
     if connection.execute(select(certificate.c.serial).where(certificate.c.tls_key == issued.tls_key)).first() is not None:
         raise _key_taken()
     connection.execute(insert(certificate).values({**vars(issued), "issued_at": at}))
+
+
+def _lock_site(connection: Connection, name: SiteName) -> RowMapping:
+    return connection.execute(select(site).where(site.c.name == name).with_for_update()).mappings().one()
 
 
 def _takes_part(connection: Connection, name: SiteName) -> bool:

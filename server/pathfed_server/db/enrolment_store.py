@@ -95,9 +95,10 @@ class EnrolmentStore(SitesStore):
         card = SiteCard.from_bytes(asked.site_card)
         keys = {"evidence_key": card.evidence_key.to_text(), "flower_key": card.flower_key}
         with self._write() as connection:
+            # The site before its request, as where it is revoked.
+            here = connection.execute(select(site).where(site.c.name == asked.site).with_for_update()).mappings().first()
             if _pending(connection, asked.site) != asked:
                 raise _none_waits(asked.site)
-            here = connection.execute(select(site).where(site.c.name == asked.site).with_for_update()).mappings().first()
             leaves: list[SiteAdmitted] = []
             if here is None:
                 leaves = [enrol_site(connection, asked.site, **keys, at=at, by=by)]

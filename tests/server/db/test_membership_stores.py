@@ -1,9 +1,11 @@
 """Invitations, enrolments, certificates, keys and operators: one contract, on SQLite and on PostgreSQL."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import psycopg
 import pytest
 
 from pathfed_common import digest
@@ -229,3 +231,67 @@ def test_two_admins_do_not_remove_each_other_at_once(url: str, store: SqlStore) 
     for thread in threads:
         thread.join()
     assert sorted(codes, key=str) == [None, "PF523"] or sorted(codes, key=str) == ["PF523", None]
+
+
+def renew(store: SqlStore) -> None:
+    store.renew(issued("a2"), holds="a1", at=40.0)
+
+
+def use(store: SqlStore) -> None:
+    store.note_first_use(store.certificate("a1"), at=40.0)
+
+
+def move(store: SqlStore) -> None:
+    card = SiteCard(site=NORTH, evidence_key=KEY.public, flower_key="another")
+    store.rotate_keys(card, before=store.site(NORTH), continuity=b"c", leaf=None, at=40.0)
+
+
+def admit_again(store: SqlStore) -> None:
+    store.admit(store.pending(NORTH), issued("a3"), at=40.0, by=BY)
+
+
+OWN_ROW = "SELECT 1 FROM site WHERE name = 'north' FOR UPDATE"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "action"),
+    [
+        (OWN_ROW, "UPDATE certificate SET revoked_at = 50", renew),
+        (OWN_ROW, "UPDATE certificate SET revoked_at = 50", use),
+        (OWN_ROW, "UPDATE enrolment SET software = '2' WHERE state = 'pending'", admit_again),
+        ("LOCK TABLE site IN SHARE ROW EXCLUSIVE MODE", "LOCK TABLE site_key IN ROW EXCLUSIVE MODE", move),
+    ],
+    ids=["renewal and revocation", "first use and revocation", "admission and revocation", "new key and enrolment"],
+)
+@pytest.mark.parametrize("backend", ["postgresql"])
+def test_locks_are_taken_in_one_order(admitted: SqlStore, url: str, first: str, then: str, action: Callable[[SqlStore], None]) -> None:
+    """Another transaction takes the first lock; `action` then waits for it, and holds nothing that the other goes on to take."""
+    admitted.add_invitation(hash_of("again"), NORTH, expires_at=100.0, at=31.0, by=BY)
+    admitted.ask(asked(invitation="again"), at=32.0)
+    failed: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            with SqlStore(url) as own:
+                action(own)
+        except BaseException as error:
+            failed.append(error)
+
+    other = threading.Thread(target=act)
+    with psycopg.connect(url, autocommit=True) as watching, psycopg.connect(url) as holding:
+        holding.execute(first.encode())
+        other.start()
+        waits = b"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        while watching.execute(waits).fetchone() is None:
+            assert other.is_alive(), failed
+            time.sleep(0.01)
+        holding.execute(b"SET LOCAL lock_timeout = '5s'")
+        holding.execute(then.encode())
+        holding.rollback()
+    other.join(60)
+    assert not failed
+
+
+def test_a_revoked_site_renews_nothing(admitted: SqlStore) -> None:
+    admitted.revoke_site(NORTH, at=35.0, by=BY)
+    refused("PF415", lambda: renew(admitted))
