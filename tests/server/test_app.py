@@ -1,16 +1,17 @@
 import pytest
 
-from pathfed_common import files
+from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.privacy.accounting import epsilon
-from pathfed_common.provenance.documents import SiteCard, open_plan
+from pathfed_common.provenance.documents import REVOCATION, Decision, SiteCard, open_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_leaves import rotate_key
 from pathfed_common.units import UtcSeconds
 from pathfed_server import app
 from pathfed_server.db.sql_store import SqlStore
-from pathfed_server.rounds.state import RunState
+from pathfed_server.rounds.state import Checkpoint, RunState
+from pathfed_server.words import record_word
 
 
 def published(home, plan_file):
@@ -142,7 +143,38 @@ def test_a_site_that_replaced_the_key_it_approved_with_is_in_no_run_that_would_n
         assert store.run(RunName("run-1")).state is RunState.STOPPED
 
 
-def rotate(home, site) -> None:
+@pytest.mark.parametrize("gone", ["site", "approval"])
+def test_a_site_that_takes_part_no_more_does_not_hold_up_a_resumption(server_home, plan_file, member, gone):
+    root, plan, run = server_home.root, published(server_home, plan_file), RunName("run-1")
+    sites = [member(name) for name in ("site-a", "site-b", "site-c")]
+    for site in sites:
+        app.add_site(root, site.card)
+        app.add_word(root, site.approve(plan.digest))
+    app.start_run(root, plan.digest, run, [])
+    app.stop_run(root, run)
+    last = sites[2]
+    key = rotate(server_home, last)
+    with SqlStore(server_home.database_url) as store:
+        if gone == "site":
+            store.revoke_site(last.name, at=1.0)
+        else:
+            approval = digest.of_bytes(last.approve(plan.digest).read_bytes())
+            word = Decision(site=last.name, plan=plan.digest, kind=REVOCATION, approval=approval, reason="", decided_at=UtcSeconds(1.0))
+            record_word(store, word.to_bytes(key), by="operator")
+        assert code(app.resume_run, root, run) == "PF532", "its record, once begun, would not verify"
+        store.reopen_run(run, at=2.0)
+        store.begin_attempt(run, at=2.0)
+        name = digest.of_bytes(b"state")
+        first = Checkpoint(round_index=0, state=name, state_path="s", state_bytes=1, optimiser=name, optimiser_path="o", optimiser_bytes=1)
+        store.commit_initial(run, 1, first, at=2.0)
+    app.stop_run(root, run)
+    app.resume_run(root, run)
+    app.stop_run(root, run)
+    rotate(server_home, sites[0])
+    assert code(app.resume_run, root, run) == "PF532", "this one still takes part"
+
+
+def rotate(home, site) -> SigningKey:
     fresh = SigningKey.generate()
     with SqlStore(home.database_url) as store:
         before = store.site(site.name)
@@ -152,6 +184,7 @@ def rotate(home, site) -> None:
                 store.stop_run(run.name, at=1.0)
         leaf = rotate_key(site.name, site.key, fresh, UtcSeconds(60.0))
         store.rotate_keys(card, before=before, continuity=leaf.to_bytes(), leaf=leaf, at=60.0)
+    return fresh
 
 
 def test_a_plan_is_described_with_what_it_costs_patients_of_one_two_and_three_sites(plan_file):
