@@ -8,10 +8,11 @@ from control_server import ControlServer, Refused
 
 from pathfed_client.control.agent import PASSES, Agent
 from pathfed_client.control.certificates import certificate_times, check_certificate
+from pathfed_client.control.rotating import rotate
 from pathfed_client.control.supervising import AlarmTeller
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
-from pathfed_client.home import SiteHome
+from pathfed_client.home import SiteHome, hold
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_keys import KeyKind, fingerprints
 from pathfed_client.io.site_store import SiteStore
@@ -267,6 +268,40 @@ def test_a_renewal_that_was_cut_short_leaves_a_pair_that_fits(stopped_at, site, 
         assert not again.home.next_certificate_file.exists()
     finally:
         again.close()
+
+
+def test_the_agent_goes_on_with_a_pair_that_a_command_has_put_in_place(site, server):
+    assert site.agent.pass_once()
+    before = site.agent._client
+    rotate(SiteHome(site.home.root), site.store, Outlet(site.record), KeyKind.TLS, site.clock[0])
+    assert site.agent.pass_once()
+    assert site.agent._client is not before
+    assert site.agent._certificate == site.home.certificate_file.read_bytes()
+    kept = site.agent._client
+    assert site.agent.pass_once()
+    assert site.agent._client is kept, "no other one while nothing changes"
+
+
+def test_an_error_is_followed_by_a_new_connection(site, server):
+    assert site.agent.pass_once()
+    server.lies["Report"] = lambda request, honest: (_ for _ in ()).throw(Refused("PF414"))
+    assert not site.agent.pass_once()
+    assert site.agent._client is None
+
+
+def test_while_a_command_is_at_the_keys_a_pass_is_skipped(site, server):
+    before = len(server.calls)
+    with hold(site.home, "keys"):
+        assert not site.agent.pass_once()
+    assert len(server.calls) == before, "no connection with half of a pair"
+    assert site.agent.pass_once()
+    server.renew_wanted = True
+    with hold(site.home, "keys"):
+        assert not site.agent.pass_once()
+    assert "Renew" not in server.calls
+    assert site.agent.pass_once()
+    assert server.calls.count("Renew") == 1
+    assert site.codes() == []
 
 
 @pytest.mark.parametrize("case", ["another key", "another CA", "nothing"])
