@@ -1149,9 +1149,9 @@ _HOST: dict[Code, CatalogEntry] = {
     Code.EGRESS_RECORD_DAMAGED: CatalogEntry(
         "The egress record is gone or damaged",
         "The site's record of what left it cannot be found or read, or an entry of it was changed, dropped, swapped or added. Nothing "
-        "leaves a site that cannot write it down.",
-        "Keep the file as evidence and find out what happened to it. To go on, put an empty file in its place (`touch egress.db`, mode "
-        "0600): a new record begins there. Write down when and why.",
+        "leaves a site that cannot write it down. A running site also notices that the file was removed or replaced under it.",
+        "Stop `pathfed-site start` first. Keep the file as evidence and find out what happened to it. To go on, put an empty file in its "
+        "place (`touch egress.db`, mode 0600): a new record begins there. Write down when and why.",
         "site",
     ),
     Code.EGRESS_RECORD_BEHIND: CatalogEntry(
