@@ -22,6 +22,7 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.plan import load_plan
 from pathfed_common.processes import free_port
+from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.provenance.documents import seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_server.transport.certificates import make_tls
@@ -95,6 +96,15 @@ def test_a_server_that_fails_is_asked_again_and_words_keep(site, server):
     assert site.agent.pass_once()
     assert facts(site)["agent_code"] == ""
     assert server.words == [b"first"]
+
+
+def test_a_stopped_site_goes_on_reporting_handing_over_and_cosigning(site, server):
+    site.store.add_word(b"word", b"leaf", site.clock[0])
+    site.home.stop_switch.throw(at=site.clock[0], reason="audit")
+    assert site.agent.pass_once()
+    assert server.words == [b"word"]
+    assert [request.state for request in server.requests if isinstance(request, pb.ReportRequest)] == ["stopped"]
+    assert EgressKind.COSIGNATURE in {entry.sent.kind for entry in site.record.entries()}
 
 
 def test_a_server_that_nobody_runs_has_its_code_and_is_told_of_once(site, server):
