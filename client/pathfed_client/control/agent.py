@@ -1,7 +1,8 @@
 """The agent: a process of `pathfed-site start` that talks to the server for the site, again and again.
 
 One pass: the site reports; the certificate is renewed when two thirds of its life are over; the site's words that have not reached the
-server are handed over; where the log has grown, published plans are fetched; and the log is followed (`log_following`). A server that is
+server are handed over; where the log has grown, and at every sixth pass, published plans are fetched; and the log is followed
+(`log_following`). A server that is
 away, or refuses, is asked again after a time that grows. Nothing that fails here stops training: what stops it is the site's own ledger,
 and that the server offers nothing.
 
@@ -36,6 +37,8 @@ from pathfed_common.provenance.log_checkpoint import log_key, origin_of
 EVERY_S = 10.0
 LONGEST_S = 60.0
 PASSES = "agent_passes"
+#: Plans and card are fetched at so many passes' distance though the log has not grown: operators' signatures and addresses are no leaves.
+FETCH_EVERY = 6
 #: Seconds between two looks for something new to say.
 _LOOK_S = 1.0
 _log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class Agent:
         self._client: ControlClient | None = None
         self._certificate = b""
         self._log_size: int | None = None
+        self._since_fetch = 0
         card = home.server_card
         own = OwnNames(site=home.name, key=home.evidence_key, former=home.former_keys)
         self._follower = LogFollower(store, home.log_head, log_key(origin_of(card.name), card.evidence_key), own)
@@ -127,10 +131,11 @@ class Agent:
         if report.renew or renewal.due(self._home, self._now()):
             client = self._renewed(client)
         self._hand_over(client)
-        if report.log_size != self._log_size:  # a published plan is a leaf: a log that has not grown has nothing new to fetch
+        self._since_fetch += 1
+        if report.log_size != self._log_size or self._since_fetch >= FETCH_EVERY:  # a published plan is a leaf
             self._fetch_card(client)
             self._fetch_plans(client)
-            self._log_size = report.log_size
+            self._log_size, self._since_fetch = report.log_size, 0
         self._follower.follow(client, self._now())
         self._note(report)
 

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from control_server import ControlServer, Refused
 
-from pathfed_client.control.agent import PASSES, Agent
+from pathfed_client.control.agent import FETCH_EVERY, PASSES, Agent
 from pathfed_client.control.certificates import certificate_times, check_certificate
 from pathfed_client.control.rotating import rotate
 from pathfed_client.control.supervising import AlarmTeller
@@ -23,6 +23,7 @@ from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.plan import load_plan
 from pathfed_common.processes import free_port
 from pathfed_common.protocol import control_pb2 as pb
+from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_server.transport.certificates import make_tls
@@ -50,8 +51,25 @@ def test_published_plans_come_to_the_site_once(site, server):
     assert site.agent.pass_once()
     assert [(one.plan, one.signed_plan) for one in site.store.received_plans()] == [(plan.digest, server.plans[0])]
     assert site.agent.pass_once()
-    assert server.calls.count("ListPlans") == 1, "a log that has not grown has no new plan"
+    assert server.calls.count("ListPlans") == 1, "a log that has not grown has no new plan, and the sixth pass is far"
     assert [event.kind for event in site.store.events()] == ["plan"]
+
+
+def test_operators_signatures_that_come_later_reach_the_site_though_the_log_has_not_grown(site, server):
+    server.plans = [seal_plan(load_plan(PLAN, where="tiny"), server.key)]
+    assert site.agent.pass_once()
+    more = server.plans[0]
+    for _ in range(2):
+        more = cosigned.cosign(more, SigningKey.generate())
+    server.plans = [more]
+    for _ in range(FETCH_EVERY - 1):
+        assert site.agent.pass_once()
+    assert server.calls.count("ListPlans") == 1
+    assert site.agent.pass_once()
+    assert server.calls.count("ListPlans") == server.calls.count("GetServerCard") == 2
+    (kept,) = site.store.received_plans()
+    assert kept.signed_plan == more
+    assert [event.kind for event in site.store.events()] == ["plan"], "published once"
 
 
 @pytest.mark.parametrize("case", ["another key", "no plan", "changed"])

@@ -232,8 +232,8 @@ def signed(*, patients: int = 40, reply_slots: bool = True, named_as: str = "", 
 def test_approval_stands_and_other_figures_or_names_are_refused(planned: SqlStore) -> None:
     for at in (AT, AT, AT + 1):
         planned.add_approval(signed(named_as="St. Elsewhere", at=at), at=at)
-    name = {"named_as": "St. Elsewhere"}
-    for other in (signed(patients=41, **name), signed(reply_slots=False, **name), signed(), signed(named_as="St. Nowhere")):
+    name = "St. Elsewhere"
+    for other in (signed(patients=41, named_as=name), signed(reply_slots=False, named_as=name), signed(), signed(named_as="St. Nowhere")):
         with refusal(ErrorCode.APPROVAL_DIFFERS):
             planned.add_approval(other, at=AT)
     assert planned.approvals(PLAN) == [approved(A), approved(B), signed(named_as="St. Elsewhere")]
