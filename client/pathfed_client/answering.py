@@ -69,7 +69,7 @@ from pathfed_common import digest, files
 from pathfed_common.code_digest import SITE_PACKAGES, code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
-from pathfed_common.errors import ErrorCode, HostError, PathfedError, SiteDataError, TransportError
+from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
 from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
@@ -131,7 +131,11 @@ class SiteAnswerer:
         self._take_policy(home.policy)
 
     def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
-        """Answer one offer; see `gate.ports.Answerer`. The log gets our own words and types, no text that could name a slide or a path."""
+        """Answer one offer; see `gate.ports.Answerer`. The log gets our own words and types, no text that could name a slide or a path.
+
+        Raises:
+            HostError: PF901, PF904, PF913: not even a code can be written down, so none may leave.
+        """
         try:
             return self._answer(envelope, base_state)
         except PathfedError as error:
@@ -205,18 +209,18 @@ class SiteAnswerer:
         self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.encode())
 
     def _refusal(self, code: ErrorCode, envelope: bytes) -> Answer:
-        """A code in place of an answer, written down first. Where that cannot be, the code says so; nor can the relay then let it out."""
+        """A code in place of an answer, written down first.
+
+        Raises:
+            HostError: it cannot be written down.
+        """
         try:
             offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
         except PathfedError:
             about: dict[str, Any] = {}  # what is not authentic names nothing
         else:
             about = {"plan": offer.plan, "run": offer.run, "round_index": offer.round_index}
-        try:
-            self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.value.encode(), **about)
-        except HostError as error:
-            _log.error("%s: %s", error.code.value, error.what)
-            code = error.code
+        self._outlet.message(self._home.server_card.fleet_address, EgressKind.REFUSAL, code.value.encode(), **about)
         return Answer(code=code.value)
 
     def _sealed_before(self, offer: RoundOffer) -> SealedUpdate | None:

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 HOME_VARIABLE = "PATHFED_SITE_HOME"
 _TICK_S = 0.25
 _RUNNER_PATIENCE_S = 20.0
-#: Processes of a site from which something could leave: the stop switch ends them.
+#: Processes of a site from which an answer to a round could leave: the stop switch ends them. The agent goes on reporting that the site is
+#: stopped, handing over decisions, and co-signing; so does the relay, its way out.
 _ANSWERING = ("runner", "supernode")
 
 
@@ -430,7 +431,7 @@ def _ledger_figures(home: SiteHome, ledger: "Ledger", epsilon: float) -> dict[st
 
 
 def stop(home: SiteHome, reason: str) -> dict[str, Any]:
-    """Throw the stop switch and end what computes or sends, at once and by force.
+    """Throw the stop switch and end what computes or answers, at once and by force.
 
     Safe at any instant: what is sealed stays and is not sent, what was being computed is lost with its charge on record, and after
     `resume` the same round is the same release again, charged once.

@@ -148,7 +148,8 @@ def approve(
     Raises:
         PlanError, PrivacyError: the plan is not authentic, expects too many patients, or is more than the policy allows.
         SiteDataError: PF213, not scanned under this plan's rules; PF303 is raised where fewer patients were found than declared.
-        TransportError: PF442, two people must sign and nobody is named; PF443, the signer is no approver; PF444; PF445, it was revoked.
+        TransportError: PF442, two people must sign and nobody is named; PF443, the signer is no approver; PF444; PF445, it was revoked, or
+            stands approved with other figures or another name.
         HostError: PF910, a device that the policy names is not there; PF905, not a public name.
     """
     _check_name(named_as)
@@ -156,6 +157,15 @@ def approve(
         known = find_plan(home, store, str(given))
         plan = known.plan
         _demand_not(known, ApprovalState.REVOKED, "an approval that was revoked is not given again", "ask for a plan of another name")
+        wanted = Approval(
+            site=home.name,
+            plan=plan.digest,
+            declared_patients=declared_patients,
+            reply_slots=home.policy.reply_slots,
+            approved_at=UtcSeconds(time.time()),
+            named_as=named_as,
+        )
+        stands = _standing(home, known, wanted)
         check_operators(home.policy, known.signed)
         check_devices(home)
         check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
@@ -165,15 +175,7 @@ def approve(
             people = _sign(home, store, plan, declared_patients, signer)
             if len(people) < second_person.NEEDED:
                 return Approving(plan=plan, approval=None, signed_by=sorted(people))
-        wanted = Approval(
-            site=home.name,
-            plan=plan.digest,
-            declared_patients=declared_patients,
-            reply_slots=home.policy.reply_slots,
-            approved_at=UtcSeconds(time.time()),
-            named_as=named_as,
-        )
-        approval = _approve(home, store, known, wanted, out or word_file(home, plan.digest, "approval"))
+        approval = _approve(home, store, known, stands, wanted, out or word_file(home, plan.digest, "approval"))
     return Approving(plan=plan, approval=approval, signed_by=sorted(people))
 
 
@@ -212,13 +214,26 @@ def word_file(home: SiteHome, plan: Digest, kind: str) -> Path:
     return home.root / f"{kind}-{short(plan)}.dsse"
 
 
-def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, wanted: Approval, out: Path) -> Approval:
+def _standing(home: SiteHome, known: KnownPlan, wanted: Approval) -> Approval | None:
+    """The approval that stands and says the same, or None where none stands.
+
+    Raises:
+        TransportError: PF445, the one that stands says something else. The server keeps the first for good.
+    """
+    if known.word is None or known.word.state is not ApprovalState.APPROVED:
+        return None
+    stands = Approval.from_bytes(known.word.signed_approval, home.evidence_keys)
+    if replace(stands, approved_at=wanted.approved_at) != wanted:
+        remedy = "revoke, and ask for a plan of another name"
+        _demand_not(known, ApprovalState.APPROVED, "the plan was approved with other figures or another name", remedy)
+    return stands
+
+
+def _approve(home: SiteHome, store: SiteStore, known: KnownPlan, stands: Approval | None, wanted: Approval, out: Path) -> Approval:
     """Give the approval, or write the one again that stands and says the same: a site says a thing once."""
-    if known.word is not None and known.word.state is ApprovalState.APPROVED:
-        stands = Approval.from_bytes(known.word.signed_approval, home.evidence_keys)
-        if replace(stands, approved_at=wanted.approved_at) == wanted:
-            files.write_atomic(out, known.word.signed_approval)
-            return stands
+    if known.word is not None and stands is not None:
+        files.write_atomic(out, known.word.signed_approval)
+        return stands
     envelope = wanted.to_bytes(home.evidence_key)
     files.write_atomic(out, envelope)
     leaf = PlanApproved(site=home.name, plan=wanted.plan, approval=digest.of_bytes(envelope))

@@ -150,13 +150,17 @@ def stop(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Stop at once: what is being computed is broken off, nothing leaves until `resume`. Safe at any instant."""
+    """Stop at once: what is being computed is broken off, no answer to a round leaves until `resume`. Safe at any instant.
+
+    The agent goes on reporting that the site is stopped, handing over decisions, and co-signing the log.
+    """
     from pathfed_client import app as site
 
     show(
         site.stop(SiteHome(home), reason),
         as_json=as_json,
-        title="Stopped. Nothing is computed and nothing leaves until `pathfed-site resume`.",
+        title="Stopped. Nothing is computed and no answer to a round leaves until `pathfed-site resume`; the agent goes on reporting that "
+        "the site is stopped, handing over decisions, and co-signing.",
     )
 
 

@@ -517,7 +517,8 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     Code.PLAN_DECIDED: CatalogEntry(
         "The site has decided on this plan already",
         "A plan that was approved cannot be rejected, only one that is approved can be revoked, and an approval that "
-        "was revoked is not given again: what a site has said about a plan is evidence, and stays.",
+        "was revoked is not given again. Nor is a plan approved twice with other figures, another way of replying or another public name: "
+        "what a site has said about a plan is evidence, and stays.",
         "Take an approval back with `pathfed-site revoke`. To take part after a revocation, ask the operator to publish the plan under "
         "another name.",
         "site",
@@ -821,8 +822,8 @@ _ROUNDS: dict[Code, CatalogEntry] = {
     ),
     Code.APPROVAL_DIFFERS: CatalogEntry(
         "The site has approved this plan with other figures",
-        "A second approval of the same plan declares another number of patients or another way of replying than the first. Noise "
-        "and budget rest on those figures, so the first approval stands.",
+        "A second approval of the same plan declares another number of patients, another way of replying or another public name than "
+        "the first. Noise and budget rest on those figures, and the log holds the first approval: it stands.",
         "Publish a plan with another name and let the site approve that one with the new figures.",
         "both",
     ),
@@ -1148,9 +1149,9 @@ _HOST: dict[Code, CatalogEntry] = {
     Code.EGRESS_RECORD_DAMAGED: CatalogEntry(
         "The egress record is gone or damaged",
         "The site's record of what left it cannot be found or read, or an entry of it was changed, dropped, swapped or added. Nothing "
-        "leaves a site that cannot write it down.",
-        "Keep the file as evidence and find out what happened to it. To go on, put an empty file in its place (`touch egress.db`, mode "
-        "0600): a new record begins there. Write down when and why.",
+        "leaves a site that cannot write it down. A running site also notices that the file was removed or replaced under it.",
+        "Stop `pathfed-site start` first. Keep the file as evidence and find out what happened to it. To go on, put an empty file in its "
+        "place (`touch egress.db`, mode 0600): a new record begins there. Write down when and why.",
         "site",
     ),
     Code.EGRESS_RECORD_BEHIND: CatalogEntry(

@@ -93,14 +93,16 @@ def test_an_offer_that_is_not_authentic_names_nothing_in_the_record(world, site)
 
 
 def test_an_answer_that_cannot_be_written_down_does_not_leave(world, site, monkeypatch):
-    """The seal stays: the same bytes leave once the record can be written."""
+    """Nor does a code. The seal stays: the same bytes leave once the record can be written."""
     with monkeypatch.context() as patch:
 
         def full(log: EgressLog, *sent: Outgoing) -> None:
             raise HostError(ErrorCode.DISK_FULL, "the disk is full", where=log.path)
 
         patch.setattr(EgressLog, "append", full)
-        assert site.answer(world.offer(), world.base_state) == Answer(code="PF901")
+        for envelope in (world.offer(), world.offer(round_index=9), b"forged"):
+            with pytest.raises(HostError, match="PF901"):
+                site.answer(envelope, world.base_state)
     assert left(site.home) == []
     assert site.answer(world.offer(), world.base_state).code is None
     assert site.charges() == 1

@@ -175,6 +175,32 @@ def test_a_site_is_named_in_public_only_as_it_says(world, site_cli, fresh):
     assert approval.named_as == "St. Elsewhere"
 
 
+def test_a_plan_that_stands_approved_is_not_approved_with_other_figures_or_another_name(site_cli, home):
+    here = ["--home", home.root, "--json"]
+    before = site_cli("plans", *here).json, leaves(home)
+    for other in (["--patients", 3], ["--patients", 4, "--named-as", "St. Elsewhere"]):
+        assert site_cli("approve", "tiny", *other, *here).code == "PF445"
+    change_policy(home, "reply_slots", "false")
+    assert site_cli("approve", "tiny", "--patients", 4, *here).code == "PF445"
+    assert (site_cli("plans", *here).json, leaves(home)) == before
+    change_policy(home, "reply_slots", "true")
+    assert site_cli("approve", "tiny", "--patients", 4, *here).status == 0
+    assert site_cli("revoke", "tiny", *here).status == 0
+
+
+def test_other_figures_are_refused_before_anybody_signs_them(site_cli, home, tmp_path):
+    here = ["--home", home.root, "--json"]
+    ben = SigningKey.generate()
+    (tmp_path / "ben.pem").write_bytes(ben.to_pem())
+    (tmp_path / "ben.pem").chmod(0o600)
+    assert site_cli("approvers", "add", "ben", "--key", ben.public.to_text(), *here).status == 0
+    change_policy(home, "second_person", "true")
+    as_ben = ["--approver", "ben", "--key", tmp_path / "ben.pem"]
+    assert site_cli("approve", "tiny", "--patients", 3, *as_ben, *here).code == "PF445"
+    assert site_cli("show", "tiny", "--patients", 3, *here).json["approvers"] == []
+    assert site_cli("approve", "tiny", "--patients", 4, *as_ben, *here).json["signed_by"] == ["ben"]
+
+
 def test_two_people_approve_with_keys_of_their_own(world, site_cli, fresh, tmp_path):
     here = ["--home", fresh.root, "--json"]
     (tmp_path / "words").write_text("correct horse\n")

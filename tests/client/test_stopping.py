@@ -67,7 +67,12 @@ def test_a_stop_at_any_moment_ends_the_round_and_after_resuming_it_is_the_same_r
 def test_a_stopped_site_says_so_and_does_not_run(site_cli, copy_home) -> None:
     home = copy_home()
     assert site_cli("status", "--home", home.root, "--json").json["stopped"] is False
-    assert site_cli("stop", "--reason", "audit", "--home", home.root).status == 0
+    done = site_cli("stop", "--reason", "audit", "--home", home.root)
+    assert done.status == 0
+    said = " ".join(done.out.split())
+    assert "no answer to a round leaves" in said
+    assert "goes on reporting" in said
+    assert "nothing leaves" not in said
     told = site_cli("status", "--home", home.root, "--json").json
     assert (told["stopped"], told["stopped_for"]) == (True, "audit")
     assert told["stopped_at"] > 1e9

@@ -1,7 +1,8 @@
 """The agent: a process of `pathfed-site start` that talks to the server for the site, again and again.
 
 One pass: the site reports; the certificate is renewed when two thirds of its life are over; the site's words that have not reached the
-server are handed over; where the log has grown, published plans are fetched; and the log is followed (`log_following`). A server that is
+server are handed over; where the log has grown, and at every sixth pass, published plans are fetched; and the log is followed
+(`log_following`). A server that is
 away, or refuses, is asked again after a time that grows. Nothing that fails here stops training: what stops it is the site's own ledger,
 and that the server offers nothing.
 
@@ -12,8 +13,8 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from pathfed_client.control import renewal
@@ -36,9 +37,15 @@ from pathfed_common.provenance.log_checkpoint import log_key, origin_of
 EVERY_S = 10.0
 LONGEST_S = 60.0
 PASSES = "agent_passes"
+#: Plans and card are fetched at so many passes' distance though the log has not grown: operators' signatures and addresses are no leaves.
+FETCH_EVERY = 6
 #: Seconds between two looks for something new to say.
 _LOOK_S = 1.0
 _log = logging.getLogger(__name__)
+
+
+class _KeysHeldError(Exception):
+    """A command of this site is changing its keys and certificates."""
 
 
 class Agent:
@@ -62,7 +69,9 @@ class Agent:
         self._home, self._store, self._outlet, self._tunnel, self._now = home, store, outlet, tunnel, now
         self._patience = patience or Patience()
         self._client: ControlClient | None = None
+        self._certificate = b""
         self._log_size: int | None = None
+        self._since_fetch = 0
         card = home.server_card
         own = OwnNames(site=home.name, key=home.evidence_key, former=home.former_keys)
         self._follower = LogFollower(store, home.log_head, log_key(origin_of(card.name), card.evidence_key), own)
@@ -85,10 +94,17 @@ class Agent:
             seconds -= _LOOK_S
 
     def pass_once(self) -> bool:
-        """One pass; whether the server was reached and answered. Errors are told, and become facts for `status`."""
+        """One pass; whether the server was reached and answered. Errors are told, and become facts for `status`.
+
+        After an error the connection is made anew. While a command is at this site's keys, the pass is skipped.
+        """
         try:
             self._pass()
+        except _KeysHeldError:
+            _log.info("a command is at this site's keys: the pass is skipped")
+            return False
         except PathfedError as error:
+            self.close()
             if error.code.value != self._store.facts().get("agent_code"):
                 _log.warning("%s: %s", error.code.value, error.what)
                 self._store.add_event(Event(at=self._now(), kind="server", code=error.code, detail=error.what))
@@ -108,35 +124,54 @@ class Agent:
             self._client = None
 
     def _pass(self) -> None:
+        if self._home.certificate_file.read_bytes() != self._certificate:  # a command has put another in its place
+            self.close()
         client = self._connected()
         report = client.report(software=__version__, state="stopped" if self._home.stop_switch.is_on else "running")
         if report.renew or renewal.due(self._home, self._now()):
             client = self._renewed(client)
         self._hand_over(client)
-        if report.log_size != self._log_size:  # a published plan is a leaf: a log that has not grown has nothing new to fetch
+        self._since_fetch += 1
+        if report.log_size != self._log_size or self._since_fetch >= FETCH_EVERY:  # a published plan is a leaf
             self._fetch_card(client)
             self._fetch_plans(client)
-            self._log_size = report.log_size
+            self._log_size, self._since_fetch = report.log_size, 0
         self._follower.follow(client, self._now())
         self._note(report)
 
     def _connected(self) -> ControlClient:
         if self._client is None:
-            with suppress(HostError), hold(self._home, "keys"):
-                finish(self._home)
-            self._client = ControlClient(
-                self._home.server_card.control_address,
-                ca=self._home.ca_file.read_bytes(),
-                certificate=self._home.certificate_file.read_bytes(),
-                key=self._home.keys.tls_key(),
-                outlet=self._outlet,
-                tunnel=self._tunnel,
-                patience=self._patience,
-            )
+            with self._keys():
+                with suppress(HostError):
+                    finish(self._home)
+                self._certificate = self._home.certificate_file.read_bytes()
+                self._client = ControlClient(
+                    self._home.server_card.control_address,
+                    ca=self._home.ca_file.read_bytes(),
+                    certificate=self._certificate,
+                    key=self._home.keys.tls_key(),
+                    outlet=self._outlet,
+                    tunnel=self._tunnel,
+                    patience=self._patience,
+                )
         return self._client
 
+    @contextmanager
+    def _keys(self) -> Iterator[None]:
+        """Be the only process that is at this site's keys.
+
+        Raises:
+            _KeysHeldError: a command is.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold(self._home, "keys"))
+            except HostError as error:
+                raise _KeysHeldError from error
+            yield
+
     def _renewed(self, client: ControlClient) -> ControlClient:
-        with hold(self._home, "keys"):
+        with self._keys():
             until = renewal.renew(self._home, client)
         _log.info("the certificate was renewed; it holds until %s", time.strftime("%Y-%m-%d", time.gmtime(until)))
         self._store.add_event(Event(at=self._now(), kind="server", detail="the site's TLS key and certificate were renewed"))

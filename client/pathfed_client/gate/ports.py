@@ -20,7 +20,8 @@ class Answer:
     update: Path | None = None
 
 
-#: (offer envelope, base state bytes) -> answer. Never raises: whatever goes wrong becomes a code. What leaves is written down by it.
+#: (offer envelope, base state bytes) -> answer. Whatever goes wrong becomes a code. What leaves is written down by it; it raises HostError
+#: where not even the code can be, and then nothing may leave.
 Answerer = Callable[[bytes, bytes], Answer]
 
 #: (code) -> None. Writes down that a code leaves which no answerer gave. Raises HostError where it cannot, and then nothing may leave.

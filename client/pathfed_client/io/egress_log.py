@@ -8,7 +8,8 @@ up what leaves; and so that the hospital's IT can copy it without copying anythi
 - each entry names the digest of the bytes of the one before: a row that was changed, dropped, swapped or added is found by `verified`.
   An end that was cut off is found against a head that was noted before;
 - several processes may write it at once (WAL; writers wait for each other up to `BUSY_TIMEOUT_S`);
-- a file that is gone is not made again silently: the record has a beginning, and `pathfed-site init` makes it.
+- a file that is gone is not made again silently: the record has a beginning, and `pathfed-site init` makes it. Nor is anything added to a
+  file that was removed or replaced while it was open: its entries would be lost with it.
 
 It is not signed: who can write in the home can write a whole new chain. Against that, note the head outside this machine.
 """
@@ -79,6 +80,7 @@ class EgressLog:
             raise HostError(
                 ErrorCode.EGRESS_RECORD_DAMAGED, "the egress record is gone: nothing leaves without it", where=path, remedy=remedy
             )
+        self._file = self._identity()
         with self._errors():
             self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             try:
@@ -125,6 +127,25 @@ class EgressLog:
         """Close the file. Safe to call twice."""
         self._connection.close()
 
+    def _identity(self) -> tuple[int, int]:
+        """Which file lies at the path: device and inode.
+
+        Raises:
+            HostError: PF913, none.
+        """
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            raise self._replaced() from None
+        except OSError as error:
+            raise files.disk_error(error, self.path) from error
+        return found.st_dev, found.st_ino
+
+    def _replaced(self) -> HostError:
+        remedy = "stop `pathfed-site start` first; then put the record back, or begin a new one with an empty file of this name"
+        what = "the egress record was removed or replaced while the site runs: nothing leaves"
+        return HostError(ErrorCode.EGRESS_RECORD_DAMAGED, what, where=self.path, remedy=remedy)
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
@@ -151,7 +172,13 @@ class EgressLog:
         return HostError(ErrorCode.HOME_UNUSABLE, f"the egress record cannot be used: {text}", where=self.path)
 
     def append(self, *sent: Outgoing) -> None:
-        """Store entries, all or none, in this order; on the disk when this returns."""
+        """Store entries, all or none, in this order; on the disk when this returns.
+
+        Raises:
+            HostError: PF913, the file was removed or replaced since it was opened; and see above.
+        """
+        if self._identity() != self._file:
+            raise self._replaced()
         with self._errors(), self._transaction():
             last = self._connection.execute("SELECT sequence, entry FROM egress ORDER BY sequence DESC LIMIT 1").fetchone()
             sequence, previous = (0, None) if last is None else (last[0], digest.of_bytes(last[1]))

@@ -8,8 +8,10 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest, short
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
-from pathfed_common.provenance.documents import REJECTION, REVOCATION
+from pathfed_common.provenance import dsse
+from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval
 from pathfed_common.provenance.log_leaves import PlanApproved, PlanDecided, PlanPublished, SiteRevoked
+from pathfed_common.provenance.values import decode_value
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.log_store import LogStore, append_leaves
@@ -112,8 +114,8 @@ class SitesStore(LogStore):
         """Keep a site's approval of a plan. The same figures again change nothing: the first approval stays, as evidence.
 
         Raises:
-            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF519, it approved the plan with other figures;
-                PF530, it has revoked its approval of the plan, which is for good.
+            RoundError: PF501, no such site; PF518, it is revoked; PF516, no such plan; PF519, it approved the plan with other figures
+                or another name; PF530, it has revoked its approval of the plan, which is for good.
         """
         with self._write() as connection:
             _demand_member_and_plan(connection, given.site, given.plan)
@@ -222,14 +224,23 @@ def _updates_of(connection: Connection, name: SiteName) -> dict[str, int]:
 
 
 def _demand_same(stands: ApprovalRow, given: ApprovalRow) -> None:
-    if (stands.declared_patients, stands.reply_slots) != (given.declared_patients, given.reply_slots):
+    if stands.envelope == given.envelope:
+        return
+    names = _named_as(stands), _named_as(given)
+    if (stands.declared_patients, stands.reply_slots, names[0]) != (given.declared_patients, given.reply_slots, names[1]):
         raise RoundError(
             ErrorCode.APPROVAL_DIFFERS,
-            "the site has approved this plan with other figures",
+            "the site has approved this plan with other figures or another name",
             where=f"{given.site}, plan {short(given.plan)}",
-            value=f"{given.declared_patients}, slots {given.reply_slots}; stands: {stands.declared_patients}, {stands.reply_slots}",
+            value=f"{given.declared_patients}, slots {given.reply_slots}, {names[1]!r}; "
+            f"stands: {stands.declared_patients}, {stands.reply_slots}, {names[0]!r}",
             remedy="publish a plan of another name for the new figures",
         )
+
+
+def _named_as(row: ApprovalRow) -> str:
+    """The public name in an approval whose signature was checked before."""
+    return decode_value(Approval, dsse.parse(row.envelope).payload, f"approval of {row.site}").named_as
 
 
 def _plain(row: RowMapping) -> dict[str, Any]:

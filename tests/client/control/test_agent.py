@@ -6,12 +6,13 @@ from contextlib import closing
 import pytest
 from control_server import ControlServer, Refused
 
-from pathfed_client.control.agent import PASSES, Agent
+from pathfed_client.control.agent import FETCH_EVERY, PASSES, Agent
 from pathfed_client.control.certificates import certificate_times, check_certificate
+from pathfed_client.control.rotating import rotate
 from pathfed_client.control.supervising import AlarmTeller
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
-from pathfed_client.home import SiteHome
+from pathfed_client.home import SiteHome, hold
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.site_keys import KeyKind, fingerprints
 from pathfed_client.io.site_store import SiteStore
@@ -21,6 +22,8 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode, HostError, TransportError
 from pathfed_common.plan import load_plan
 from pathfed_common.processes import free_port
+from pathfed_common.protocol import control_pb2 as pb
+from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_server.transport.certificates import make_tls
@@ -48,8 +51,25 @@ def test_published_plans_come_to_the_site_once(site, server):
     assert site.agent.pass_once()
     assert [(one.plan, one.signed_plan) for one in site.store.received_plans()] == [(plan.digest, server.plans[0])]
     assert site.agent.pass_once()
-    assert server.calls.count("ListPlans") == 1, "a log that has not grown has no new plan"
+    assert server.calls.count("ListPlans") == 1, "a log that has not grown has no new plan, and the sixth pass is far"
     assert [event.kind for event in site.store.events()] == ["plan"]
+
+
+def test_operators_signatures_that_come_later_reach_the_site_though_the_log_has_not_grown(site, server):
+    server.plans = [seal_plan(load_plan(PLAN, where="tiny"), server.key)]
+    assert site.agent.pass_once()
+    more = server.plans[0]
+    for _ in range(2):
+        more = cosigned.cosign(more, SigningKey.generate())
+    server.plans = [more]
+    for _ in range(FETCH_EVERY - 1):
+        assert site.agent.pass_once()
+    assert server.calls.count("ListPlans") == 1
+    assert site.agent.pass_once()
+    assert server.calls.count("ListPlans") == server.calls.count("GetServerCard") == 2
+    (kept,) = site.store.received_plans()
+    assert kept.signed_plan == more
+    assert [event.kind for event in site.store.events()] == ["plan"], "published once"
 
 
 @pytest.mark.parametrize("case", ["another key", "no plan", "changed"])
@@ -94,6 +114,15 @@ def test_a_server_that_fails_is_asked_again_and_words_keep(site, server):
     assert site.agent.pass_once()
     assert facts(site)["agent_code"] == ""
     assert server.words == [b"first"]
+
+
+def test_a_stopped_site_goes_on_reporting_handing_over_and_cosigning(site, server):
+    site.store.add_word(b"word", b"leaf", site.clock[0])
+    site.home.stop_switch.throw(at=site.clock[0], reason="audit")
+    assert site.agent.pass_once()
+    assert server.words == [b"word"]
+    assert [request.state for request in server.requests if isinstance(request, pb.ReportRequest)] == ["stopped"]
+    assert EgressKind.COSIGNATURE in {entry.sent.kind for entry in site.record.entries()}
 
 
 def test_a_server_that_nobody_runs_has_its_code_and_is_told_of_once(site, server):
@@ -267,6 +296,40 @@ def test_a_renewal_that_was_cut_short_leaves_a_pair_that_fits(stopped_at, site, 
         assert not again.home.next_certificate_file.exists()
     finally:
         again.close()
+
+
+def test_the_agent_goes_on_with_a_pair_that_a_command_has_put_in_place(site, server):
+    assert site.agent.pass_once()
+    before = site.agent._client
+    rotate(SiteHome(site.home.root), site.store, Outlet(site.record), KeyKind.TLS, site.clock[0])
+    assert site.agent.pass_once()
+    assert site.agent._client is not before
+    assert site.agent._certificate == site.home.certificate_file.read_bytes()
+    kept = site.agent._client
+    assert site.agent.pass_once()
+    assert site.agent._client is kept, "no other one while nothing changes"
+
+
+def test_an_error_is_followed_by_a_new_connection(site, server):
+    assert site.agent.pass_once()
+    server.lies["Report"] = lambda request, honest: (_ for _ in ()).throw(Refused("PF414"))
+    assert not site.agent.pass_once()
+    assert site.agent._client is None
+
+
+def test_while_a_command_is_at_the_keys_a_pass_is_skipped(site, server):
+    before = len(server.calls)
+    with hold(site.home, "keys"):
+        assert not site.agent.pass_once()
+    assert len(server.calls) == before, "no connection with half of a pair"
+    assert site.agent.pass_once()
+    server.renew_wanted = True
+    with hold(site.home, "keys"):
+        assert not site.agent.pass_once()
+    assert "Renew" not in server.calls
+    assert site.agent.pass_once()
+    assert server.calls.count("Renew") == 1
+    assert site.codes() == []
 
 
 @pytest.mark.parametrize("case", ["another key", "another CA", "nothing"])

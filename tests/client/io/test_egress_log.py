@@ -68,6 +68,24 @@ def test_a_round_that_left_is_known(path):
         assert not record.left_before(EgressKind.STATEMENT, "run-1", 1)
 
 
+@pytest.mark.parametrize("case", ["removed", "an empty file", "another record"])
+def test_a_record_that_was_removed_or_replaced_while_it_is_open_takes_nothing_more(case, path, tmp_path):
+    with EgressLog(path) as record:
+        record.append(QUERY)
+        away = path.rename(tmp_path / "away.db")
+        match case:
+            case "an empty file":
+                path.touch()
+            case "another record":
+                EgressLog.create(path)
+        with pytest.raises(HostError, match=r"PF913.*removed or replaced.*stop `pathfed-site start` first"):
+            record.append(QUERY)
+        if case == "removed":
+            away.rename(path)
+            record.append(QUERY)
+            assert record.verified().entries == 5
+
+
 def test_several_entries_are_stored_all_or_none(path):
     with EgressLog(path) as record:
         with pytest.raises(TypeError):

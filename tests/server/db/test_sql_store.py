@@ -11,9 +11,10 @@ import pytest
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.provenance.documents import REJECTION, REVOCATION
-from pathfed_common.provenance.keys import VerifyKey
+from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval
+from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.provenance.log_leaves import PlanDecided
+from pathfed_common.units import UtcSeconds
 from pathfed_server.db import rounds_store
 from pathfed_server.db.rows import ApprovalRow, DecisionRow
 from pathfed_server.db.sql_store import SqlStore
@@ -33,6 +34,7 @@ from pathfed_server.rounds.state import (
 
 A, B, C = SiteName("a-hospital"), SiteName("b-hospital"), SiteName("c-hospital")
 RUN = RunName("run-1")
+SITE_KEY = SigningKey.generate()
 PLAN = digest.of_bytes(b"plan")
 # Not a whole number of anything: a time that a rounding column would change.
 AT = 1_795_460_462.123457
@@ -220,12 +222,21 @@ def test_plan_is_published_once(store: SqlStore) -> None:
     assert (store.plan(PLAN).canonical, store.plan(PLAN).signed, store.plan(PLAN).published_at) == (b"\x00{}", b"\xff", AT)
 
 
-def test_approval_stands_and_other_figures_are_refused(planned: SqlStore) -> None:
-    planned.add_approval(replace(approved(A), envelope=b"the same figures, signed again"), at=AT + 1)
-    for other in (approved(A, patients=41), approved(A, reply_slots=False)):
+def signed(*, patients: int = 40, reply_slots: bool = True, named_as: str = "", at: float = AT) -> ApprovalRow:
+    """As `approved` of the third site, with a real envelope."""
+    given = Approval(site=C, plan=PLAN, declared_patients=patients, reply_slots=reply_slots, approved_at=UtcSeconds(at), named_as=named_as)
+    row = approved(C, patients=patients, reply_slots=reply_slots)
+    return replace(row, envelope=given.to_bytes(SITE_KEY), approved_at=at)
+
+
+def test_approval_stands_and_other_figures_or_names_are_refused(planned: SqlStore) -> None:
+    for at in (AT, AT, AT + 1):
+        planned.add_approval(signed(named_as="St. Elsewhere", at=at), at=at)
+    name = "St. Elsewhere"
+    for other in (signed(patients=41, named_as=name), signed(reply_slots=False, named_as=name), signed(), signed(named_as="St. Nowhere")):
         with refusal(ErrorCode.APPROVAL_DIFFERS):
             planned.add_approval(other, at=AT)
-    assert planned.approvals(PLAN) == [approved(A), approved(B)]
+    assert planned.approvals(PLAN) == [approved(A), approved(B), signed(named_as="St. Elsewhere")]
 
 
 def test_revoked_site_approves_nothing(planned: SqlStore) -> None:
