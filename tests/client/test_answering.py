@@ -493,6 +493,7 @@ def test_a_change_in_anything_a_release_depends_on_is_another_release(world, sit
     if changed == "plan":
         change["plan"] = with_plan(world, site.home, name="other").digest
     elif changed == "declared_patients":
+        monkeypatch.setattr(deciding, "_standing", lambda *_: None)  # no command approves a plan twice with other figures
         deciding.approve(site.home, world.signed_plan, 3, site.home.root / "again.dsse")
     elif changed == "run":
         change["run"] = "run-2"
@@ -617,7 +618,7 @@ def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world
 
         def end_all() -> None:
             withdraw(site, OYELARAN)
-            site.answer.close()
+            site.answer._end_processes()
 
         rounds = watch(monkeypatch, end_all)
         assert site.answer(world.offer(), world.base_state).code is None
@@ -774,7 +775,26 @@ def seal(site: Site, world) -> None:
     data = b"update"
     path = site.home.updates / "run-1-000001.safetensors"
     path.write_bytes(data)
-    said = replace(TEMPLATE, base_state=digest.of_bytes(world.base_state), plan=world.plan.digest, update=digest.of_bytes(data))
+    ledger = site.answer._ledger
+    mechanism = world.plan.mechanism(4)  # the patients that the fixture declares
+    ledger.charge(
+        release_id=digest.of_bytes(b"a release"),
+        plan=world.plan.digest,
+        run=TEMPLATE.run,
+        round_index=1,
+        event=mechanism.event(world.plan.rounds.steps),
+        plan_delta=world.plan.privacy.delta,
+        plan_limit=world.plan.privacy.epsilon_limit,
+        now=site.clock.now(),
+    )
+    assert ledger.head is not None
+    said = replace(
+        TEMPLATE,
+        base_state=digest.of_bytes(world.base_state),
+        plan=world.plan.digest,
+        update=digest.of_bytes(data),
+        ledger_head=ledger.head,
+    )
     envelope = said.to_envelope(site.home.evidence_key)
     site.store.put_sealed(
         SealedUpdate(

@@ -18,7 +18,7 @@ def checked_ca(sent: bytes, known: bytes, where: str) -> bytes:
     """
     try:
         pins = {ca_pin(certificate.public_bytes(Encoding.PEM)) for certificate in x509.load_pem_x509_certificates(sent)}
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise unusable(f"its CAs cannot be read: {error}", where) from None
     if not pins & {ca_pin(certificate.public_bytes(Encoding.PEM)) for certificate in x509.load_pem_x509_certificates(known)}:
         raise unusable("the CAs that it sends do not hold the one that is trusted", where)
@@ -36,7 +36,7 @@ def check_certificate(certificate: bytes, key: bytes, ca: bytes, identity: str, 
         public = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         identities = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound) as error:
         raise unusable(f"its certificate for this site cannot be read: {error}", where) from None
     if public != tls_public(key):
         raise unusable("its certificate is not for this site's key", where)

@@ -154,7 +154,10 @@ def test_a_request_with_a_key_of_another_kind_is_refused():
     ed = ed25519.Ed25519PrivateKey.generate()
     builder = x509.CertificateSigningRequestBuilder(x509.Name([]))
     data = builder.sign(ed, None).public_bytes(Encoding.DER)
-    for bad in (data, b"", b"x", csr_of(new_key())[:-1], csr_of(new_key()) + b"x"):
+    sound = csr_of(new_key())
+    version = sound.index(b"\x02\x01\x00")
+    other_version = sound[:version] + b"\x02\x01\x20" + sound[version + 3 :]
+    for bad in (data, b"", b"x", sound[:-1], sound + b"x", other_version):
         with pytest.raises(TransportError, match="PF414"):
             request_key(bad)
 
