@@ -165,11 +165,11 @@ def approve(
             approved_at=UtcSeconds(time.time()),
             named_as=named_as,
         )
-        stands = _standing(home, known, wanted)
         check_operators(home.policy, known.signed)
         check_devices(home)
         check_plan(home.policy, plan, declared_patients, plan_epsilon(plan, declared_patients, home.policy.delta))
         _check_cohort(home, store, plan, declared_patients)
+        stands = _standing(home, known, wanted)
         people: frozenset[str] = frozenset()
         if home.policy.second_person:
             people = _sign(home, store, plan, declared_patients, signer)
