@@ -225,8 +225,8 @@ def collect_signatures(root: Path, file: Path) -> tuple[Plan, int]:
         RoundError: PF516, the plan is not published here.
         ProvenanceError: PF602, more signatures than a plan takes.
     """
-    plan = read_signed_plan(file)
     with opened_by(root, Role.OPERATOR) as (store, by):
+        plan = read_signed_plan(file)
         merged = cosigned.merge(store.plan(plan.digest).signed, files.read_given(file), where=str(file))
         store.set_plan_signatures(plan.digest, merged, at=time.time(), by=by)
     return plan, len(cosigned.parse(merged).signatures)

@@ -18,7 +18,7 @@ def members(server_home, plan_file, member):
     found = [member(name) for name in ("site-a", "site-b", "site-c")]
     for site in found:
         app.add_site(server_home.root, site.card)
-        app.add_approval(server_home.root, site.approve(plan.digest))
+        app.add_word(server_home.root, site.approve(plan.digest))
     return found
 
 

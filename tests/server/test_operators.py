@@ -29,6 +29,7 @@ NEEDS = {
         ("sites", "approval", "PLAN"),
         ("sites", "revoke", "north"),
         ("plan", "publish", "PLAN"),
+        ("plan", "collect", "PLAN"),
         ("run", "start", "00", "--name", "run-1"),
         ("run", "stop", "run-1"),
         ("run", "resume", "run-1"),
@@ -51,15 +52,10 @@ NEEDS = {
         ("operators", "list"),
         ("ca", "show"),
         ("audit",),
-        ("log", "show"),
-        ("log", "checkpoint"),
-        ("log", "leaves"),
-        ("log", "verify"),
-        ("lineage",),
     ),
 }
 #: Nobody need be known for these: they make the home, run the service, or touch no server.
-FREE = {("init",), ("start",), ("operators", "key"), ("plan", "check")}
+FREE = {("init",), ("start",), ("operators", "key"), ("plan", "check"), ("plan", "key"), ("plan", "cosign")}
 RANK = ["auditor", "operator", "admin"]
 ROLES = {"ada": "auditor", "otto": "operator"}
 

@@ -46,7 +46,7 @@ def planned(server_home: ServerHome, plan_file: Path, member: Callable[[str], An
         site = member(name)
         keys[site.name] = site.key
         app.add_site(server_home.root, site.card)
-        app.add_approval(server_home.root, site.approve(plan.digest))
+        app.add_word(server_home.root, site.approve(plan.digest))
     app.start_run(server_home.root, plan.digest, RUN, [])
     return keys
 
