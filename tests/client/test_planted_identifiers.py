@@ -176,6 +176,7 @@ def test_a_planted_leak_is_found(hospital, left, monkeypatch, leak, tmp_path):
         return json.dumps(envelope | {"payload": base64.b64encode(json.dumps(said).encode()).decode()}).encode()
 
     monkeypatch.setattr(Approval, "to_bytes", careless)
+    monkeypatch.setattr(deciding, "_standing", lambda *_: None)  # the hospital has approved the plan already
     home = SiteHome(shutil.copytree(hospital.home.root, tmp_path / "home"))
     deciding.approve(home, hospital.world.signed_plan, 3, tmp_path / "approval.dsse")
     assert leaks({"approval": (tmp_path / "approval.dsse").read_bytes()}, hospital.words)

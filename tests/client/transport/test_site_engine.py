@@ -26,7 +26,7 @@ def test_a_supernode_that_ends_at_once_is_told_later_and_does_not_end_the_site(t
     try:
         start_site(supervisor, files, start_relay(supervisor, files))
         assert {"relay", "runner"} <= set(supervisor.pids())
-        until = time.monotonic() + 120
+        until = time.monotonic() + 400
         while not ends and time.monotonic() < until:
             ends += supervisor.poll()
             time.sleep(0.05)
