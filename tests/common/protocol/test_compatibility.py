@@ -12,7 +12,7 @@ from pathfed_common.protocol import control_pb2 as pb
 #: message -> field -> (number, type); a star says that it repeats.
 FIELDS = {
     "EnrollRequest": {"secret": (1, "bytes"), "site_card": (2, "bytes"), "tls_csr_der": (3, "bytes"), "software": (4, "string")},
-    "EnrollReply": {"state": (1, "enum"), "certificate_pem": (2, "bytes"), "ca_pem": (3, "bytes")},
+    "EnrollReply": {"state": (1, "enum"), "certificate_pem": (2, "bytes"), "ca_pem": (3, "bytes"), "server_card": (4, "bytes")},
     "GetServerCardRequest": {},
     "GetServerCardReply": {"server_card": (1, "bytes")},
     "RenewRequest": {"tls_csr_der": (1, "bytes")},
