@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 from pathfed_client.io.shared_numbers import Layout, attach, create
-from pathfed_client.io.side_process import EndedError, SideProcess, module_command
+from pathfed_client.io.side_process import EndedError, SideProcess
 from pathfed_client.training.compute import Compute
 from pathfed_client.training.ranks.program import SharedNumbers
 from pathfed_client.training.ranks.tasks import Done, Failed, Join, Mode, Outcome, Task
+from pathfed_common.code_digest import module_command
 from pathfed_common.errors import ErrorCode, HostError
 
 _LOG = logging.getLogger(__name__)

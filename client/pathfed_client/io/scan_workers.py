@@ -18,12 +18,13 @@ from typing import Any
 
 from pathfed_client.io import side_process
 from pathfed_client.io.scan_reading import SlideReading, SlideTask, read_slide
-from pathfed_client.io.side_process import EndedError, SideProcess, module_command
+from pathfed_client.io.side_process import EndedError, SideProcess
+from pathfed_common.code_digest import module_command
 from pathfed_common.errors import ErrorCode
 
 #: Seconds a slide may take.
 SLIDE_TIMEOUT_S = 300.0
-COMMAND = module_command("pathfed_client.io.scan_workers")
+_MODULE = "pathfed_client.io.scan_workers"
 
 
 def usable_cpus() -> int:
@@ -34,19 +35,19 @@ def usable_cpus() -> int:
 class ProcessExecutor:
     """Reads slides in a fixed number of processes; implements `SlideExecutor`. A context manager."""
 
-    def __init__(self, workers: int, *, timeout_s: float = SLIDE_TIMEOUT_S, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, workers: int, *, timeout_s: float = SLIDE_TIMEOUT_S, command: Sequence[str] = ()) -> None:
         """Make the executor; processes start with the first slides.
 
         Args:
             workers: reading processes, at least 1.
             timeout_s: seconds a slide may take.
-            command: what a reading process runs.
+            command: what a reading process runs; empty: this module.
         """
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.slots = workers
         self._timeout_s = timeout_s
-        self._command = command
+        self._command = command or module_command(_MODULE)
         self._idle: list[SideProcess] = []
         self._busy: dict[Any, tuple[SideProcess, SlideTask]] = {}
 

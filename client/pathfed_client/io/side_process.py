@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -37,11 +36,6 @@ class EndedError(Exception):
         self.late = late
 
 
-def module_command(module: str) -> tuple[str, ...]:
-    """What runs an installed module; nothing that lies in the current folder counts (`-P`)."""
-    return (sys.executable, "-P", "-m", module)
-
-
 class SideProcess:
     """One process, started at once. `connection` can be waited for with `multiprocessing.connection.wait`."""
 
@@ -49,7 +43,7 @@ class SideProcess:
         """Start it.
 
         Args:
-            command: what it runs, such as `module_command` gives; it calls `serve` with the argument that follows.
+            command: what it runs, such as `code_digest.module_command` gives; it calls `serve` with the argument that follows.
             arguments: further arguments.
             timeout_s: seconds a task may take.
             pass_fds: file descriptors it inherits.

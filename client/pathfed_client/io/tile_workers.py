@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfed_client.io.side_process import EndedError, SideProcess, module_command, serve
+from pathfed_client.io.side_process import EndedError, SideProcess, serve
 from pathfed_client.io.slide_files import Folders
 from pathfed_client.io.tile_reader import SlideSource, TileReader
+from pathfed_common.code_digest import module_command
 from pathfed_common.errors import ErrorCode, HostError, SiteDataError
 
 #: Seconds one tile may take.

@@ -20,11 +20,12 @@ from pathfed_client.io.direct_reader import trusted_level
 from pathfed_client.io.doctor.decoders import check_decoders
 from pathfed_client.io.doctor.seen import DecoderSeen, SlideSeen, mpp_state
 from pathfed_client.io.openslide_reader import OpenSlideReader
-from pathfed_client.io.side_process import EndedError, SideProcess, module_command, serve
+from pathfed_client.io.side_process import EndedError, SideProcess, serve
 from pathfed_client.io.slide_files import SlideFiles
 from pathfed_client.io.tile_reader import SlideSource
 from pathfed_client.slides.examine import examine
 from pathfed_client.slides.tile_map import TileMap
+from pathfed_common.code_digest import module_command
 from pathfed_common.errors import ErrorCode, SiteDataError
 from pathfed_common.plan import CohortPlan
 
