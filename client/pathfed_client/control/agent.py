@@ -2,9 +2,8 @@
 
 One pass: the site reports; the certificate is renewed when two thirds of its life are over; the site's words that have not reached the
 server are handed over; where the log has grown, and at every sixth pass, published plans are fetched; and the log is followed
-(`log_following`). A server that is
-away, or refuses, is asked again after a time that grows. Nothing that fails here stops training: what stops it is the site's own ledger,
-and that the server offers nothing.
+(`log_following`). A server that is away, or refuses, is asked again after a time that grows. Nothing that fails here stops training: what
+stops it is the site's own ledger, and that the server offers nothing.
 
 Run as `python -m pathfed_client.control.agent HOME [TUNNEL_PORT]`.
 """

@@ -1,10 +1,10 @@
 """The site's certificate: what is demanded of one that a server sends, and how a new one takes the old one's place."""
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from pathfed_client.home import SiteHome
-from pathfed_client.io.site_keys import KeyKind, tls_public
+from pathfed_client.io.site_keys import KeyKind, public_half, tls_public
 from pathfed_common import files
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.protocol.invitation import ca_pin
@@ -33,7 +33,7 @@ def check_certificate(certificate: bytes, key: bytes, ca: bytes, identity: str, 
     """
     try:
         found = x509.load_pem_x509_certificate(certificate)
-        public = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        public = public_half(found)
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         identities = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound) as error:
@@ -72,7 +72,7 @@ def finish(home: SiteHome) -> None:
     if not waiting.exists():
         return
     certificate = waiting.read_bytes()
-    wanted = x509.load_pem_x509_certificate(certificate).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    wanted = public_half(x509.load_pem_x509_certificate(certificate))
     if home.keys.is_staged(KeyKind.TLS) and tls_public(home.keys.tls_key(staged=True)) == wanted:
         home.keys.promote(KeyKind.TLS)
     if tls_public(home.keys.tls_key()) == wanted:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from pathfed_client.control.certificates import check_certificate, checked_ca, finish, unusable
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.home import SiteHome
 from pathfed_client.io.log_head import LogHeadFile
-from pathfed_client.io.site_keys import KeyKind, certificate_request, tls_public
+from pathfed_client.io.site_keys import KeyKind, certificate_request, public_half, tls_public
 from pathfed_common import __version__, digest, files
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, ProvenanceError, TransportError
@@ -104,7 +103,7 @@ def enroll(
         raise TransportError(ErrorCode.ENROLMENT_REFUSED, "the operator has refused this enrolment", where=invitation.enrolment_address)
     if answer.state is EnrolmentState.PENDING:
         return Enrolment(admitted=False, fingerprint=fingerprint)
-    until = _keep(home, invitation, answer, ca, _key_of(home, _public_of_request(request)) or home.keys.tls_key())
+    until = _keep(home, invitation, answer, ca, _key_of(home, request) or home.keys.tls_key())
     return Enrolment(admitted=True, fingerprint=fingerprint, certificate_until=until)
 
 
@@ -165,7 +164,7 @@ def _request(home: SiteHome, invitation: Digest | None) -> bytes:
     home.keys.make(KeyKind.TLS)
     path = home.root / "enrolment.json"
     used, made = _kept_request(path)
-    if made is not None and _key_of(home, _public_of_request(made)) is not None and (None in (used, invitation) or used == invitation):
+    if made is not None and _key_of(home, made) is not None and (None in (used, invitation) or used == invitation):
         if used is None and invitation is not None:
             _keep_request(path, invitation, made)
         return made
@@ -191,8 +190,9 @@ def _keep_request(path: Path, invitation: Digest | None, request: bytes) -> None
     files.write_atomic(path, digest.canonical({"invitation": invitation, "request": base64.b64encode(request).decode("ascii")}))
 
 
-def _key_of(home: SiteHome, public: bytes) -> bytes | None:
-    """The TLS key, in use or staged, with this public half."""
+def _key_of(home: SiteHome, request: bytes) -> bytes | None:
+    """The TLS key, in use or staged, that a request is for."""
+    public = public_half(x509.load_der_x509_csr(request))
     keys = [home.keys.tls_key(), *([home.keys.tls_key(staged=True)] if home.keys.is_staged(KeyKind.TLS) else [])]
     return next((key for key in keys if tls_public(key) == public), None)
 
@@ -221,7 +221,3 @@ def _keep(home: SiteHome, invitation: Invitation, answer: "Enrolled", ca: bytes,
     files.write_atomic(home.next_certificate_file, answer.certificate)
     finish(home)
     return until
-
-
-def _public_of_request(request: bytes) -> bytes:
-    return x509.load_der_x509_csr(request).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

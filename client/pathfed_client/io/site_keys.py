@@ -188,7 +188,12 @@ def tls_public(key_pem: bytes) -> bytes:
     Raises:
         HostError: PF906, not an EC key.
     """
-    return _tls(key_pem).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return public_half(_tls(key_pem))
+
+
+def public_half(holder: ec.EllipticCurvePrivateKey | x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """The public key of a key, certificate or request, SubjectPublicKeyInfo in DER."""
+    return holder.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def flower_public(path: Path) -> str:
