@@ -70,7 +70,7 @@ class FileBlocks:
         if not 0 <= start <= stop <= prod(slot.shape):
             raise ValueError(f"tensor {name!r} has {prod(slot.shape)} numbers, not [{start}, {stop})")
         values = torch.empty(stop - start, dtype=slot.dtype)
-        room = memoryview(values.view(torch.uint8).numpy())
+        room = values.view(torch.uint8).numpy().data
         with self._path.open("rb", buffering=0) as file:
             file.seek(slot.start + start * slot.dtype.itemsize)
             if file.readinto(room) != len(room):
