@@ -5,8 +5,8 @@
              w' = w * (1 - learning_rate * weight_decay) - learning_rate * (m' / (1 - momentum^t)) / (sqrt(s' / (1 - beta2^t)) + epsilon)
 
 with u the mean update and t the round's index, 1 for the first. Both are those of torch.optim (SGD without dampening; AdamW after
-Loshchilov and Hutter 2019), which a test compares them with. A teacher's tensors then follow the new state (`teacher`); no optimiser slot
-belongs to them.
+Loshchilov and Hutter 2019), which a test compares them with. A teacher's tensors then follow the new state (`teacher`). What is not
+trained, and what a teacher has of it, keeps every bit. Only what is trained has optimiser slots.
 
 Guarantees:
     - Pure: the same files give the same bytes. Each number is formed in float64 by single operations that IEEE 754 rounds exactly (no fused
@@ -14,7 +14,7 @@ Guarantees:
     - The optimiser's file is made first and the next state from it, so that each is one pass and memory holds a few copies of one tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
-from pathfed_common.model import TEACHER_PREFIX, is_trained
+from pathfed_common.model import TEACHER_PREFIX
 from pathfed_common.plan import ServerOptimiserPlan
 from pathfed_server.rounds.teacher import next_teacher
 
@@ -31,14 +31,20 @@ from pathfed_server.rounds.teacher import next_teacher
 SLOTS = {"sgd": ("velocity",), "adamw": ("first", "second")}
 
 
-def write_initial_optimiser(optimiser: ServerOptimiserPlan, state: Path, out: Path) -> None:
+def write_initial_optimiser(optimiser: ServerOptimiserPlan, state: Path, out: Path, *, trained: Callable[[str], bool]) -> None:
     """Write the optimiser's file for a run that has made no step: zeros, shaped as the state's trained tensors.
+
+    Args:
+        optimiser: the plan's server optimiser.
+        state: the first state's file.
+        out: the file to write.
+        trained: which of the state's tensors are trained, by name (`model.trained`).
 
     Raises:
         ValueError: `state` is not a state file.
         HostError: the disk is full (PF901) or cannot be written (PF904).
     """
-    layout = _slot_layout(optimiser, state)
+    layout = _slot_layout(optimiser, state, trained)
     write_atomic(out, tensor_files.chunks(layout, lambda name: torch.zeros(layout[name][1], dtype=torch.float32), {}))
 
 
@@ -51,6 +57,7 @@ def step(
     optimiser_state: Path,
     next_state: Path,
     next_optimiser_state: Path,
+    trained: Callable[[str], bool],
     teacher_keeps: float | None = None,
 ) -> None:
     """Make one step, writing `next_optimiser_state` and then `next_state`, each whole or not at all.
@@ -63,6 +70,7 @@ def step(
         optimiser_state: the file the last step (or `write_initial_optimiser`) left.
         next_state: where the next state goes.
         next_optimiser_state: where the next optimiser file goes.
+        trained: which of the state's tensors are trained, by name (`model.trained`).
         teacher_keeps: share of itself that the state's teacher keeps; given just when there is one.
 
     Raises:
@@ -73,12 +81,12 @@ def step(
     if step_index < 1:
         raise ValueError(f"step_index counts from 1, got {step_index}")
     whole = tensor_files.header(state)
-    trained = {name: kind for name, kind in whole.items() if is_trained(name)}
-    if tensor_files.header(mean_update) != trained:
+    if tensor_files.header(mean_update) != {name: kind for name, kind in whole.items() if trained(name)}:
         raise ValueError("the mean update's tensors are not the state's trained ones")
-    if (trained != whole) != (teacher_keeps is not None):
-        raise ValueError(f"a state {'with' if trained != whole else 'without'} a teacher, and {teacher_keeps=}")
-    layout = _slot_layout(optimiser, state)
+    teacher = any(name.startswith(TEACHER_PREFIX) for name in whole)
+    if teacher != (teacher_keeps is not None):
+        raise ValueError(f"a state {'with' if teacher else 'without'} a teacher, and {teacher_keeps=}")
+    layout = _slot_layout(optimiser, state, trained)
     if tensor_files.header(optimiser_state) != layout:
         raise ValueError("the optimiser's file does not belong to this state and optimiser")
 
@@ -97,10 +105,13 @@ def step(
         return next_value(optimiser, step_index=step_index, value=read_value(name), slots=slots)
 
     def following(name: str) -> Tensor:
-        if teacher_keeps is None or is_trained(name):
+        if trained(name):
             return moved(name)
+        followed = name.removeprefix(TEACHER_PREFIX)
+        if teacher_keeps is None or followed == name or not trained(followed):
+            return read_value(name)
         # Made again rather than kept, so that memory holds one tensor.
-        return next_teacher(read_value(name), moved(name.removeprefix(TEACHER_PREFIX)), teacher_keeps)
+        return next_teacher(read_value(name), moved(followed), teacher_keeps)
 
     write_atomic(next_state, tensor_files.chunks(whole, following, {}))
 
@@ -157,8 +168,10 @@ def next_value(optimiser: ServerOptimiserPlan, *, step_index: int, value: Tensor
     return result
 
 
-def _slot_layout(optimiser: ServerOptimiserPlan, state: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items() if is_trained(name)}
+def _slot_layout(
+    optimiser: ServerOptimiserPlan, state: Path, trained: Callable[[str], bool]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items() if trained(name)}
     layout = {f"{kind}.{name}": (torch.float32, shape) for kind in SLOTS[optimiser.name] for name, shape in shapes.items()}
     return dict(sorted(layout.items()))
 
