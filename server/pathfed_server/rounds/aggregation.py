@@ -19,6 +19,7 @@ from torch import Tensor
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
+from pathfed_common.wire_format import open_update
 
 
 def shares(weights: Mapping[SiteName, float]) -> dict[SiteName, float]:
@@ -47,19 +48,18 @@ def average(updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float],
         raise ValueError(f"weights are for {sorted(weights)}, updates from {sorted(updates)}")
     total = _total(weights)
     sites = sorted(updates)
-    headers = {site: tensor_files.header(updates[site]) for site in sites}
-    shapes = {name: shape for name, (_, shape) in headers[sites[0]].items()}
+    opened = {site: open_update(updates[site]) for site in sites}
+    shapes = opened[sites[0]].shapes
     for site in sites:
-        if {name: shape for name, (_, shape) in headers[site].items()} != shapes:
+        if opened[site].shapes != shapes:
             raise ValueError(f"the update of {site} has other tensors than that of {sites[0]}")
 
-    readers = [(tensor_files.reader(updates[site]), weights[site]) for site in sites]
-
     def mean(name: str) -> Tensor:
-        added = torch.zeros(shapes[name], dtype=torch.float64)
-        for read, weight in readers:
-            added += read(name).to(torch.float64).mul_(weight)
-        return added.div_(total).to(torch.float32)
+        count = math.prod(shapes[name])
+        added = torch.zeros(count, dtype=torch.float64)
+        for site in sites:
+            added += opened[site].read(name, 0, count).to(torch.float64).mul_(weights[site])
+        return added.div_(total).to(torch.float32).view(shapes[name])
 
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
     write_atomic(out, tensor_files.chunks(layout, mean, {}))
