@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathfed_common.encoder import weights
-from pathfed_common.encoder.weights import Shape, Slot
+from pathfed_common.encoder.blocks import read_numbers, spans
+from pathfed_common.encoder.weights import Shape
 from pathfed_common.privacy.randomness import KeyedRandom
 
 WireType = Literal["float32", "bfloat16", "int8"]
@@ -140,7 +141,7 @@ def _rounded(blocks: NDArray[np.float64], scales: NDArray[np.float64], coins: ND
 
 
 class UpdateNumbers:
-    """An update's numbers, float32, read from its file a part at a time. Between two reads it is not open, and must not change."""
+    """Implements `BlockReader` on an update's file, whatever its format. The file must not change while it is read."""
 
     def __init__(self, path: Path) -> None:
         """Read the file's header.
@@ -150,18 +151,18 @@ class UpdateNumbers:
             OSError: the file cannot be read.
         """
         self._path, self._slots = path, weights.slots(path)
-        self.shapes: Mapping[str, Shape] = {name: slot.shape for name, slot in self._slots.items() if not self._is_scale(name)}
-        for name in self.shapes:
+        self._shapes = {name: slot.shape for name, slot in self._slots.items() if not self._is_scale(name)}
+        for name in self._shapes:
             if self._slots[name].dtype not in _DTYPES.values():
                 raise ValueError(f"tensor {name!r} has dtype {self._slots[name].dtype}, which no update has")
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The numbers [start, stop) of a flattened tensor, float32, in memory of their own; none depends on start or stop.
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """See `BlockReader.shapes`: the scales are none of them."""
+        return self._shapes
 
-        Raises:
-            ValueError: no such tensor, or no such numbers in it.
-            OSError: the file cannot be read.
-        """
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See `BlockReader.read`."""
         values = self._raw(name, start, stop)
         if values.dtype != torch.int8:
             return values.to(torch.float32)
@@ -180,10 +181,9 @@ class UpdateNumbers:
             OSError: the file cannot be read.
         """
         squares: list[float] = []
-        for name, shape in self.shapes.items():
+        for name, shape in self._shapes.items():
             kind = self._slots[name].dtype
-            for start in range(0, prod(shape), _PIECE):
-                stop = min(start + _PIECE, prod(shape))
+            for start, stop in spans(prod(shape), _PIECE):
                 if kind == torch.int8:
                     squares.append(self._int8_squares(name, start, stop))
                 elif kind == torch.bfloat16:
@@ -209,22 +209,7 @@ class UpdateNumbers:
 
     def _raw(self, name: str, start: int, stop: int) -> Tensor:
         """Numbers as they lie in the file."""
-        slot = self._slot(name, start, stop)
-        values = torch.empty(stop - start, dtype=slot.dtype)
-        room = values.view(torch.uint8).numpy().data
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(slot.start + start * slot.dtype.itemsize)
-            if file.readinto(room) != room.nbytes:
-                raise ValueError(f"the file ends before number {stop} of {name!r}")
-        return values
-
-    def _slot(self, name: str, start: int, stop: int) -> Slot:
-        slot = self._slots.get(name)
-        if slot is None:
-            raise ValueError(f"no tensor {name!r} in the file")
-        if not 0 <= start <= stop <= prod(slot.shape):
-            raise ValueError(f"tensor {name!r} has {prod(slot.shape)} numbers, not [{start}, {stop})")
-        return slot
+        return read_numbers(self._path, self._slots, name, start, stop)
 
     def _is_scale(self, name: str) -> bool:
         scaled = self._slots.get(name.removesuffix(_SCALE))

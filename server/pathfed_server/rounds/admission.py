@@ -12,7 +12,7 @@
 | int8 numbers are such as rounding gives: scales not below 0, the largest number of a block 126 or 127 | PF550 |
 | its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
 
-That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one tensor.
+That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one block.
 """
 
 import math
@@ -31,6 +31,7 @@ from pathfed_common.ids import RunName
 from pathfed_common.plan import Plan
 from pathfed_common.provenance.statement import UpdateStatement
 from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
+from pathfed_server.rounds.norms import l2_norm
 from pathfed_server.rounds.participants import Participant
 
 _CHUNK = 4 * 2**20
@@ -223,9 +224,7 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> tuple
 
 
 def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> float:
-    """L2 norm over the tensors of an update or state, summed in float64; not finite exactly when one of their numbers is not.
-
-    float32 numbers are below 3.5e38, so no sum of fewer than 10^200 of their squares overflows float64.
+    """L2 norm over the tensors of a file, see `norms.l2_norm`; not finite exactly when one of their numbers is not.
 
     Args:
         path: the file.
@@ -235,15 +234,7 @@ def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> fl
         ValueError: not such a file.
         OSError: the file cannot be read.
     """
-    squares = []
-    numbers = wire_format.open_update(path)
-    for name, shape in sorted(numbers.shapes.items()):
-        if not only(name):
-            continue
-        values = numbers.read(name, 0, math.prod(shape)).to(torch.float64)
-        squares.append(float(values.mul_(values).sum()))
-    # fsum raises on infinities of both signs; squares have one.
-    return math.sqrt(math.fsum(squares)) if all(math.isfinite(square) for square in squares) else math.inf
+    return l2_norm(wire_format.open_update(path), only=only)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

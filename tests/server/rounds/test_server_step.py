@@ -43,7 +43,7 @@ class Run:
         write_atomic(folder / "state-0", tensor_files.dump(start, {}))
         write_initial_optimiser(optimiser, folder / "state-0", folder / "optimiser-0", trained=self.trained)
 
-    def step(self, update: Tensors) -> Tensors:
+    def step(self, update: Tensors, **changes: Any) -> Tensors:
         write_atomic(self.folder / "mean", tensor_files.dump(update, {}))
         self.index += 1
         step(
@@ -56,6 +56,7 @@ class Run:
             next_optimiser_state=self.folder / f"optimiser-{self.index}",
             trained=self.trained,
             teacher_keeps=self.teacher_keeps,
+            **changes,
         )
         return tensor_files.load((self.folder / f"state-{self.index}").read_bytes())
 
@@ -115,6 +116,19 @@ def test_same_files_give_the_same_bytes_and_are_left_as_they_were(tmp_path: Path
         seen.append([(folder / file).read_bytes() for file in ("state-1", "state-2", "optimiser-1", "optimiser-2")])
     assert seen[0] == seen[1]
     assert seen[0][0] == tensor_files.dump(tensor_files.load(seen[0][0]), {})
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_size_of_blocks_changes_no_bit(tmp_path: Path, name: str) -> None:
+    seen = set()
+    for block in (1, 5, 24, 10_000):
+        folder = tmp_path / str(block)
+        folder.mkdir()
+        run = Run(folder, plan(name, weight_decay=0.1), some(0))
+        for index in (1, 2):
+            run.step(some(index), block=block)
+        seen.add((folder / "state-2").read_bytes() + (folder / "optimiser-2").read_bytes())
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
