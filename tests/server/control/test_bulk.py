@@ -52,7 +52,7 @@ def channel(serving, run) -> Iterator[grpc.Channel]:
 
 
 def peer_of(run: Run, name: str) -> Peer:
-    return run.peers[name]  # type: ignore[attr-defined,no-any-return]
+    return run.peers[name]  # type: ignore[attr-defined]
 
 
 def sha(data: bytes) -> bytes:
