@@ -57,13 +57,11 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the folder for incoming files, empty."""
+        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round."""
         for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
             folder.mkdir(parents=True, exist_ok=True)
-        incoming = self.spool(round_index) / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        return incoming
+        self.incoming(round_index).mkdir(parents=True, exist_ok=True)
+        return self.incoming(round_index)
 
     def sweep(self, committed: int) -> None:
         """Delete what no later round needs: spools of rounds up to `committed`, and optimiser files older than the one before it."""
