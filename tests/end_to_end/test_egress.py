@@ -255,8 +255,8 @@ def test_messages_of_the_control_plane_are_listed_and_fit_into_what_the_wire_car
         count = sum(1 for one in messages if one.destination == scene.place(port))
         flows = [sent for sent in scene.seen if sent.flow.place == scene.place(port)]
         carried = sum(len(sent.wire) for sent in flows)
-        # Beside the messages: two certificates in a handshake; for each call its headers, window updates and pings; the framing of an update's
-        # bytes, and the acknowledgements of a base state's, which is as long.
+        # Beside the messages: two certificates in a handshake; for each call its headers, window updates and pings; the framing of an
+        # update's bytes, and the acknowledgements of a base state's, which is as long.
         assert listed < carried < listed + 6000 * len(flows) + 1500 * count + listed // 50
 
 

@@ -21,7 +21,7 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.files import sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
-from pathfed_server.rounds.admission import read_chunks
+from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.ports import Reply
 
 
@@ -116,7 +116,7 @@ class RunFiles:
         """
         if reply.update is None:
             raise ValueError("there is nothing to set aside")
-        found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
+        found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
