@@ -78,7 +78,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
 from pathfed_common.model import state_shapes
-from pathfed_common.part_file import manifest_of
+from pathfed_common.part_file import file_digest, manifest_of
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -364,13 +364,13 @@ class SiteAnswerer:
         offer = task.offer
         self._gate.standing(offer.plan)
         # Rounded after the noise, by coins of the round's own source: made again after a crash, the bytes are the same.
-        data = b"".join(wire_format.chunks(outcome.update, task.plan.wire.dtype, KeyedRandom(secret, self._context(task, secret))))
+        data = wire_format.chunks(outcome.update, task.plan.wire.dtype, KeyedRandom(secret, self._context(task, secret)))
         name = f"updates/{offer.run}-{offer.round_index:06d}"
         path = self._home.root / f"{name}.safetensors"
         salt = os.urandom(_SALT_BYTES)
         files.write_atomic(path, data)
         files.write_atomic(self._home.root / f"{name}.opening", salt, secret=True)
-        statement = self._statement(task, outcome, entry, data, digest.of_bytes(salt + task.cohort.digest.encode()))
+        statement = self._statement(task, outcome, entry, path, digest.of_bytes(salt + task.cohort.digest.encode()))
         sealed = SealedUpdate(
             run=offer.run,
             round_index=offer.round_index,
@@ -388,7 +388,7 @@ class SiteAnswerer:
         self._secrets.advance(offer.run, offer.round_index)
         return sealed
 
-    def _statement(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, data: bytes, commitment: Digest) -> UpdateStatement:
+    def _statement(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, update: Path, commitment: Digest) -> UpdateStatement:
         offer, plan, mechanism, figures = task.offer, task.plan, task.mechanism, outcome.figures
         previous, head = self._store.last_sealed(offer.run), self._ledger.head
         assert head is not None, "the round was charged"  # noqa: S101
@@ -398,8 +398,8 @@ class SiteAnswerer:
             round_index=offer.round_index,
             plan=offer.plan,
             base_state=offer.base_state,
-            update=digest.of_bytes(data),
-            update_bytes=len(data),
+            update=file_digest(update),
+            update_bytes=update.stat().st_size,
             privacy=Privacy(
                 sampling_rate=mechanism.sampling_rate,
                 noise_multiplier=mechanism.noise_multiplier,
