@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
+from answering_site import OFFERED_AT, Clock, Site, bytes_of, file_of, opened
 
 from pathfed_client import answering, app, computing, deciding
 from pathfed_client.cohort.patient_list import pseudonym
@@ -151,8 +151,7 @@ def test_another_process_resends_the_sealed_bytes(world, copy_home):
     with opened(SiteHome(home.root)) as site:
         assert site.answer(world.offer(), world.base_state) == first
         assert site.charges() == 1
-        first_update = first.update
-        assert first_update is not None
+        first_update = file_of(first)
         first_update.write_bytes(first_update.read_bytes()[:-1] + b"x")
         assert site.answer(world.offer(), world.base_state) == Answer(code="PF410")
 
@@ -208,6 +207,8 @@ def test_every_refusal_has_its_code_and_nothing_is_charged(world, dump_state, si
     assert site.charges() == 0
     assert site.released() == []
     assert site.clock.slept == []
+    of_states = [code for code, _, _ in cases.values() if code in ("PF306", "PF408")]
+    assert site.answer.bulk.fetched == len(of_states), "what the gate refuses is not even asked for"
     # None of it is in the way of the honest offer.
     assert site.answer(world.offer(), world.base_state).code is None
 
@@ -618,7 +619,7 @@ def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world
 
         def end_all() -> None:
             withdraw(site, OYELARAN)
-            site.answer._end_processes()
+            site.answer.answerer._end_processes()
 
         rounds = watch(monkeypatch, end_all)
         assert site.answer(world.offer(), world.base_state).code is None
@@ -775,7 +776,7 @@ def seal(site: Site, world) -> None:
     data = b"update"
     path = site.home.updates / "run-1-000001.safetensors"
     path.write_bytes(data)
-    ledger = site.answer._ledger
+    ledger = site.answer.answerer._ledger
     mechanism = world.plan.mechanism(4)  # the patients that the fixture declares
     ledger.charge(
         release_id=digest.of_bytes(b"a release"),

@@ -73,6 +73,12 @@ class RoundTerms:
         """How many numbers an update has."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def most_bytes(self) -> int:
+        """Largest file that an update may be: its numbers, and room for a header."""
+        numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout.values())
+        return numbers + _HEADER_FIXED + _HEADER_PER_TENSOR * len(self.layout)
+
     def bounds(self, participant: Participant) -> NormBounds:
         """The norms an honest update of this site may have."""
         rounds = self.plan.rounds
@@ -195,8 +201,7 @@ def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) ->
     size = update.stat().st_size
     if size != statement.update_bytes:
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, f"{size} bytes came, {statement.update_bytes} were signed")
-    numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in terms.layout.values())
-    if size > numbers + _HEADER_FIXED + _HEADER_PER_TENSOR * len(terms.layout):
+    if size > terms.most_bytes:
         raise _RefusalError(ErrorCode.UPDATE_SHAPE, f"{size} bytes are more than the plan's tensors need")
     if not digest.equal(digest.of_chunks(read_chunks(update)), statement.update):
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")

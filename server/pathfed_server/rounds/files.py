@@ -21,7 +21,7 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.files import sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
-from pathfed_server.rounds.admission import read_chunks
+from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.ports import Reply
 
 
@@ -57,13 +57,11 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the folder for incoming files, empty."""
+        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round."""
         for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
             folder.mkdir(parents=True, exist_ok=True)
-        incoming = self.spool(round_index) / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        return incoming
+        self.incoming(round_index).mkdir(parents=True, exist_ok=True)
+        return self.incoming(round_index)
 
     def sweep(self, committed: int) -> None:
         """Delete what no later round needs: spools of rounds up to `committed`, and optimiser files older than the one before it."""
@@ -118,7 +116,7 @@ class RunFiles:
         """
         if reply.update is None:
             raise ValueError("there is nothing to set aside")
-        found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
+        found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
         folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"

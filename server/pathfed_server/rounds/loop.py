@@ -32,6 +32,7 @@ from pathfed_common.plan import Plan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
+from pathfed_server.rounds import uploads
 from pathfed_server.rounds.admission import RoundTerms, file_norm, read_chunks
 from pathfed_server.rounds.aggregation import average, shares
 from pathfed_server.rounds.collection import Collection, reasons
@@ -167,11 +168,12 @@ class _Loop:
     def _gather(self, last: Checkpoint) -> tuple[Collection, float]:
         """One attempt at the round after `last`: everything up to the last reply, and how many seconds that took."""
         index = last.round_index + 1
-        incoming = self.files.prepare(index)
+        incoming, terms = self.files.prepare(index), self._terms(last)
+        uploads.allow(incoming, terms.most_bytes)
         choice = choose(self.plan, self.store.candidates(self.run))
         offered_at = self.clock.now()
         gathered = Collection(
-            terms=self._terms(last),
+            terms=terms,
             choice=choice,
             attempt=self.attempt,
             offered_at=offered_at,
@@ -225,7 +227,7 @@ class _Loop:
             deadline=gathered.deadline,
         )
         envelope = dsse.seal(offer.to_bytes(), OFFER_TYPE, self.settings.key)
-        return Offer(site=site, envelope=envelope, base_state=self.settings.home / last.state_path, deadline=gathered.deadline)
+        return Offer(site=site, envelope=envelope, deadline=gathered.deadline)
 
     def _terms(self, last: Checkpoint) -> RoundTerms:
         state = self.settings.home / last.state_path

@@ -22,13 +22,11 @@ class Offer:
     Attributes:
         site: the receiver.
         envelope: the signed `RoundOffer` (DSSE bytes).
-        base_state: file whose bytes travel with it.
         deadline: UTC seconds after which a reply does not count.
     """
 
     site: SiteName
     envelope: bytes
-    base_state: Path
     deadline: float
 
 
@@ -40,9 +38,9 @@ class Reply:
         site: the sender, as the transport authenticated it.
         code: the site's refusal or failure code, or None when it sent an update.
         statement: the signed statement (DSSE bytes), or None.
-        update: the spooled update's file, or None.
-        received_at: UTC seconds when the last byte was spooled.
-        transfer_s: seconds from the first sight of the reply to its last byte on disk.
+        update: the file in which the update has arrived, or None.
+        received_at: UTC seconds when update and statement were both here.
+        transfer_s: seconds from the announcement of the update to its last byte on disk, cuts and pauses included.
     """
 
     site: SiteName
@@ -61,7 +59,7 @@ class SitePort(Protocol):
     """Sends offers and brings replies back, one at a time."""
 
     def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
-        """Send the offers, then yield each reply as it arrives, its update already in a file under `spool`.
+        """Send the offers, then yield each reply as it arrives, its update already in a file under `spool` (`rounds.uploads`).
 
         MUST yield at most one reply a site, MUST NOT hold more updates in memory with more sites, and MUST end when every site has
         answered or the latest deadline has passed. A site that cannot be reached yields a reply with a PF4xx or PF515 code.

@@ -196,7 +196,8 @@ class FakeSites:
                 continue
             payload = dsse.open_envelope(sent.envelope, payload_type=OFFER_TYPE, keys=KEYS[SiteName("server")].public)
             offer = RoundOffer.from_bytes(payload)
-            base = sent.base_state.read_bytes()
+            # The bulk plane gives what lies in the home: the state after the round before.
+            base = (spool.parents[2] / "states" / f"round-{offer.round_index - 1:06d}.safetensors").read_bytes()
             assert (offer.site, offer.base_state, offer.base_state_bytes) == (sent.site, digest.of_bytes(base), len(base))
             assert (offer.plan, offer.run, offer.deadline) == (self.plan.digest, RUN, sent.deadline)
             self.asked.append((offer.site, offer.round_index))
