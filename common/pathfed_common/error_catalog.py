@@ -880,6 +880,14 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "Publish the plan again under another name and ask the sites to approve that; or name sites without this one.",
         "operator",
     ),
+    Code.ROUND_STATE: CatalogEntry(
+        "The round is in another state",
+        "A round was to make a step that its state does not allow, such as a commit before its updates were admitted. Nothing was changed. "
+        "The round loop ends here, and the next attempt begins the round again, with the same index and base state.",
+        "Nothing, where it happens once: another loop had the run. Where it comes again, `pathfed-server audit --subject RUN` shows every "
+        "transition of the run's rounds; send it with `logs/server-app.log` to whoever maintains this software.",
+        "operator",
+    ),
 }
 
 _PROVENANCE: dict[Code, CatalogEntry] = {

@@ -10,7 +10,7 @@ import typer
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
-from pathfed_server import cli_plans
+from pathfed_server import cli_plans, cli_runs
 from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
@@ -23,7 +23,8 @@ app = typer.Typer(
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
 cli_plans.register(plan_app)
 encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
-run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
+run_app = typer.Typer(no_args_is_help=True, help="Start, pause, stop and watch runs.")
+cli_runs.register(run_app)
 app.command()(invite)
 app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
@@ -193,24 +194,6 @@ def run_start(
         as_json=as_json,
         title="The run is planned.",
     )
-
-
-@run_app.command("stop")
-def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
-    """Stop a run before its next round. What is committed stays."""
-    from pathfed_server import app as server
-
-    server.stop_run(home, run_name(run))
-    show({"run": run, "state": "stopped"}, as_json=as_json)
-
-
-@run_app.command("resume")
-def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
-    """Let a failed or stopped run go on from its last committed round."""
-    from pathfed_server import app as server
-
-    server.resume_run(home, run_name(run))
-    show({"run": run, "state": "planned"}, as_json=as_json)
 
 
 @run_app.command("status")

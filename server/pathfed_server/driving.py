@@ -19,8 +19,9 @@ from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import stored_encoder
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.recorder import Recorder
-from pathfed_server.rounds.loop import RunSettings, run_rounds
+from pathfed_server.rounds.loop import run_rounds
 from pathfed_server.rounds.progress import Progress
+from pathfed_server.rounds.settings import RunSettings
 from pathfed_server.rounds.state import SiteState
 from pathfed_server.transport.flower_control import node_key
 from pathfed_server.transport.flower_server import FlowerSites

@@ -21,7 +21,7 @@ COMMANDS = (
     ("encoder", "import"),
     ("lineage",),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
-    *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("run", name) for name in ("start", "pause", "resume", "stop", "drain", "status", "report")),
     *(("release", name) for name in ("create", "list")),
 )
 

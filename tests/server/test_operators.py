@@ -31,7 +31,9 @@ NEEDS = {
         ("plan", "publish", "PLAN"),
         ("plan", "collect", "PLAN"),
         ("run", "start", "00", "--name", "run-1"),
+        ("run", "pause", "run-1"),
         ("run", "stop", "run-1"),
+        ("run", "drain", "run-1"),
         ("run", "resume", "run-1"),
         ("release", "create", "run-1", "--out", "OUT"),
         ("encoder", "import", "PLAN", "--preset", "vit_tiny_patch16_224"),
@@ -151,7 +153,7 @@ def test_each_action_stands_in_the_trail_with_the_persons_name(server_cli, serve
         ("operator:otto", "plan.approved"),
         ("operator:otto", "run.planned"),
         ("operator:otto", "run.stopped"),
-        ("operator:otto", "run.reopened"),
+        ("operator:otto", "run.resumed"),
         ("operator:ann", "ca.server_renewed"),
         ("operator:ann", "site.revoked"),
     ]

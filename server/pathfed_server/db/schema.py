@@ -196,7 +196,7 @@ run = Table(
     Column("started_at", Double, comment="null: never taken up"),
     Column("ended_at", Double, comment="null: not ended"),
     Column("code", _CODE, comment="why the run failed; null: it did not"),
-    _one_of("planned", "running", "finished", "failed", "stopped"),
+    _one_of("planned", "running", "pausing", "paused", "draining", "finished", "failed", "stopped"),
 )
 
 run_site = Table(
@@ -228,7 +228,7 @@ round_ = Table(
     PrimaryKeyConstraint("run", "round_index"),
     CheckConstraint("round_index >= 1", name="round_index"),
     CheckConstraint("state <> 'committed' OR (next_state IS NOT NULL AND committed_at IS NOT NULL)", name="committed"),
-    _one_of("planned", "offered", "collecting", "committed", "failed"),
+    _one_of("planned", "offered", "training", "collecting", "admitted", "committed", "failed"),
 )
 
 participation = Table(

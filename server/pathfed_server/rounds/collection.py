@@ -32,6 +32,7 @@ class Collection:
         deadline: UTC seconds.
         files: the run's files.
         store: the truth about rounds.
+        now: UTC seconds.
         told: called after each site's outcome is noted.
         admitted: each admitted site's update file and what it states.
         transfer_s: summed over the replies.
@@ -45,6 +46,7 @@ class Collection:
     deadline: float
     files: RunFiles
     store: RoundStore
+    now: Callable[[], float]
     told: Told
     admitted: dict[SiteName, tuple[Path, Admitted]] = field(default_factory=dict)
     transfer_s: float = 0.0
@@ -61,6 +63,11 @@ class Collection:
     def open(self) -> tuple[Participant, ...]:
         """Those asked whose outcome is not decided."""
         return tuple(each for each in self.choice.participants if each.site not in self._outcomes)
+
+    @property
+    def decided(self) -> bool:
+        """Whether any site's outcome is decided."""
+        return bool(self._outcomes)
 
     def recall(self) -> None:
         """Take up the replies that an earlier attempt at this round admitted, with all checks again."""
@@ -107,9 +114,9 @@ class Collection:
             self._decide(replace(self._offered(participant.site), state=ParticipationState.SILENT, code=ErrorCode.SITE_SILENT.value))
 
     def abandon(self, code: ErrorCode) -> None:
-        """Nobody is asked after all, for the same reason."""
+        """Nobody is asked, for the same reason; to be called before the round is opened."""
         for participant in self.open:
-            self._decide(Participation(site=participant.site, state=ParticipationState.EXCLUDED, code=code.value))
+            self._outcomes[participant.site] = Participation(site=participant.site, state=ParticipationState.EXCLUDED, code=code.value)
 
     def _verdict(self, participant: Participant, reply: Reply) -> Admitted | Refused:
         if reply.code is not None:
@@ -184,7 +191,7 @@ class Collection:
 
     def _decide(self, row: Participation) -> None:
         self._outcomes[row.site] = row
-        self.store.note_participation(self.terms.run, self.attempt, self.terms.round_index, row)
+        self.store.note_participation(self.terms.run, self.attempt, self.terms.round_index, row, at=self.now())
         self.told(row)
 
     def _offered(self, site: SiteName) -> Participation:

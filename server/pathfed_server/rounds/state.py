@@ -1,7 +1,6 @@
 """The states of sites, runs, rounds and participations, and the values the loop and its store exchange.
 
-    run            planned -> running -> finished | failed | stopped       (failed and stopped may be reopened)
-    round          planned -> offered -> collecting -> committed | failed  (failed: offered again, same index, same base state)
+    run and round  their states and what leads from one to another: `machine`
     participation  offered -> admitted | refused | silent ; or excluded, when the site was not asked
 
 Times are UTC seconds (`UtcSeconds`, a double): the unit of the messages and of the clock port, the same on every database, and good to
@@ -28,6 +27,9 @@ class RunState(StrEnum):
 
     PLANNED = "planned"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    DRAINING = "draining"
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -38,7 +40,9 @@ class RoundState(StrEnum):
 
     PLANNED = "planned"
     OFFERED = "offered"
+    TRAINING = "training"
     COLLECTING = "collecting"
+    ADMITTED = "admitted"
     COMMITTED = "committed"
     FAILED = "failed"
 
@@ -186,6 +190,7 @@ class RoundOpening:
         participations: a row for each candidate: offered or excluded.
         offered_at: UTC seconds.
         deadline: UTC seconds.
+        asks: whether offers go out; not where fewer sites than the quorum may take part.
     """
 
     run: RunName
@@ -195,6 +200,7 @@ class RoundOpening:
     participations: tuple[Participation, ...]
     offered_at: float
     deadline: float
+    asks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

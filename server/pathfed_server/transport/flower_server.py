@@ -19,7 +19,7 @@ from pathfed_common import files
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
 
 RUN_KEY = "pathfed-run"
 _POLL_S = 0.25
@@ -45,7 +45,7 @@ class FlowerSites:
         self._grid = grid
         self._sites = {key: site for site, key in node_keys.items()}
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         """Send offers, yield replies as they come; see `SitePort`."""
         waiting = {offer.site: offer for offer in offers}
         deadline = max(offer.deadline for offer in offers)
@@ -53,7 +53,7 @@ class FlowerSites:
         asked = time.monotonic()
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
-                for site, sent in self._send_to_online(waiting, withheld):
+                for site, sent in self._send_to_online(waiting, withheld, sending):
                     if isinstance(sent, Reply):
                         yield sent
                     else:
@@ -69,7 +69,9 @@ class FlowerSites:
         for site in [*inbox.expected, *waiting]:
             yield _without_update(site, ErrorCode.SITE_SILENT.value)
 
-    def _send_to_online(self, waiting: dict[SiteName, Offer], withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
+    def _send_to_online(
+        self, waiting: dict[SiteName, Offer], withheld: Consent, sending: Sending
+    ) -> Iterator[tuple[SiteName, str | Reply]]:
         """Send the offers of sites whose node is connected now and who consent, and take them off `waiting`.
 
         With each site comes the id of the message, or the reply that says why none was sent.
@@ -83,6 +85,7 @@ class FlowerSites:
                 del waiting[site]
                 yield site, _without_update(site, code)
                 continue
+            sending(site)
             (message_id,) = self._grid.push_messages([_message(waiting[site], node.node_id)])
             if message_id:
                 del waiting[site]
