@@ -65,6 +65,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
                 initial_state=lambda: initial_state(plan, stored_encoder(home, plan)),
                 key=home.evidence_key,
                 home=home.root,
+                suspend_after=home.settings.suspend_after,
             )
             outcome = run_rounds(
                 settings,

@@ -19,7 +19,6 @@ from pathfed_server.db.schema import (
     checkpoint,
     decision,
     participation,
-    quarantine,
     round_,
     run,
     run_site,
@@ -33,7 +32,6 @@ from pathfed_server.rounds.state import (
     Checkpoint,
     Participation,
     ParticipationState,
-    Quarantined,
     RoundOpening,
     RoundResult,
     RoundState,
@@ -45,7 +43,7 @@ _FIGURES = ("loss_sum", "loss_sum_std", "patients", "patients_std")
 
 
 class RoundsStore(RunsStore):
-    """Implements `rounds.ports.RoundStore` together with `RunsStore`."""
+    """Implements `rounds.ports.RoundStore` together with `RunsStore`, `QuarantineStore` and `StandingStore`."""
 
     def candidates(self, run_name: RunName) -> list[Candidate]:
         """See `rounds.ports.RoundStore`."""
@@ -61,10 +59,16 @@ class RoundsStore(RunsStore):
                 approval.c.reply_slots,
                 approval.c.envelope.label("approval"),
                 exists().where(of_site, decision.c.kind == REVOCATION).label("revoked"),
+                site.c.suspended_at.is_not(None).label("suspended"),
+                run_site.c.left_at.is_not(None).label("left"),
             )
             joined = run_site.join(site, run_site.c.site == site.c.name).outerjoin(approval, given)
             rows = connection.execute(select(*columns).select_from(joined).where(run_site.c.run == run_name)).mappings().all()
-        found = (Candidate(**{**row, "state": SiteState(row["state"]), "revoked": bool(row["revoked"])}) for row in rows)
+        # SQLite has no truth values of its own.
+        found = (
+            Candidate(**{**row, "state": SiteState(row["state"]), **{name: bool(row[name]) for name in ("revoked", "suspended", "left")}})
+            for row in rows
+        )
         return sorted(found, key=lambda candidate: candidate.site)
 
     def commit_initial(self, run_name: RunName, attempt: int, initial: Checkpoint, *, at: float) -> None:
@@ -108,20 +112,6 @@ class RoundsStore(RunsStore):
             offer = 0 if found is None else found["attempt"]
             detail = {"run": run_name, "round": round_index, "offer": offer, **({"code": noted.code} if noted.code else {})}
             add_event(connection, actor="server", action=f"site.{noted.state}", subject=noted.site, at=at, detail=detail)
-
-    def note_quarantine(self, attempt: int, quarantined: Quarantined) -> None:
-        """See `rounds.ports.RoundStore`."""
-        values = {**vars(quarantined), "update_digest": quarantined.update}
-        del values["update"]
-        key = ("run", "round_index", "site", "update_digest", "code")
-        with self._write() as connection:
-            demand_attempt(connection, quarantined.run, attempt)
-            same = and_(*(quarantine.c[column] == values[column] for column in key))
-            if connection.execute(select(quarantine.c.seq).where(same)).scalar() is not None:
-                return
-            connection.execute(insert(quarantine).values(values))
-            detail = {"run": quarantined.run, "round": quarantined.round_index, "code": quarantined.code, "update": quarantined.update}
-            add_event(connection, actor="server", action="update.quarantined", subject=quarantined.site, at=quarantined.at, detail=detail)
 
     def commit_round(self, result: RoundResult, statements: Mapping[SiteName, bytes]) -> None:
         """See `rounds.ports.RoundStore`."""
@@ -189,13 +179,6 @@ class RoundsStore(RunsStore):
                 found.setdefault(SiteName(name), []).append(index)
         return {name: tuple(sorted(found[name])) for name in sorted(found)}
 
-    def quarantined(self, run_name: RunName) -> list[Quarantined]:
-        """The updates of a run that were set aside, in order of arrival."""
-        query = select(quarantine).where(quarantine.c.run == run_name).order_by(quarantine.c.seq)
-        with self._read() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [_quarantined(row) for row in rows]
-
 
 def _round_leaves(result: RoundResult, statements: Mapping[SiteName, bytes]) -> list[AnyLeaf]:
     """The admitted statements in site order, then the state they led to."""
@@ -250,9 +233,3 @@ def _round_row(row: RowMapping) -> RoundRow:
     values = {**row, "state": RoundState(row["state"])}
     durations = {name: values.pop(name) for name in RoundTimes.__dataclass_fields__}
     return RoundRow(**values, times=RoundTimes(**durations) if row["exchange_s"] is not None else None)
-
-
-def _quarantined(row: RowMapping) -> Quarantined:
-    values = {**row, "update": row["update_digest"]}
-    del values["seq"], values["update_digest"]
-    return Quarantined(**values)

@@ -207,5 +207,5 @@ def _checkpoint(row: RowMapping) -> Checkpoint:
 
 
 def _run_row(connection: Connection, row: RowMapping) -> RunRow:
-    listed = sorted(connection.execute(select(run_site.c.site).where(run_site.c.run == row["name"])).scalars())
+    listed = sorted(connection.execute(select(run_site.c.site).where(run_site.c.run == row["name"], run_site.c.left_at.is_(None))).scalars())
     return RunRow(**{**row, "state": RunState(row["state"])}, sites=tuple(listed))

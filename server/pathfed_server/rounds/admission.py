@@ -11,11 +11,12 @@
 | every number is finite | PF507 |
 | its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
 
-That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one tensor.
+That a site is still enrolled and its approval stands (PF518, PF530, PF565), that it sends one update a round (PF509), and in time (PF561), is
+`collection`'s to see. An operator may overrule the norm alone (`refusals`). Memory: one tensor.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,9 @@ class _RefusalError(Exception):
         self.refused = Refused(code, detail)
 
 
-def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, update: Path) -> Admitted | Refused:
+def admit(
+    terms: RoundTerms, participant: Participant, *, envelope: bytes, update: Path, waived: Collection[str] = ()
+) -> Admitted | Refused:
     """Decide on one update.
 
     Args:
@@ -129,6 +132,7 @@ def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, updat
         participant: the site, as the transport authenticated it and as it was asked.
         envelope: the signed statement (DSSE bytes).
         update: the spooled file.
+        waived: codes that an operator has overruled; only that of the norm (PF508) is looked at, every other check holds whatever it says.
 
     Raises:
         OSError: the spooled file cannot be read, a fault of ours and not the site's.
@@ -138,7 +142,7 @@ def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, updat
         _check_names(terms, participant, statement)
         _check_privacy(terms, participant, statement)
         _check_bytes(terms, statement, update)
-        norm = _check_numbers(terms, terms.bounds(participant), update)
+        norm = _check_numbers(terms, None if ErrorCode.UPDATE_NORM in waived else terms.bounds(participant), update)
     except _RefusalError as refusal:
         return refusal.refused
     return Admitted(statement=statement, envelope=envelope, norm=norm)
@@ -194,7 +198,7 @@ def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) ->
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")
 
 
-def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float:
+def _check_numbers(terms: RoundTerms, bounds: NormBounds | None, update: Path) -> float:
     try:
         found = tensor_files.header(update)
     except ValueError as error:
@@ -205,7 +209,7 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float
     norm = file_norm(update)
     if not math.isfinite(norm):
         raise _RefusalError(ErrorCode.UPDATE_NOT_FINITE, "a number is not finite")
-    if not bounds.least <= norm <= bounds.most:
+    if bounds is not None and not bounds.least <= norm <= bounds.most:
         raise _RefusalError(ErrorCode.UPDATE_NORM, f"norm {norm:.6g} is outside [{bounds.least:.6g}, {bounds.most:.6g}]")
     return norm
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Gathering:
             HostError: the disk is full (PF901) or the home cannot be written (PF904).
         """
         incoming = self._files.prepare(self._index)
+        self.store.suspend_sites(self._run, self.attempt, after=self.settings.suspend_after, at=self.clock.now())
         gathered = self._collection()
         asks = len(gathered.choice.participants) >= self._plan.rounds.quorum
         if not asks:
@@ -85,11 +87,12 @@ class Gathering:
             self._exchange(gathered, incoming)
         if len(gathered.admitted) >= self._plan.rounds.quorum:
             self.store.advance_round(self._run, self.attempt, self._index, RoundEvent.ADMIT, at=self.clock.now())
+            gathered.take_released()  # what was released between the last look and the round's admission; nothing can be from here on
         self.told(Stage.COLLECTED, None)
         return gathered, time.perf_counter() - started
 
     def _collection(self) -> Collection:
-        choice = choose(self._plan, self.store.candidates(self._run))
+        choice = choose(self._plan, self.store.candidates(self._run), run=self._run, round_index=self._index)
         offered_at = self.clock.now()
         return Collection(
             terms=self._terms(),
@@ -100,6 +103,7 @@ class Gathering:
             files=self._files,
             store=self.store,
             now=self.clock.now,
+            consent=self._withheld,
             told=lambda row: self.told(Stage.DECIDED, row),
         )
 
@@ -110,9 +114,12 @@ class Gathering:
             self._sent = True
 
         offers = [self._offer(gathered, participant.site) for participant in gathered.open]
-        if offers:
-            for reply in self.sites.exchange(offers, incoming, withheld=self._withheld, sending=sending):
-                gathered.take(reply)
+        if offers and not gathered.has_enough:
+            with closing(self.sites.exchange(offers, incoming, withheld=self._withheld, sending=sending)) as replies:
+                for reply in replies:
+                    gathered.take(reply)
+                    if gathered.has_enough:
+                        break
         gathered.close()
 
     def _withheld(self, site: SiteName) -> str | None:

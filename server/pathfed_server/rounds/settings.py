@@ -24,6 +24,7 @@ class RunSettings:
         home: the server's home.
         attempts: a round that fails this often fails the run.
         retry_pause_s: wait before a failed round is offered again, seconds.
+        suspend_after: a site whose updates are refused in so many rounds running, for its own faults, is suspended; 0: never.
     """
 
     run: RunName
@@ -34,3 +35,4 @@ class RunSettings:
     home: Path
     attempts: int = 2
     retry_pause_s: float = 5.0
+    suspend_after: int = 3

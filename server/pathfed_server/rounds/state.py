@@ -69,6 +69,8 @@ class Candidate:
         reply_slots: whether it replies at time slots, or None likewise.
         approval: the signed approval (DSSE bytes), or None likewise.
         revoked: whether it has taken its approval of the plan back, for good.
+        suspended: whether it is asked no more, because its updates were refused round after round.
+        left: whether the operator has taken it out of the run.
     """
 
     site: SiteName
@@ -78,6 +80,8 @@ class Candidate:
     reply_slots: bool | None
     approval: bytes | None
     revoked: bool = False
+    suspended: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,7 @@ class Participation:
         site: the site.
         state: what became of it.
         code: the reason, when it was refused, silent or excluded.
+        released: the code for which it was refused before an operator released it, or None.
         update: digest of the update, where one came.
         update_bytes: its length.
         statement: digest of the statement's envelope, when admitted.
@@ -147,6 +152,7 @@ class Participation:
     site: SiteName
     state: ParticipationState
     code: str | None = None
+    released: str | None = None
     update: Digest | None = None
     update_bytes: int | None = None
     statement: Digest | None = None
