@@ -9,7 +9,7 @@ import torch
 
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_common.model import is_trained
+from pathfed_common.model import trained
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_server.rounds.admission import RoundTerms, file_norm
@@ -137,7 +137,7 @@ class Gathering:
 
     def _terms(self) -> RoundTerms:
         plan, last = self._plan, self.last
-        wire = getattr(torch, plan.wire.dtype)
+        wire, is_trained = getattr(torch, plan.wire.dtype), trained(plan)
         state = self.settings.home / last.state_path
         return RoundTerms(
             run=self._run,
