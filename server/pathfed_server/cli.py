@@ -14,6 +14,7 @@ from pathfed_server import cli_plans, cli_runs
 from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.cli_quarantine import quarantine_app
 from pathfed_server.cli_release import release_app
 from pathfed_server.operators import Role, opened_by
 
@@ -30,6 +31,7 @@ app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
+app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(log_app, name="log")
 app.command("lineage")(lineage)
 app.add_typer(release_app, name="release")

@@ -162,6 +162,7 @@ class AdmittedSite(Value):
         update_bytes: length of the update.
         statement: digest of its statement's envelope.
         weight: its public share in the mean; a round's weights add up to 1.
+        released: the code for which the update was refused before an operator let it count all the same, or None.
     """
 
     site: SiteName
@@ -169,10 +170,13 @@ class AdmittedSite(Value):
     update_bytes: int
     statement: Digest
     weight: float
+    released: str | None = None
 
     def _check(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
+        if self.released is not None and _CODE.fullmatch(self.released) is None:
+            raise ValueError(f"not an error code: {self.released[:20]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

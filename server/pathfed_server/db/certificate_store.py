@@ -166,7 +166,7 @@ def _lock_site(connection: Connection, name: SiteName) -> RowMapping:
 
 
 def _takes_part(connection: Connection, name: SiteName) -> bool:
-    going = and_(run_site.c.site == name, run.c.state.in_(sorted(OPEN)))
+    going = and_(run_site.c.site == name, run_site.c.left_at.is_(None), run.c.state.in_(sorted(OPEN)))
     return connection.execute(select(run.c.name).join(run_site, run_site.c.run == run.c.name).where(going)).first() is not None
 
 

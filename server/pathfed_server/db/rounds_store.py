@@ -39,6 +39,8 @@ from pathfed_server.rounds.state import (
     SiteState,
 )
 
+#: How the audit trail calls outcomes whose code says more than the state.
+_ACTIONS = {ErrorCode.UPDATE_LATE.value: "site.late", ErrorCode.UPDATE_NOT_NEEDED.value: "site.not_needed"}
 _FIGURES = ("loss_sum", "loss_sum_std", "patients", "patients_std")
 
 
@@ -106,12 +108,14 @@ class RoundsStore(RunsStore):
         with self._write() as connection:
             row = demand_attempt(connection, run_name, attempt)
             found = find_round(connection, run_name, round_index)
-            if found is None or found["state"] != RoundState.COLLECTING:
+            # Admitted: an operator has released an update while the round was being admitted.
+            if found is None or found["state"] not in (RoundState.COLLECTING, RoundState.ADMITTED):
                 change_round(connection, row, round_index, RoundEvent.DECIDE, at=at)
             _write_participations(connection, run_name, round_index, [noted], {}, only=noted.site)
             offer = 0 if found is None else found["attempt"]
             detail = {"run": run_name, "round": round_index, "offer": offer, **({"code": noted.code} if noted.code else {})}
-            add_event(connection, actor="server", action=f"site.{noted.state}", subject=noted.site, at=at, detail=detail)
+            action = _ACTIONS.get(noted.code or "", f"site.{noted.state}")
+            add_event(connection, actor="server", action=action, subject=noted.site, at=at, detail=detail)
 
     def commit_round(self, result: RoundResult, statements: Mapping[SiteName, bytes]) -> None:
         """See `rounds.ports.RoundStore`."""

@@ -207,5 +207,6 @@ def _checkpoint(row: RowMapping) -> Checkpoint:
 
 
 def _run_row(connection: Connection, row: RowMapping) -> RunRow:
-    listed = sorted(connection.execute(select(run_site.c.site).where(run_site.c.run == row["name"], run_site.c.left_at.is_(None))).scalars())
+    there = (run_site.c.run == row["name"], run_site.c.left_at.is_(None))
+    listed = sorted(connection.execute(select(run_site.c.site).where(*there)).scalars())
     return RunRow(**{**row, "state": RunState(row["state"])}, sites=tuple(listed))

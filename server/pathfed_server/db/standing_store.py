@@ -31,7 +31,8 @@ class StandingStore(RunsStore):
                 refused = _refused_running(connection, name, since=since or 0.0, most=after)
                 if after and len(refused) == after:
                     connection.execute(update(site).where(site.c.name == name).values(suspended_at=at))
-                    detail = {"run": run_name, "rounds": [f"{run}/{index}" for run, index, _ in refused], "codes": [code for *_, code in refused]}
+                    rounds = [f"{run}/{index}" for run, index, _ in refused]
+                    detail = {"run": run_name, "rounds": rounds, "codes": [code for *_, code in refused]}
                     add_event(connection, actor="server", action="site.suspended", subject=name, at=at, detail=detail)
                     found.append(SiteName(name))
             return found
@@ -52,7 +53,14 @@ class StandingStore(RunsStore):
             add_event(connection, actor=by, action="site.reinstated", subject=name, at=at)
 
     def change_run_sites(
-        self, run_name: RunName, *, add: Sequence[SiteName] = (), remove: Sequence[SiteName] = (), quorum: int, at: float, by: str = "operator"
+        self,
+        run_name: RunName,
+        *,
+        add: Sequence[SiteName] = (),
+        remove: Sequence[SiteName] = (),
+        quorum: int,
+        at: float,
+        by: str = "operator",
     ) -> tuple[SiteName, ...]:
         """Take sites into a run and out of it, from its next round on; the sites in it after this. What is so already stays.
 
@@ -64,7 +72,8 @@ class StandingStore(RunsStore):
             row = demand_run(connection, run_name, lock=True)
             if row["state"] in _ENDED:
                 raise RoundError(ErrorCode.RUN_STATE, "a finished run takes no more sites", where=run_name)
-            there = dict(connection.execute(select(run_site.c.site, run_site.c.left_at).where(run_site.c.run == run_name)).tuples().all())
+            listed = select(run_site.c.site, run_site.c.left_at).where(run_site.c.run == run_name)
+            there = {row.site: row.left_at for row in connection.execute(listed)}
             for name in sorted(set(add)):
                 _demand_enrolled(connection, name)
                 if name not in there:
@@ -83,14 +92,13 @@ class StandingStore(RunsStore):
                     there[name] = at
             left = tuple(SiteName(name) for name in sorted(there) if there[name] is None)
             if remove and len(left) < quorum:
-                raise RoundError(
-                    ErrorCode.QUORUM_LOST, "fewer sites than the plan's quorum would be left", where=run_name, value=f"{len(left)} of {quorum}"
-                )
+                what = "fewer sites than the plan's quorum would be left"
+                raise RoundError(ErrorCode.QUORUM_LOST, what, where=run_name, value=f"{len(left)} of {quorum}")
             return left
 
     def outcomes(self, name: SiteName, *, most: int) -> list[OutcomeRow]:
         """What became of a site in the last rounds that it was asked in, the latest first."""
-        columns = (participation.c.run, participation.c.round_index, participation.c.state, participation.c.code, participation.c.offered_at)
+        columns = [participation.c[column] for column in OutcomeRow.__dataclass_fields__]
         query = select(*columns).where(participation.c.site == name, participation.c.offered_at.is_not(None))
         query = query.order_by(participation.c.offered_at.desc(), participation.c.round_index.desc()).limit(most)
         with self._read() as connection:

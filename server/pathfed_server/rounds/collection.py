@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class Collection:
             reply = self.files.released(aside)
             if reply is None or reply.statement is None or reply.update is None:
                 continue
-            verdict = self._admit(participant, reply.statement, reply.update, waived=(aside.code,))
+            verdict = self._admit(participant, reply.statement, reply.update, waived=frozenset({aside.code}))
             if isinstance(verdict, Admitted):
                 self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict, released=aside.code)
             else:
@@ -135,7 +135,6 @@ class Collection:
         else:
             self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict)
 
-    @property
     def has_enough(self) -> bool:
         """Whether the plan waits for no more updates."""
         enough = self.terms.plan.rounds.enough
@@ -144,7 +143,7 @@ class Collection:
     def close(self) -> None:
         """Those that have not answered are silent, or not needed any more."""
         self.take_released()
-        code = ErrorCode.UPDATE_NOT_NEEDED if self.has_enough else ErrorCode.SITE_SILENT
+        code = ErrorCode.UPDATE_NOT_NEEDED if self.has_enough() else ErrorCode.SITE_SILENT
         for participant in self.open:
             self._decide(replace(self._offered(participant.site), state=ParticipationState.SILENT, code=code.value))
 
@@ -166,7 +165,9 @@ class Collection:
             return Refused(ErrorCode.UPDATE_LATE, f"{reply.received_at - self.deadline:.3f} s after the deadline")
         return self._admit(participant, reply.statement, reply.update)
 
-    def _admit(self, participant: Participant, envelope: bytes, update: Path, *, waived: Collection[str] = ()) -> Admitted | Refused:
+    def _admit(
+        self, participant: Participant, envelope: bytes, update: Path, *, waived: frozenset[str] = frozenset()
+    ) -> Admitted | Refused:
         started = time.perf_counter()
         try:
             return admit(self.terms, participant, envelope=envelope, update=update, waived=waived)

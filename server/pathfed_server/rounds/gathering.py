@@ -1,8 +1,7 @@
 """One attempt at a round, from the choice of participants to the last reply."""
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_common.model import is_trained
+from pathfed_common.model import trained
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_server.rounds.admission import RoundTerms, file_norm
@@ -114,12 +113,14 @@ class Gathering:
             self._sent = True
 
         offers = [self._offer(gathered, participant.site) for participant in gathered.open]
-        if offers and not gathered.has_enough:
-            with closing(self.sites.exchange(offers, incoming, withheld=self._withheld, sending=sending)) as replies:
-                for reply in replies:
-                    gathered.take(reply)
-                    if gathered.has_enough:
-                        break
+        if offers and not gathered.has_enough():
+            replies = self.sites.exchange(offers, incoming, withheld=self._withheld, sending=sending)
+            for reply in replies:
+                gathered.take(reply)
+                if gathered.has_enough():
+                    break
+            if isinstance(replies, Generator):
+                replies.close()  # a transport looks for the other replies no more
         gathered.close()
 
     def _withheld(self, site: SiteName) -> str | None:
@@ -144,7 +145,7 @@ class Gathering:
 
     def _terms(self) -> RoundTerms:
         plan, last = self._plan, self.last
-        wire = getattr(torch, plan.wire.dtype)
+        wire, is_trained = getattr(torch, plan.wire.dtype), trained(plan)
         state = self.settings.home / last.state_path
         return RoundTerms(
             run=self._run,

@@ -28,6 +28,7 @@ from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
+from pathfed_common.model import trained
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.aggregation import average, shares
 from pathfed_server.rounds.collection import Collection, reasons
@@ -77,7 +78,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.run, self.plan = self.settings.run, self.settings.plan
-        self.plan_digest = self.plan.digest
+        self.plan_digest, self.trained = self.plan.digest, trained(self.plan)
         self.files = RunFiles(self.settings.home, self.run)
 
     def drive(self) -> RunOutcome:
@@ -119,7 +120,7 @@ class _Loop:
         tensors = self.settings.initial_state()
         layout = {name: (torch.float32, shape) for name, shape in self.settings.shapes.items()}
         write_atomic(self.files.state(0), tensor_files.chunks(layout, tensors.__getitem__, {}))
-        write_initial_optimiser(self.plan.server_optimiser, self.files.state(0), self.files.optimiser(0))
+        write_initial_optimiser(self.plan.server_optimiser, self.files.state(0), self.files.optimiser(0), trained=self.trained)
         first = self._checkpoint(0)
         candidates = self.store.candidates(self.run)
         self.recorder.begin(run=self.run, plan=self.plan, candidates=candidates, initial_state=self.files.state(0))
@@ -213,6 +214,7 @@ class _Loop:
             optimiser_state=self.settings.home / last.optimiser_path,
             next_state=self.files.state(index),
             next_optimiser_state=self.files.optimiser(index),
+            trained=self.trained,
             teacher_keeps=self._teacher_keeps(index),
         )
         stepped = time.perf_counter()

@@ -74,9 +74,7 @@ def choose(plan: Plan, candidates: Iterable[Candidate], *, run: RunName, round_i
             )
     asked = whose_turn(plan.digest, run, round_index, (each.site for each in participants), plan.rounds.ask_at_most)
     excluded += [_left_out(each.site, ErrorCode.SITE_NOT_ASKED) for each in participants if each.site not in asked]
-    return Choice(
-        tuple(each for each in participants if each.site in asked), tuple(sorted(excluded, key=lambda each: each.site))
-    )
+    return Choice(tuple(each for each in participants if each.site in asked), tuple(sorted(excluded, key=lambda each: each.site)))
 
 
 def no_consent(candidate: Candidate) -> ErrorCode | None:

@@ -4,7 +4,7 @@ The loop is pure apart from them and the files of the server's home. `transport`
 `RoundStore` on SQL, `provenance` implements `RunRecorder`; tests may implement `SitePort` in memory.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -73,11 +73,12 @@ Sending = Callable[[SiteName], None]
 class SitePort(Protocol):
     """Sends offers and brings replies back, one at a time."""
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Generator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         """Send the offers, then yield each reply as it arrives, its update already in a file under `spool`.
 
         MUST yield at most one reply a site, MUST NOT hold more updates in memory with more sites, and MUST end when every site has
-        answered or the latest deadline has passed. It may be closed before, where the round has enough. A site that cannot be reached yields a reply with a PF4xx or PF515 code.
+        answered or the latest deadline has passed; a generator may be closed before, where the round has enough. A site that cannot be
+        reached yields a reply with a PF4xx or PF515 code.
         Immediately before a site's offer is handed to the network, it MUST ask `withheld`, and where that gives a code send nothing to the
         site and yield a reply with the code. Where it sends, it MUST call `sending` first: from then on the site may have charged its
         ledger.

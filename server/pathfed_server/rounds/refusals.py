@@ -2,7 +2,8 @@
 
 | code | counts towards a suspension | may be released |
 | --- | --- | --- |
-| PF504, PF405 signature or statement; PF505 digest; PF506 shapes; PF507 finiteness; PF517 privacy; PF509 another round or base state | yes | never |
+| PF504, PF405 signature or statement; PF505 digest; PF506 shapes; PF507 finiteness; PF517 privacy | yes | never |
+| PF509 another round or base state | yes | never |
 | PF508 norm | yes | yes |
 | PF561 late | no: lines are slow through no fault of a site's | yes, for its round and base state |
 | any other: the site's own refusal, a revocation, silence | no | no update is there |

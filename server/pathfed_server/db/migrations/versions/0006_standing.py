@@ -20,7 +20,7 @@ def upgrade() -> None:
     op.add_column("run_site", sa.Column("left_at", sa.Double(), nullable=True, comment="null: the site is in the run"))
     waived = "why it was refused before an operator released it; null: it was not"
     op.add_column("participation", sa.Column("released", sa.String(length=8), nullable=True, comment=waived))
-    released = sa.Column("released_at", sa.Double(), nullable=True, comment="null: not released, as in the columns below")
-    op.add_column("quarantine", released)
+    none = "null: not released, as in the columns below"
+    op.add_column("quarantine", sa.Column("released_at", sa.Double(), nullable=True, comment=none))
     op.add_column("quarantine", sa.Column("released_by", sa.String(length=80), nullable=True))
     op.add_column("quarantine", sa.Column("release_reason", sa.Text(), nullable=True))
