@@ -687,12 +687,12 @@ def test_an_update_is_wanted_from_who_is_asked_until_the_outcome_is_known(runnin
     assert not running.update_wanted(A, RUN, 2)
     assert not running.update_wanted(B, RUN, 1), "silent"
     assert not running.update_wanted(C, RUN, 1), "excluded"
-    running.note_participation(RUN, 1, 1, Participation(site=A, state=ParticipationState.SILENT, code="PF515", offered_at=AT))
+    running.note_participation(RUN, 1, 1, Participation(site=A, state=ParticipationState.SILENT, code="PF515", offered_at=AT), at=AT)
     assert not running.update_wanted(A, RUN, 1)
 
 
 def test_a_round_that_failed_takes_none_until_it_is_offered_again(running: SqlStore) -> None:
-    running.open_round(opening())
+    collected(running, ParticipationState.SILENT)
     running.fail_round(RUN, 1, 1, opening().participations, code="PF503", at=AT)
     assert not running.update_wanted(A, RUN, 1)
     running.open_round(replace(opening(), offered_at=AT + 1))
