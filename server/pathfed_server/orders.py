@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_common.errors import ErrorCode, RoundError, TransportError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.provenance.documents import REVOCATION
 from pathfed_server.db.rows import QuarantineRow
@@ -69,9 +69,10 @@ def change_sites(root: Path, run: RunName, *, add: Sequence[SiteName], remove: S
     """Take sites into a run and out of it, from its next round on; the sites in it after this.
 
     Raises:
-        RoundError: PF510, no such run; PF511, it is finished; PF501, no such site; PF407, PF530, PF532, its approval of the plan is
-            missing, taken back, or signed with a key it has replaced; PF518, it is revoked; PF503, fewer sites than the quorum would
-            be left; PF522, PF523, see `operators.acting`.
+        TransportError: PF407, a site to be taken in has not approved the run's plan.
+        RoundError: PF510, no such run; PF511, it is finished; PF501, no such site; PF530, PF532, its approval of the plan is taken
+            back, or signed with a key it has replaced; PF518, it is revoked; PF503, fewer sites than the quorum would be left; PF522,
+            PF523, see `operators.acting`.
     """
     with opened_by(root, Role.OPERATOR) as (store, by):
         given = store.run(run)
@@ -88,7 +89,7 @@ def _demand_approval(store: SqlStore, name: SiteName, plan: Digest) -> None:
         raise RoundError(ErrorCode.APPROVAL_REVOKED, "the site has taken its approval of the run's plan back", value=name)
     if name not in {row.site for row in store.approvals(plan)} or name in store.words_against(plan):
         remedy = "send the hospital the plan; it joins once its approval is here"
-        raise RoundError(ErrorCode.PLAN_NOT_APPROVED, "the site has not approved the run's plan", value=name, remedy=remedy)
+        raise TransportError(ErrorCode.PLAN_NOT_APPROVED, "the site has not approved the run's plan", value=name, remedy=remedy)
 
 
 def reinstate_site(root: Path, site: SiteName) -> None:

@@ -92,7 +92,7 @@ GOLDEN: dict[str, tuple[str, Message]] = {
         pb.ReportReply(now=1.5, certificate_until=2.5, log_size=2**56),
     ),
     "report reply with outcomes": (
-        "2a1a0a017210021a07726566757365642205504635303829000000000000f83f3001",
+        "2a1e0a017210021a07726566757365642205504635303829000000000000f83f3001",
         pb.ReportReply(outcomes=[pb.Outcome(run="r", round=2, state="refused", code="PF508", offered_at=1.5)], suspended=True),
     ),
     "checkpoint request": ("08ac02", pb.GetCheckpointRequest(known_size=300)),
