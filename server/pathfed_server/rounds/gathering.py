@@ -5,8 +5,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
 from pathfed_common.model import trained
@@ -145,7 +143,7 @@ class Gathering:
 
     def _terms(self) -> RoundTerms:
         plan, last = self._plan, self.last
-        wire, is_trained = getattr(torch, plan.wire.dtype), trained(plan)
+        is_trained = trained(plan)
         state = self.settings.home / last.state_path
         return RoundTerms(
             run=self._run,
@@ -155,5 +153,5 @@ class Gathering:
             base_state=last.state,
             # Only a difference of states (several steps) is rounded at the size of the state.
             base_norm=file_norm(state, only=is_trained) if plan.rounds.steps > 1 else 0.0,
-            layout={name: (wire, shape) for name, shape in self.settings.shapes.items() if is_trained(name)},
+            shapes={name: shape for name, shape in self.settings.shapes.items() if is_trained(name)},
         )
