@@ -6,8 +6,8 @@ small (three rounds, three sites, tensors of a few numbers), and everything but 
 """
 
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
