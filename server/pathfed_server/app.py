@@ -6,7 +6,7 @@ Heavy libraries (torch, Flower, the accountants) are imported by the function th
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
 from pathfed_server.rounds.state import Participation, SiteState
-from pathfed_server.words import Word, outdated, record_word
+from pathfed_server.words import Word, demand_present_keys, outdated, record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -66,35 +66,6 @@ def init(
         shutil.rmtree(home.root)
         raise
     return home
-
-
-def stop_run(root: Path, run: RunName) -> None:
-    """Stop a run before its next round.
-
-    Raises:
-        RoundError: PF510, no such run; PF511, it has finished or failed; PF522, PF523, see `operators.acting`.
-    """
-    with opened_by(root, Role.OPERATOR) as (store, by):
-        store.stop_run(run, at=time.time(), by=by)
-
-
-def resume_run(root: Path, run: RunName) -> None:
-    """Let a failed or stopped run go on from its last committed round.
-
-    Raises:
-        RoundError: PF510, no such run; PF511, it is running or finished; PF532, a site that still takes part has replaced the
-            key it approved with; PF522, PF523,
-            see `operators.acting`.
-    """
-    with opened_by(root, Role.OPERATOR) as (store, by):
-        given = store.run(run)
-        old = outdated(store, given.plan).intersection(given.sites)
-        if store.checkpoints(run):
-            # Sites that take part no more: what the record has of them was written before, and stays.
-            gone = (row.name for row in store.sites() if row.state is not SiteState.ENROLLED)
-            old = old.difference(gone, store.words_against(given.plan))
-        _demand_present_keys(old)
-        store.reopen_run(run, at=time.time(), by=by)
 
 
 def serve(root: Path, tell: Callable[[str], None]) -> None:
@@ -247,7 +218,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
         out = {*store.words_against(row.digest), *old}
         chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in out]
         quorum = row.plan().rounds.quorum
-        _demand_present_keys(old if len(chosen) < quorum else old.intersection(chosen))
+        demand_present_keys(old if len(chosen) < quorum else old.intersection(chosen))
         if len(chosen) < quorum:
             raise RoundError(
                 ErrorCode.QUORUM_LOST,
@@ -257,13 +228,6 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
             )
         store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time(), by=by)
         return store.run(name)
-
-
-def _demand_present_keys(old: Collection[SiteName]) -> None:
-    if old:
-        raise RoundError(
-            ErrorCode.APPROVAL_OUTDATED, "the approval is signed with a key that the site has replaced", value=", ".join(sorted(old))
-        )
 
 
 def _check_start(root: Path, plan: Plan) -> None:

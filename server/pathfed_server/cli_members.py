@@ -112,6 +112,15 @@ def sites_revoke(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
     show({name: left[name] for name in ("site", "state", "runs", "states", "releases")}, as_json=as_json, title=title)
 
 
+@sites_app.command("reinstate")
+def sites_reinstate(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
+    """Ask a suspended site again, from the next round on. Its refusals until now count no more."""
+    from pathfed_server import orders
+
+    orders.reinstate_site(home, site_name(site))
+    show({"site": site, "suspended": False}, as_json=as_json)
+
+
 @sites_app.command("list")
 def sites_list(home: Home = HOME, as_json: Json = False) -> None:
     """List the sites, with what they last reported."""

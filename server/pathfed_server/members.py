@@ -123,6 +123,7 @@ def site_rows(root: Path) -> list[dict[str, Any]]:
             {
                 "site": row.name,
                 "state": row.state.value,
+                "suspended_at": row.suspended_at,
                 "evidence_key": row.evidence_key,
                 "enrolled_at": row.enrolled_at,
                 "certificate_until_at": until.get(row.name),

@@ -7,6 +7,7 @@ update of the one before has been admitted, and all stay up. Minutes long: `make
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -79,13 +80,15 @@ def test_an_encoder_of_two_gigabytes_makes_a_round_with_three_sites_in_24_gb(con
         peak["bytes"] = max(peak["bytes"], _memory(tmp_path))
         return sum(one.state is ParticipationState.ADMITTED for one in store.participations(RUN, 1))
 
+    def reached(store: SqlStore, number: int) -> bool:
+        return admitted(store) >= number
+
     with SqlStore(ServerHome(consortium.server).database_url) as store:
         plan = store.plans()[0].digest
         consortium.server_command("run", "start", plan, "--name", RUN)
         for number, hospital in enumerate(consortium.hospitals, start=1):
             consortium.start_site(hospital.name)
-            found = wait_for(lambda: admitted(store), until=lambda found, due=number: found >= due, within_s=_WITHIN_S)
-            assert found == number, told
+            assert wait_for(partial(reached, store, number), until=bool, within_s=_WITHIN_S), told
         over = (RunState.FINISHED, RunState.FAILED, RunState.STOPPED)
         wait_for(lambda: (admitted(store), store.run(RUN).state)[1], until=lambda state: state in over, within_s=_WITHIN_S)
         assert store.run(RUN).state is RunState.FINISHED, told

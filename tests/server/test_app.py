@@ -8,7 +8,7 @@ from pathfed_common.provenance.documents import REVOCATION, Decision, SiteCard, 
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_leaves import rotate_key
 from pathfed_common.units import UtcSeconds
-from pathfed_server import app
+from pathfed_server import app, orders
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import Checkpoint, RunState
 from pathfed_server.words import record_word
@@ -131,9 +131,9 @@ def test_a_site_that_replaced_the_key_it_approved_with_is_in_no_run_that_would_n
         app.add_site(root, site.card)
         app.add_word(root, site.approve(plan.digest))
     app.start_run(root, plan.digest, RunName("run-1"), [SiteName("site-a"), SiteName("site-b")])
-    app.stop_run(root, RunName("run-1"))
+    orders.stop_run(root, RunName("run-1"))
     rotate(server_home, sites[0])
-    assert code(app.resume_run, root, RunName("run-1")) == "PF532"
+    assert code(orders.resume_run, root, RunName("run-1")) == "PF532"
     assert app.start_run(root, plan.digest, RunName("run-2"), []).sites == ("site-b", "site-c")
     assert code(app.start_run, root, plan.digest, RunName("run-3"), [SiteName("site-a"), SiteName("site-b")]) == "PF532"
     rotate(server_home, sites[2])
@@ -151,7 +151,7 @@ def test_a_site_that_takes_part_no_more_does_not_hold_up_a_resumption(server_hom
         app.add_site(root, site.card)
         app.add_word(root, site.approve(plan.digest))
     app.start_run(root, plan.digest, run, [])
-    app.stop_run(root, run)
+    orders.stop_run(root, run)
     last = sites[2]
     key = rotate(server_home, last)
     with SqlStore(server_home.database_url) as store:
@@ -161,17 +161,17 @@ def test_a_site_that_takes_part_no_more_does_not_hold_up_a_resumption(server_hom
             approval = digest.of_bytes(last.approve(plan.digest).read_bytes())
             word = Decision(site=last.name, plan=plan.digest, kind=REVOCATION, approval=approval, reason="", decided_at=UtcSeconds(1.0))
             record_word(store, word.to_bytes(key), by="operator")
-        assert code(app.resume_run, root, run) == "PF532", "its record, once begun, would not verify"
+        assert code(orders.resume_run, root, run) == "PF532", "its record, once begun, would not verify"
         store.reopen_run(run, at=2.0)
         store.begin_attempt(run, at=2.0)
         name = digest.of_bytes(b"state")
         first = Checkpoint(round_index=0, state=name, state_path="s", state_bytes=1, optimiser=name, optimiser_path="o", optimiser_bytes=1)
         store.commit_initial(run, 1, first, at=2.0)
-    app.stop_run(root, run)
-    app.resume_run(root, run)
-    app.stop_run(root, run)
+    orders.stop_run(root, run)
+    orders.resume_run(root, run)
+    orders.stop_run(root, run)
     rotate(server_home, sites[0])
-    assert code(app.resume_run, root, run) == "PF532", "this one still takes part"
+    assert code(orders.resume_run, root, run) == "PF532", "this one still takes part"
 
 
 def rotate(home, site) -> SigningKey:

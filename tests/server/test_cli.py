@@ -14,14 +14,15 @@ from pathfed_server.transport.certificates import make_tls
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
 COMMANDS = (
     *(("init",), ("start",), ("rounds",), ("invite",), ("audit",)),
-    *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "list")),
+    *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "reinstate", "list")),
     *(("operators", name) for name in ("key", "add", "remove", "list")),
     *(("ca", name) for name in ("show", "renew", "rotate", "finish")),
     *(("plan", name) for name in ("check", "publish", "list", "key", "cosign", "collect")),
     ("encoder", "import"),
     ("lineage",),
+    *(("quarantine", name) for name in ("list", "show", "release")),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
-    *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("run", name) for name in ("start", "pause", "resume", "stop", "drain", "sites", "status", "report")),
     *(("release", name) for name in ("create", "list")),
 )
 

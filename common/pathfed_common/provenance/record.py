@@ -164,6 +164,7 @@ class AdmittedSite(Value):
         weight: its public share in the mean; a round's weights add up to 1.
         rounding: bound on the L2 norm of what the wire format's rounding added to the update (`wire_format.UpdateNumbers.rounding`), as
             the server found it; whoever has the update can find it again.
+        released: the code for which the update was refused before an operator let it count all the same, or None.
     """
 
     site: SiteName
@@ -172,12 +173,15 @@ class AdmittedSite(Value):
     statement: Digest
     weight: float
     rounding: float
+    released: str | None = None
 
     def _check(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
         if self.rounding < 0:
             raise ValueError(f"rounding must be at least 0, got {self.rounding}")
+        if self.released is not None and _CODE.fullmatch(self.released) is None:
+            raise ValueError(f"not an error code: {self.released[:20]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

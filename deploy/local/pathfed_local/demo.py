@@ -28,6 +28,7 @@ from pathfed_local.view import SiteLine, View
 from pathfed_server.app import read_plan
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome, ServerSettings
+from pathfed_server.rounds.machine import OPEN
 from pathfed_server.rounds.state import ParticipationState, RunState
 
 RUN = RunName("demo")
@@ -194,7 +195,7 @@ class Demo:
                 states = self._site_states(store)
                 done = len(store.checkpoints(RUN)) - 1
                 self.view.update(f"run {RUN}: {run.state.value}, {max(0, done)} rounds committed", self._lines(consortium, states))
-                if run.state not in (RunState.PLANNED, RunState.RUNNING):
+                if run.state not in OPEN:
                     break
                 time.sleep(_POLL_S)
         if run.state is not RunState.FINISHED:

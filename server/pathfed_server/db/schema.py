@@ -70,6 +70,8 @@ site = Table(
     Column("state", _STATE, nullable=False),
     Column("enrolled_at", Double, nullable=False),
     Column("revoked_at", Double, comment="null: not revoked"),
+    Column("suspended_at", Double, comment="null: not suspended"),
+    Column("reinstated_at", Double, comment="from when on refusals count towards a suspension; null: from the first"),
     _one_of("enrolled", "revoked"),
 )
 
@@ -196,7 +198,7 @@ run = Table(
     Column("started_at", Double, comment="null: never taken up"),
     Column("ended_at", Double, comment="null: not ended"),
     Column("code", _CODE, comment="why the run failed; null: it did not"),
-    _one_of("planned", "running", "finished", "failed", "stopped"),
+    _one_of("planned", "running", "pausing", "paused", "draining", "finished", "failed", "stopped"),
 )
 
 run_site = Table(
@@ -204,6 +206,7 @@ run_site = Table(
     metadata,
     Column("run", _NAME, ForeignKey(run.c.name), nullable=False),
     Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("left_at", Double, comment="null: the site is in the run"),
     PrimaryKeyConstraint("run", "site"),
 )
 
@@ -228,7 +231,7 @@ round_ = Table(
     PrimaryKeyConstraint("run", "round_index"),
     CheckConstraint("round_index >= 1", name="round_index"),
     CheckConstraint("state <> 'committed' OR (next_state IS NOT NULL AND committed_at IS NOT NULL)", name="committed"),
-    _one_of("planned", "offered", "collecting", "committed", "failed"),
+    _one_of("planned", "offered", "training", "collecting", "admitted", "committed", "failed"),
 )
 
 participation = Table(
@@ -239,6 +242,7 @@ participation = Table(
     Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
     Column("state", _STATE, nullable=False),
     Column("code", _CODE, comment="why refused, silent or excluded; null otherwise"),
+    Column("released", _CODE, comment="why it was refused before an operator released it; null: it was not"),
     Column("update_digest", _DIGEST, comment="null: no update came"),
     Column("update_bytes", BigInteger, comment="null: no update came"),
     Column("statement", _DIGEST, comment="digest of the envelope; null: not admitted"),
@@ -285,6 +289,9 @@ quarantine = Table(
     Column("update_bytes", BigInteger, nullable=False),
     Column("path", Text, nullable=False, comment="relative to the server's home"),
     Column("at", Double, nullable=False),
+    Column("released_at", Double, comment="null: not released, as in the columns below"),
+    Column("released_by", String(80)),
+    Column("release_reason", Text),
     ForeignKeyConstraint(["run", "round_index"], ["round.run", "round.round_index"]),
     UniqueConstraint("run", "round_index", "site", "update_digest", "code"),
 )

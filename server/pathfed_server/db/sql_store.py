@@ -11,10 +11,12 @@ from pathfed_server.db.certificate_store import CertificateStore
 from pathfed_server.db.database import migrate
 from pathfed_server.db.enrolment_store import EnrolmentStore
 from pathfed_server.db.operators_store import OperatorsStore
+from pathfed_server.db.quarantine_store import QuarantineStore
 from pathfed_server.db.rounds_store import RoundsStore
+from pathfed_server.db.standing_store import StandingStore
 
 __all__ = ["SqlStore", "migrate"]
 
 
-class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore, BulkStore):
+class SqlStore(RoundsStore, QuarantineStore, StandingStore, EnrolmentStore, CertificateStore, OperatorsStore, BulkStore):
     """All of the store in one object; it implements `rounds.ports.RoundStore`. See the parts it is made of for its methods."""

@@ -40,10 +40,10 @@ class Recorder:
         Args:
             folder: where the record goes; made when it is not there.
             key: the server's evidence key.
-            cards: the signed card of every site listed in the run.
+            cards: the signed card of every site in the run; looked at when it is needed, as sites may join.
             retain_updates: also keep the admitted updates.
         """
-        self._folder, self._key, self._cards, self._retain = folder, key, dict(cards), retain_updates
+        self._folder, self._key, self._cards, self._retain = folder, key, cards, retain_updates
         self._manifest: Manifest | None = None
 
     def begin(self, *, run: RunName, plan: Plan, candidates: Sequence[Candidate], initial_state: Path) -> None:
@@ -254,6 +254,7 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
         statement=part.statement,
         weight=result.weights[part.site],
         rounding=part.rounding,
+        released=part.released,
     )
 
 

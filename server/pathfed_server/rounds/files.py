@@ -22,7 +22,9 @@ from pathfed_common.digest import Digest
 from pathfed_common.files import sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.part_file import file_digest
+from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
+from pathfed_server.rounds.state import Quarantined
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,23 @@ class RunFiles:
         os.replace(reply.update, place)
         sync_folder(folder)
         return place, found, size
+
+    def released(self, aside: Quarantined) -> Reply | None:
+        """A quarantined update that counts all the same, as a reply whose file is a copy; None where it is not whole any more.
+
+        Raises:
+            HostError: the disk is full (PF901) or cannot be written (PF904).
+        """
+        kept = self.home / aside.path
+        copy = self.spool(aside.round_index) / "incoming" / f"{aside.site}.released"
+        try:
+            envelope = kept.with_suffix(".dsse").read_bytes()
+            if digest.of_chunks(read_chunks(kept)) != aside.update:
+                return None
+        except OSError:
+            return None
+        write_atomic(copy, read_chunks(kept))
+        return Reply(site=aside.site, code=None, statement=envelope, update=copy, received_at=aside.at, transfer_s=0.0)
 
     def _folder(self, kind: str) -> Path:
         return self.home / "runs" / self.run / kind

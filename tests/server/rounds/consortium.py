@@ -21,9 +21,10 @@ from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatemen
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db.rows import ApprovalRow
 from pathfed_server.db.sql_store import SqlStore
-from pathfed_server.rounds.loop import RunSettings, run_rounds
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.loop import run_rounds
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
 from pathfed_server.rounds.progress import Progress, RunOutcome
+from pathfed_server.rounds.settings import RunSettings
 from pathfed_server.rounds.state import Candidate, RoundResult
 
 SHAPES = {"encoder.blocks.0.w": (16, 12), "encoder.norm": (32,), "head.bias": (5,)}
@@ -188,12 +189,13 @@ class FakeSites:
     arrival: Callable[[list[Offer]], list[Offer]] = list
     asked: list[tuple[SiteName, int]] = field(default_factory=list)
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         for sent in self.arrival(list(offers)):
             code = withheld(sent.site)
             if code is not None:
                 yield Reply(site=sent.site, code=code, statement=None, update=None, received_at=self.clock.now(), transfer_s=0.0)
                 continue
+            sending(sent.site)
             payload = dsse.open_envelope(sent.envelope, payload_type=OFFER_TYPE, keys=KEYS[SiteName("server")].public)
             offer = RoundOffer.from_bytes(payload)
             # The bulk plane gives what lies in the home: the state after the round before.
