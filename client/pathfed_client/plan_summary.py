@@ -86,6 +86,7 @@ def _trained(plan: Plan) -> dict[str, Any]:
         "objective": plan.objective.name,
         "rounds": plan.rounds.count,
         "private_steps_a_round": plan.rounds.steps,
+        "updates_become_one_by": plan.aggregation.rule,
         "round_deadline_s": plan.rounds.deadline_s,
         "precision": plan.compute.precision,
     }

@@ -162,6 +162,7 @@ class AdmittedSite(Value):
         update_bytes: length of the update.
         statement: digest of its statement's envelope.
         weight: its public share in the mean; a round's weights add up to 1.
+        factor: what the aggregation rule multiplied that by, within [0, 1]; 1 but for "norm_weighted".
     """
 
     site: SiteName
@@ -169,10 +170,13 @@ class AdmittedSite(Value):
     update_bytes: int
     statement: Digest
     weight: float
+    factor: float = 1.0
 
     def _check(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
+        if not 0 <= self.factor <= 1:
+            raise ValueError(f"factor must be within [0, 1], got {self.factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +221,7 @@ class RoundRecord(Value):
         deadline: UTC seconds.
         committed_at: UTC seconds.
         times: server-side durations.
+        average: digest of the encoder's running average after the round, as a file, where the plan releases that; else None.
     """
 
     run: RunName
@@ -233,6 +238,7 @@ class RoundRecord(Value):
     deadline: UtcSeconds
     committed_at: UtcSeconds
     times: ServerTimes
+    average: Digest | None = None
 
     def _check(self) -> None:
         if self.round_index < 1:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
@@ -10,6 +11,10 @@ from pathfed_common.errors import ErrorCode, HostError, ProvenanceError, RoundEr
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
+from pathfed_common.provenance.record import RoundRecord
+
+if TYPE_CHECKING:
+    from pathfed_server.rounds.replay import Replayed
 
 _CHUNK = 2**20
 
@@ -23,7 +28,8 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
         contents: its documents.
 
     Yields:
-        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates.
+        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates, or
+        running average or weights' factors are not what they give.
 
     Raises:
         HostError: the disk is full (PF901) or cannot be written (PF904).
@@ -38,15 +44,30 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
     with tempfile.TemporaryDirectory(prefix="pathfed-replay-") as work:
         first = folder / record.state_path(0)
         try:
-            for index, state in replay_states(
+            for replayed in replay_states(
                 contents.plan, sites, lambda index, site: _place(updates, index, site), first=first, work=Path(work)
             ):
-                found, due = _digest(state), contents.rounds[index - 1][0].next_state
-                if found != due:
-                    yield _differs(index, f"{found}, recorded {due}")
+                fault = _fault(replayed, contents.rounds[replayed.round_index - 1][0])
+                if fault is not None:
+                    yield fault
                     return
         except (ValueError, RoundError) as error:
             yield _differs(None, str(error))
+
+
+def _fault(replayed: "Replayed", recorded: RoundRecord) -> ProvenanceError | None:
+    """How a round's record differs from what the updates give: its state, the running average, a weight's factor."""
+    index = replayed.round_index
+    state = _digest(replayed.state)
+    if state != recorded.next_state:
+        return _differs(index, f"{state}, recorded {recorded.next_state}")
+    if replayed.average != recorded.average:
+        return _differs(index, f"average {replayed.average}, recorded {recorded.average}")
+    for site in recorded.admitted:
+        factor = replayed.factors.get(site.site, 1.0)
+        if factor != site.factor:
+            return _differs(index, f"factor {factor} of {site.site}, recorded {site.factor}")
+    return None
 
 
 def _update_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceError]:

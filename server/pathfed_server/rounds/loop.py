@@ -33,12 +33,13 @@ from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_server.rounds.admission import RoundTerms, file_norm, read_chunks
-from pathfed_server.rounds.aggregation import average, shares
+from pathfed_server.rounds.aggregation import aggregate, shares
 from pathfed_server.rounds.collection import Collection, reasons
 from pathfed_server.rounds.files import RunFiles
 from pathfed_server.rounds.participants import choose, no_consent
 from pathfed_server.rounds.ports import Clock, Offer, RoundStore, RunRecorder, SitePort
 from pathfed_server.rounds.progress import Progress, RunOutcome, Stage
+from pathfed_server.rounds.released import average_digest
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
 from pathfed_server.rounds.state import Checkpoint, RoundOpening, RoundResult, RoundTimes, RunState
 from pathfed_server.rounds.teacher import share_kept
@@ -128,8 +129,8 @@ class _Loop:
         self.files.sweep(last.round_index)
         while last.round_index < self.plan.rounds.count:
             self.last = last = self._round(last)
-        state = self.settings.home / last.state_path
-        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state)
+        state, optimiser = self.settings.home / last.state_path, self.settings.home / last.optimiser_path
+        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state, optimiser=optimiser)
         self.store.finish_run(self.run, self.attempt, at=self.clock.now())
         return last
 
@@ -247,7 +248,7 @@ class _Loop:
         statements = {site: verdict.envelope for site, (_, verdict) in sorted(gathered.admitted.items())}
         asked = {each.site: each for each in gathered.choice.participants}
         weights = {site: asked[site].weight for site in updates}
-        aggregation_s, step_s = self._advance(last, updates, weights)
+        factors, aggregation_s, step_s = self._advance(last, updates, weights)
         times = RoundTimes(
             exchange_s=exchange_s,
             transfer_s=gathered.transfer_s,
@@ -264,6 +265,8 @@ class _Loop:
             checkpoint=self._checkpoint(index),
             participations=gathered.participations,
             weights=shares(weights),
+            factors=factors,
+            average=average_digest(self.plan, state=self.files.state(index), optimiser=self.files.optimiser(index)),
             offered_at=gathered.offered_at,
             deadline=gathered.deadline,
             committed_at=self.clock.now(),
@@ -280,12 +283,14 @@ class _Loop:
         self._tell(Stage.CLEANED, index)
         return result.checkpoint
 
-    def _advance(self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]) -> tuple[float, float]:
-        """Write the next state and optimiser file; seconds for the mean and for the step."""
+    def _advance(
+        self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]
+    ) -> tuple[dict[SiteName, float], float, float]:
+        """Write the next state and optimiser file; the weights' factors, and seconds for the aggregation and for the step."""
         index = last.round_index + 1
         mean = self.files.spool(index) / "mean.safetensors"
         started = time.perf_counter()
-        average(updates, weights, mean)
+        factors = aggregate(self.plan.aggregation, updates, weights, mean)
         averaged = time.perf_counter()
         self._tell(Stage.AVERAGED, index)
         stepping = time.perf_counter()
@@ -302,7 +307,7 @@ class _Loop:
         )
         stepped = time.perf_counter()
         self._tell(Stage.STEPPED, index)
-        return averaged - started, stepped - stepping
+        return factors, averaged - started, stepped - stepping
 
     def _teacher_keeps(self, index: int) -> float | None:
         teacher = self.plan.objective.teacher
