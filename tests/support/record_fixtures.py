@@ -204,6 +204,7 @@ class Scene:
                 statement=digest.of_bytes(envelope),
                 weight=raw[site] / sum(raw.values()),
                 factor=self.factors.get((index, site), 1.0),
+                rounding=0.0,
             )
             for site, envelope in envelopes.items()
         ]

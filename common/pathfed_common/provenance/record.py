@@ -163,6 +163,8 @@ class AdmittedSite(Value):
         statement: digest of its statement's envelope.
         weight: its public share in the mean; a round's weights add up to 1.
         factor: what the aggregation rule multiplied that by, within [0, 1]; 1 but for "norm_weighted".
+        rounding: bound on the L2 norm of what the wire format's rounding added to the update (`wire_format.UpdateNumbers.rounding`), as
+            the server found it; whoever has the update can find it again.
     """
 
     site: SiteName
@@ -170,6 +172,7 @@ class AdmittedSite(Value):
     update_bytes: int
     statement: Digest
     weight: float
+    rounding: float
     factor: float = 1.0
 
     def _check(self) -> None:
@@ -177,6 +180,8 @@ class AdmittedSite(Value):
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
         if not 0 <= self.factor <= 1:
             raise ValueError(f"factor must be within [0, 1], got {self.factor}")
+        if self.rounding < 0:
+            raise ValueError(f"rounding must be at least 0, got {self.rounding}")
 
 
 @dataclass(frozen=True, kw_only=True)

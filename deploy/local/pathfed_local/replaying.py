@@ -12,6 +12,7 @@ from pathfed_common.ids import SiteName
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
 from pathfed_common.provenance.record import RoundRecord
+from pathfed_common.wire_format import open_update
 
 if TYPE_CHECKING:
     from pathfed_server.rounds.replay import Replayed
@@ -29,7 +30,7 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
 
     Yields:
         PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates, or
-        running average or weights' factors are not what they give.
+        running average, weights' factors or an update's rounding error are others than recorded.
 
     Raises:
         HostError: the disk is full (PF901) or cannot be written (PF904).
@@ -38,6 +39,7 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
     if missing:
         yield from missing
         return
+    yield from _rounding_faults(updates, contents)
     from pathfed_server.rounds.replay import replay_states
 
     sites = [[site.site for site in found.admitted] for found, _ in contents.rounds]
@@ -80,6 +82,24 @@ def _update_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceErro
             continue
         if found != sealed.statement.update:
             yield ProvenanceError(ErrorCode.UPDATE_MISSING, "the update is not the one that its site signed", where=path, value=found)
+
+
+def _rounding_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    """Rounding errors that the record states otherwise than the updates show them."""
+    for recorded, _ in contents.rounds:
+        for site in recorded.admitted:
+            try:
+                found = open_update(_place(updates, recorded.round_index, site.site)).rounding()
+            except ValueError as error:
+                yield _differs(None, f"the update of {site.site} in round {recorded.round_index}: {error}")
+                continue
+            if found != site.rounding:
+                yield ProvenanceError(
+                    ErrorCode.REPLAY_DIFFERS,
+                    "the record states another rounding error of an update's wire format",
+                    where=record.round_path(recorded.round_index),
+                    value=f"{site.site}: {found!r}, recorded {site.rounding!r}",
+                )
 
 
 def _place(updates: Path, index: int, site: SiteName) -> Path:

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pathfed_common.encoder.blocks import BLOCK, BlockReader, FileBlocks, block_chunks
+from pathfed_common.encoder.blocks import BLOCK, BlockReader, block_chunks
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
 from pathfed_common.plan import AggregationPlan
+from pathfed_common.wire_format import open_update
 from pathfed_server.rounds.norms import l2_norm
 from pathfed_server.rounds.robust import norm_factors, trimmed_mean
 
@@ -64,7 +65,7 @@ def aggregate(
     if sorted(updates) != sorted(weights):
         raise ValueError(f"weights are for {sorted(weights)}, updates from {sorted(updates)}")
     _total(weights)
-    readers = {site: FileBlocks(updates[site]) for site in sorted(updates)}
+    readers = {site: open_update(updates[site]) for site in sorted(updates)}
     shapes = next(iter(readers.values())).shapes
     for site, reader in readers.items():
         if reader.shapes != shapes:
