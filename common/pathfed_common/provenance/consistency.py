@@ -77,6 +77,8 @@ def check_rounds(contents: Contents) -> Faults:
             yield _fault("the round has fewer updates than the plan's quorum", where, f"{len(found.admitted)} < {plan.rounds.quorum}")
         yield from _check_weights(found, plan, where)
         yield from _check_turns(found, plan, where)
+        if (found.average is None) == bool(plan.server_optimiser.ema):
+            yield _fault("the round names a running average just when the plan has none", where, found.average)
         state, previous = found.next_state, envelope
 
 
@@ -177,6 +179,8 @@ def _check_weights(found: RoundRecord, plan: Plan, where: str) -> Faults:
         share = weight / fsum(raw)
         if abs(site.weight - share) > _WEIGHT_SLACK:
             yield _fault("a site's weight is not the plan's", where, f"{site.site}: {site.weight}, plan {share}")
+        if site.factor != 1 and plan.aggregation.rule != "norm_weighted":
+            yield _fault("a site's weight has a factor that the plan's rule does not give", where, f"{site.site}: {site.factor}")
 
 
 def _check_turns(found: RoundRecord, plan: Plan, where: str) -> Faults:

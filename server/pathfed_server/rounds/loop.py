@@ -30,13 +30,14 @@ from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
 from pathfed_common.model import trained
 from pathfed_server.rounds.admission import read_chunks
-from pathfed_server.rounds.aggregation import average, shares
+from pathfed_server.rounds.aggregation import aggregate, shares
 from pathfed_server.rounds.collection import Collection, reasons
 from pathfed_server.rounds.files import RunFiles
 from pathfed_server.rounds.gathering import Gathering
 from pathfed_server.rounds.machine import ENDING
 from pathfed_server.rounds.ports import Clock, RoundStore, RunRecorder, SitePort
 from pathfed_server.rounds.progress import Progress, RunOutcome, Stage
+from pathfed_server.rounds.released import average_digest
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
 from pathfed_server.rounds.settings import RunSettings
 from pathfed_server.rounds.state import Checkpoint, Participation, RoundResult, RoundTimes, RunState
@@ -110,8 +111,8 @@ class _Loop:
         self.files.sweep(last.round_index)
         while last.round_index < self.plan.rounds.count:
             self.last = last = self._round(last)
-        state = self.settings.home / last.state_path
-        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state)
+        state, optimiser = self.settings.home / last.state_path, self.settings.home / last.optimiser_path
+        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state, optimiser=optimiser)
         self.store.finish_run(self.run, self.attempt, at=self.clock.now())
         return last
 
@@ -164,7 +165,7 @@ class _Loop:
         statements = {site: verdict.envelope for site, (_, verdict) in sorted(gathered.admitted.items())}
         asked = {each.site: each for each in gathered.choice.participants}
         weights = {site: asked[site].weight for site in updates}
-        aggregation_s, step_s = self._advance(last, updates, weights)
+        factors, aggregation_s, step_s = self._advance(last, updates, weights)
         times = RoundTimes(
             exchange_s=exchange_s,
             transfer_s=gathered.transfer_s,
@@ -181,6 +182,8 @@ class _Loop:
             checkpoint=self._checkpoint(index),
             participations=gathered.participations,
             weights=shares(weights),
+            factors=factors,
+            average=average_digest(self.plan, state=self.files.state(index), optimiser=self.files.optimiser(index)),
             offered_at=gathered.offered_at,
             deadline=gathered.deadline,
             committed_at=self.clock.now(),
@@ -197,12 +200,14 @@ class _Loop:
         self._tell(Stage.CLEANED, index)
         return result.checkpoint
 
-    def _advance(self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]) -> tuple[float, float]:
-        """Write the next state and optimiser file; seconds for the mean and for the step."""
+    def _advance(
+        self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]
+    ) -> tuple[dict[SiteName, float], float, float]:
+        """Write the next state and optimiser file; the weights' factors, and seconds for the aggregation and for the step."""
         index = last.round_index + 1
         mean = self.files.spool(index) / "mean.safetensors"
         started = time.perf_counter()
-        average(updates, weights, mean)
+        factors = aggregate(self.plan.aggregation, updates, weights, mean)
         averaged = time.perf_counter()
         self._tell(Stage.AVERAGED, index)
         stepping = time.perf_counter()
@@ -219,7 +224,7 @@ class _Loop:
         )
         stepped = time.perf_counter()
         self._tell(Stage.STEPPED, index)
-        return averaged - started, stepped - stepping
+        return factors, averaged - started, stepped - stepping
 
     def _teacher_keeps(self, index: int) -> float | None:
         teacher = self.plan.objective.teacher

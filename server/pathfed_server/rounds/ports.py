@@ -211,6 +211,6 @@ class RunRecorder(Protocol):
         """Record a round: its result, the admitted sites' statements, approvals and update files, and the next state's file."""
         ...
 
-    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: Digest) -> None:
-        """Close the record: the state after the last round."""
+    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: Digest, optimiser: Path) -> None:
+        """Close the record: the files of state and server optimiser after the last round."""
         ...

@@ -223,7 +223,9 @@ class RoundResult:
         base_state: digest of the state it started from.
         checkpoint: what it left behind.
         participations: every candidate, in site order.
-        weights: normalised weight of each admitted site in the mean, in site order; they add up to 1.
+        weights: normalised public weight of each admitted site, in site order; they add up to 1.
+        factors: what the aggregation rule multiplied these by; a site that is not named has 1.
+        average: digest of the running average's encoder file, where the plan releases it.
         offered_at: UTC seconds.
         deadline: UTC seconds.
         committed_at: UTC seconds.
@@ -242,6 +244,8 @@ class RoundResult:
     deadline: float
     committed_at: float
     times: RoundTimes
+    factors: Mapping[SiteName, float] = field(default_factory=dict)
+    average: Digest | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pathfed_common import digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import SiteName
-from pathfed_common.plan import DinoPlan, Plan
+from pathfed_common.plan import AggregationPlan, DinoPlan, Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
@@ -458,6 +458,43 @@ def test_of_a_run_with_a_teacher_the_teachers_encoder_is_released_and_no_other(s
 
     error = _refused(verify_record(write(scene.files(files=students))), ErrorCode.RECORD_CHANGED, record.ENCODER)
     assert error.what == "the exported encoder is not the last state's"
+
+
+def _averaged(scene: Any) -> Any:
+    plan = scene.plan
+    return replace(scene, plan=plan.model_copy(update={"server_optimiser": plan.server_optimiser.model_copy(update={"ema": 0.9})}))
+
+
+def test_a_released_average_is_bound_by_the_last_rounds_record(scene: Any, write: Write) -> None:
+    averaged = _averaged(scene)
+    assert verify_record(write(averaged.files()), averaged.trusted).findings == ()
+    others = {"the last state's": scene.files()[record.ENCODER], "another round's": averaged._average(2)}
+    for data in others.values():
+        crooked = averaged.files(files=lambda made, data=data: made | {record.ENCODER: data})
+        _refused(verify_record(write(crooked)), ErrorCode.RECORD_CHANGED, record.ENCODER)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_round_names_an_average_just_where_the_plan_releases_one(ema: bool, scene: Any, write: Write) -> None:
+    made = _averaged(scene) if ema else scene
+    lie = None if ema else digest.of_bytes(b"average")
+    crooked = made.files(round_record=lambda found: replace(found, average=lie) if found.round_index == 2 else found)
+    _refused(verify_record(write(crooked)), ErrorCode.RECORD_CHANGED, record.round_path(2))
+
+
+@pytest.mark.parametrize("rule", ["mean", "norm_weighted"])
+def test_a_weights_factor_is_for_the_rule_that_gives_one(rule: str, scene: Any, write: Write) -> None:
+    plan = scene.plan
+    made = replace(
+        scene,
+        plan=plan.model_copy(update={"aggregation": AggregationPlan.model_validate({"rule": rule})}),
+        factors={(1, "b"): 0.5},
+    )
+    verdict = verify_record(write(made.files()))
+    if rule == "norm_weighted":
+        assert verdict.findings == ()
+    else:
+        _refused(verdict, ErrorCode.RECORD_CHANGED, record.round_path(1))
 
 
 def test_a_record_before_the_encoder_is_exported_verifies_and_says_so(scene: Any, write: Write) -> None:

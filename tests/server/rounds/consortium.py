@@ -94,7 +94,7 @@ class FakeRecorder:
         assert all(digest.of_bytes(path.read_bytes()) == stated[site] for site, path in updates.items())
         self.rounds[result.round_index] = (result, dict(statements), dict(approvals))
 
-    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: digest.Digest) -> None:
+    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: digest.Digest, optimiser: Path) -> None:
         assert digest.of_bytes(state.read_bytes()) == state_digest
         self.finished.append((rounds, state_digest))
 
