@@ -27,7 +27,7 @@ class FullDisk:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = os.path.realpath(folder)
+        self._folder = folder.resolve()
         self._left: int | None = None
         self._once = False
         self.seen: list[str] = []
@@ -44,7 +44,7 @@ class FullDisk:
     def holds(self, path: Any) -> bool:
         """Whether a path lies on this disk."""
         text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
-        return text.startswith("/") and os.path.realpath(os.path.dirname(text)).startswith(self._folder)
+        return text.startswith("/") and Path(text).parent.resolve().is_relative_to(self._folder)
 
     def full(self, what: str) -> bool:
         """Count a write; whether it is refused."""
@@ -52,8 +52,7 @@ class FullDisk:
         if self._left is None:
             return False
         self._left -= 1
-        refused = self._left == -1 if self._once else self._left < 0
-        return refused
+        return self._left == -1 if self._once else self._left < 0
 
     def write(self, what: str, path: Any) -> None:
         """Count a write to a path.
@@ -61,13 +60,13 @@ class FullDisk:
         Raises:
             OSError: ENOSPC, the disk is full.
         """
-        if self.holds(path) and self.full(f"{what} {os.path.basename(os.fsdecode(path))}"):
+        if self.holds(path) and self.full(f"{what} {Path(os.fsdecode(path)).name}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(path))
 
 
 def _watch(event: str, given: tuple[Any, ...]) -> None:
     for disk in _WATCHED:
-        if event == "open" and isinstance(given[2], int) and given[2] & os.O_CREAT and not os.path.exists(given[0]):
+        if event == "open" and isinstance(given[2], int) and given[2] & os.O_CREAT and not Path(os.fsdecode(given[0])).exists():
             disk.write("make", given[0])
         elif event == "os.mkdir":
             disk.write("mkdir", given[0])
@@ -76,7 +75,7 @@ def _watch(event: str, given: tuple[Any, ...]) -> None:
 
 
 def _of(handle: int) -> str:
-    return os.readlink(f"/proc/self/fd/{handle}").removesuffix(" (deleted)")
+    return str(Path(f"/proc/self/fd/{handle}").readlink()).removesuffix(" (deleted)")
 
 
 class _Cursor(sqlite3.Cursor):
@@ -94,7 +93,7 @@ class _Connection(sqlite3.Connection):
     def cursor(self, *_: Any, **__: Any) -> sqlite3.Cursor:  # type: ignore[override]
         return super().cursor(_Cursor)
 
-    def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:  # type: ignore[override]
+    def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:
         return self.cursor().execute(sql, *more)
 
     def commit(self) -> None:
@@ -109,7 +108,7 @@ def _tell(connection: sqlite3.Connection, sql: str) -> None:
     counts = word in _CHANGES or (word == "COMMIT" and connection.changed)
     connection.changed = word in _CHANGES or (connection.changed and word not in ("BEGIN", "COMMIT", "ROLLBACK"))
     for disk in _WATCHED:
-        if counts and disk.holds(connection.file) and disk.full(f"{word} in {os.path.basename(connection.file)}"):
+        if counts and disk.holds(connection.file) and disk.full(f"{word} in {Path(connection.file).name}"):
             raise sqlite3.OperationalError("database or disk is full")
 
 
