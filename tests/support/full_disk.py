@@ -66,8 +66,9 @@ class FullDisk:
 
 def _watch(event: str, given: tuple[Any, ...]) -> None:
     for disk in _WATCHED:
-        if event == "open" and isinstance(given[2], int) and given[2] & os.O_CREAT and not Path(os.fsdecode(given[0])).exists():
-            disk.write("make", given[0])
+        if event == "open" and isinstance(given[2], int) and given[2] & os.O_CREAT:
+            if disk.holds(given[0]) and not Path(os.fsdecode(given[0])).exists():
+                disk.write("make", given[0])
         elif event == "os.mkdir":
             disk.write("mkdir", given[0])
         elif event in ("os.rename", "os.link"):
