@@ -9,7 +9,8 @@ Guarantees:
     - **A later theft denoises nothing.** `advance` is called once a round's sealed update is durable; the secret it was made with is then
       overwritten and gone. The root moves on with every fork, so that what is on the disk gives no earlier secret of any run.
     - **A crash changes nothing.** Until `advance`, `current` gives the same secret, so a recomputed round is the same release. Each step
-      replaces a file whole or not at all. A crash in the middle of a fork loses a secret that was never used.
+      replaces a file whole or not at all. A chain's file names the root that it was forked from, and is written before the root moves on:
+      a fork that was cut short between the two is finished before its secret is given out.
     - **A past round is refused**, never recomputed with other noise under the same name.
     - `secret_id` names a secret without giving it away. Put it into what names the release: where a chain was lost and forked anew,
       the same round is then another release with a charge of its own.
@@ -22,9 +23,9 @@ encryption has to do the rest.
 import json
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from pathfed_common import digest, files
 from pathfed_common.digest import Digest
@@ -38,13 +39,14 @@ _ROOT = "root.secret"
 
 @dataclass(frozen=True, repr=False)
 class _Link:
-    """One place in a chain: the secret of a round."""
+    """One place in a chain: the secret of a round, and the name of the root that the chain was forked from."""
 
     round_index: int
     secret: bytes
+    root: Digest
 
     def next(self) -> "_Link":
-        return _Link(self.round_index + 1, _next(self.secret))
+        return replace(self, round_index=self.round_index + 1, secret=_next(self.secret))
 
 
 class RunSecrets:
@@ -96,6 +98,7 @@ class RunSecrets:
         """
         _check_round(round_index)
         link = self._read(run) or self._fork(run)
+        self._leave_root(link.root)
         if link.round_index > round_index:
             raise TransportError(
                 ErrorCode.ROUND_OUT_OF_ORDER,
@@ -128,14 +131,23 @@ class RunSecrets:
         return link
 
     def _fork(self, run: RunName) -> _Link:
-        """Start a run's chain. The root moves on *first*: a crash in between loses a secret that nobody has used."""
+        """Start a run's chain. Whoever uses its secret lets go of the root first (`_leave_root`)."""
+        root = self._root()
+        link = _Link(1, hkdf(root, salt=_SALT, info=b"run" + digest.canonical(run)), secret_id(root))
+        self._write(run, link)
+        return link
+
+    def _leave_root(self, root: Digest) -> None:
+        """Move the root on where it is still the one that a chain was forked from: it would make the chain's first secret again."""
+        now = self._root()
+        if secret_id(now) == root:
+            _replace(self._folder / _ROOT, _next(now))
+
+    def _root(self) -> bytes:
         root = files.read_secret(self._folder / _ROOT)
         if len(root) != SECRET_BYTES:
             raise HostError(ErrorCode.KEY_FILE, "the root secret is not 32 bytes long", where=self._folder / _ROOT)
-        link = _Link(1, hkdf(root, salt=_SALT, info=b"run" + digest.canonical(run)))
-        _replace(self._folder / _ROOT, _next(root))
-        self._write(run, link)
-        return link
+        return root
 
     def _read(self, run: RunName) -> _Link | None:
         path = self._path(run)
@@ -143,7 +155,7 @@ class RunSecrets:
             return None
         try:
             raw = json.loads(files.read_secret(path))
-            link = _Link(raw["round"], bytes.fromhex(raw["secret"]))
+            link = _Link(raw["round"], bytes.fromhex(raw["secret"]), digest.parse(raw["root"]))
             if raw["run"] != run or not isinstance(link.round_index, int) or link.round_index < 1 or len(link.secret) != SECRET_BYTES:
                 raise ValueError("fields out of bounds")
         except (ValueError, TypeError, KeyError):
@@ -152,7 +164,7 @@ class RunSecrets:
         return link
 
     def _write(self, run: RunName, link: _Link) -> None:
-        _replace(self._path(run), digest.canonical({"run": run, "round": link.round_index, "secret": link.secret.hex()}))
+        _replace(self._path(run), digest.canonical({"run": run, "round": link.round_index, "secret": link.secret.hex(), "root": link.root}))
 
     def _path(self, run: RunName) -> Path:
         return self._folder / f"run-{run_name(run)}.secret"
@@ -177,16 +189,26 @@ def _replace(path: Path, data: bytes) -> None:
     if not path.exists():
         files.write_atomic(path, data, secret=True)
         return
-    with path.open("r+b") as old:
+    with _opened(path) as old:
         files.write_atomic(path, data, secret=True)
-        _overwrite(old.fileno())
+        _overwrite(old, path)
 
 
 def _erase(path: Path) -> None:
-    with path.open("r+b") as file:
-        _overwrite(file.fileno())
+    with _opened(path) as file:
+        _overwrite(file, path)
 
 
-def _overwrite(handle: int) -> None:
-    os.pwrite(handle, bytes(os.fstat(handle).st_size), 0)
-    os.fsync(handle)
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("r+b")
+    except OSError as error:
+        raise files.disk_error(error, path) from error
+
+
+def _overwrite(file: BinaryIO, path: Path) -> None:
+    try:
+        os.pwrite(file.fileno(), bytes(os.fstat(file.fileno()).st_size), 0)
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise files.disk_error(error, path) from error

@@ -107,11 +107,13 @@ def test_files_are_readable_by_their_owner_only(chain: RunSecrets, folder: Path)
     assert caught.value.code is ErrorCode.KEY_FILE
 
 
-@pytest.mark.parametrize("write", [1, 2], ids=["before the root moves on", "before the run's file"])
-def test_a_crash_inside_a_fork_loses_only_an_unused_secret(
-    write: int, chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("write", [1, 2], ids=["before the run's file", "before the root moves on"])
+def test_a_crash_inside_a_fork_changes_no_secret_and_leaves_the_root_behind(
+    write: int, chain: RunSecrets, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = files.write_atomic, []
+    calm = RunSecrets.create(tmp_path / "calm", root=ROOT)
+    undisturbed = calm.current(A, 1), calm.current(B, 1)
 
     def crash(path, data, *, secret):
         calls.append(path)
@@ -124,8 +126,23 @@ def test_a_crash_inside_a_fork_loses_only_an_unused_secret(
         with pytest.raises(KeyboardInterrupt):
             chain.current(A, 1)
     after = RunSecrets(folder)
-    assert after.current(A, 1) == after.current(A, 1)
+    assert (after.current(A, 1), after.current(B, 1)) == undisturbed
+    assert not on_disk(ROOT, folder), "the root has moved on before the secret was given out"
+
+
+def test_a_fork_cut_short_and_another_run_first_still_have_secrets_of_their_own(
+    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunSecrets, "_leave_root", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chain.current(A, 1)
+    first = chain.current(B, 1)
     assert not on_disk(ROOT, folder)
+    assert chain.current(A, 1) != first
+    root = (folder / "root.secret").read_bytes()
+    assert chain.current(A, 1) == chain.current(A, 1)
+    assert (folder / "root.secret").read_bytes() == root, "the root moves on once for a fork"
 
 
 def test_a_crash_before_an_advance_keeps_the_secret_and_one_after_has_advanced(
@@ -210,4 +227,4 @@ def test_misuse_is_refused(chain: RunSecrets, tmp_path: Path) -> None:
 def test_repr_shows_the_place_and_no_secret(chain: RunSecrets, folder: Path) -> None:
     secret = chain.current(A, 1)
     assert repr(chain) == f"RunSecrets({str(folder)!r})"
-    assert secret.hex() not in repr(module._Link(1, secret))
+    assert secret.hex() not in repr(module._Link(1, secret, secret_id(ROOT)))
