@@ -307,25 +307,6 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
     return found[0]
 
 
-def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
-    """A run's rounds, with what became of each site."""
-    with opened_by(root, Role.AUDITOR) as (store, _):
-        store.run(run)
-        return [
-            {
-                "round": row.round_index,
-                "state": row.state.value,
-                "code": row.code,
-                "sites": {
-                    one.site: one.state.value + (f" {one.code}" if one.code else "") for one in store.participations(run, row.round_index)
-                },
-                "next_state": row.next_state,
-                "committed_at": row.committed_at,
-            }
-            for row in store.rounds(run)
-        ]
-
-
 def drive_run(name: str, grid: "Grid") -> None:
     """The ServerApp's main: drive one run over Flower. Runs in the process that Flower's superexec starts."""
     from pathfed_server.driving import drive

@@ -43,6 +43,7 @@ NEEDS = {
         ("run", "status"),
         ("run", "report", "run-1"),
         ("rounds", "run-1"),
+        ("events",),
         ("release", "list"),
         ("lineage",),
         ("log", "show"),

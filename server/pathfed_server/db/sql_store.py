@@ -11,9 +11,10 @@ from pathfed_server.db.database import migrate
 from pathfed_server.db.enrolment_store import EnrolmentStore
 from pathfed_server.db.operators_store import OperatorsStore
 from pathfed_server.db.rounds_store import RoundsStore
+from pathfed_server.db.watch_store import WatchStore
 
 __all__ = ["SqlStore", "migrate"]
 
 
-class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore):
+class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore, WatchStore):
     """All of the store in one object; it implements `rounds.ports.RoundStore`. See the parts it is made of for its methods."""
