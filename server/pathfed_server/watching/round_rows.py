@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from pathfed_server.db.watch_rows import RoundFacts
 from pathfed_server.watching.run_view import round_for_scripts, round_seconds
@@ -16,7 +17,7 @@ def timed(rounds: Sequence[RoundFacts]) -> list[tuple[RoundFacts, float | None]]
     return [(each, took.get(each.index)) for each in rounds]
 
 
-def for_people(facts: RoundFacts, took: float | None) -> dict[str, object]:
+def for_people(facts: RoundFacts, took: float | None) -> dict[str, Any]:
     """A round as a row of a table."""
     asked = [each for each in facts.outcomes if each.state != _NOT_ASKED]
     codes = Counter(each.code for each in facts.outcomes if each.code is not None and each.state != _NOT_ASKED)
@@ -31,7 +32,7 @@ def for_people(facts: RoundFacts, took: float | None) -> dict[str, object]:
     }
 
 
-def for_scripts(facts: RoundFacts, took: float | None) -> dict[str, object]:
+def for_scripts(facts: RoundFacts, took: float | None) -> dict[str, Any]:
     """A round as `--json` prints it."""
     asked = [each for each in facts.outcomes if each.state != _NOT_ASKED]
     admitted = sum(each.state == "admitted" for each in asked)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pathfed_common.error_catalog import CATALOG
 from pathfed_server.db.rows import AuditRow
@@ -138,21 +139,21 @@ def _trouble(row: AuditRow) -> Trouble:
     )
 
 
-def for_scripts(view: RunView) -> dict[str, object]:
+def for_scripts(view: RunView) -> dict[str, Any]:
     """A view as `--json` prints it."""
     low, high = view.epsilon or (None, None)
-    told: dict[str, object] = {**vars(view), "round": None if view.round is None else round_for_scripts(view.round)}
+    told: dict[str, Any] = {**vars(view), "round": None if view.round is None else round_for_scripts(view.round)}
     told["troubles"] = [vars(each) for each in view.troubles]
     told["epsilon"] = {"least": low, "most": high}
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in told.items()}
 
 
-def round_for_scripts(facts: RoundFacts) -> dict[str, object]:
+def round_for_scripts(facts: RoundFacts) -> dict[str, Any]:
     """A round with its sites as `--json` prints it."""
     told = {**vars(facts), "round": facts.index, "sites": {each.site: _outcome(each) for each in facts.outcomes}}
     del told["index"], told["outcomes"]
     return told
 
 
-def _outcome(outcome: Outcome) -> dict[str, object]:
+def _outcome(outcome: Outcome) -> dict[str, Any]:
     return {key: value for key, value in vars(outcome).items() if key != "site"}
