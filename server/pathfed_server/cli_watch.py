@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pathfed_common import console
+from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
 from pathfed_common.digest import short
 from pathfed_common.errors import ErrorCode, HostError, RoundError
@@ -31,6 +31,8 @@ def run_status(
     """
     if run is None and follow:
         raise HostError(ErrorCode.SETTINGS_INVALID, "name the run to follow", where="--follow")
+    if follow:
+        interrupts.end_on_terminate()
     with opened_by(home, Role.AUDITOR) as (store, _):
         if run is None:
             show(_run_rows(store), as_json=as_json, title="runs")
@@ -135,6 +137,7 @@ def events(
             store.run(run_name(run))
         feed = EventFeed(store, after)
         if follow:
+            interrupts.end_on_terminate()
             for row in following.follow(lambda: following.next_events(feed, wanted), _aside):
                 _tell_event(row, as_json=as_json, wrap=None)
         rows = following.all_events(feed, wanted)

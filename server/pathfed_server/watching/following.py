@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from pathfed_common import interrupts
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName
 from pathfed_server.db.event_feed import EventFeed
@@ -23,10 +24,12 @@ def follow(look: Callable[[], Sequence[Item]], tell: Callable[[str], None], *, e
     """What `look` finds, for ever; a database that does not answer is told of once while it lasts, and waited for.
 
     Raises:
+        KeyboardInterrupt: this process was asked to end.
         PathfedError: what `look` raises, but for a database that is away.
     """
     away = False
     while True:
+        interrupts.heed()
         try:
             found = look()
         except RoundError as error:
