@@ -163,7 +163,7 @@ def test_an_event_is_one_line_with_its_number_first():
     assert line.split()[0] == "153"
     assert f"{RUN} round 4 {SITES[1]}  PF507" in line
     assert len(line) <= 100
-    assert "PF507 An update" in event_lines.for_people(event("site.refused", "a", run=RUN, round=4, code="PF507"))
+    assert "PF507 An update" in event_lines.for_people(event("run.failed", code="PF507"))
     assert "by operator:ann" in event_lines.for_people(event("run.stopped", actor="operator:ann"))
     assert "PF999" in event_lines.for_people(event("run.failed", code="PF999"))
     assert f"{SITES[0]} PF515" in event_lines.for_people(event("round.failed", round=1, code="PF503", sites={SITES[0]: "PF515"}))
