@@ -12,6 +12,7 @@ from pathfed_common.console import Json, show
 from pathfed_server import cli_plans, cli_watch
 from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
+from pathfed_server.cli_notify import notify_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
 from pathfed_server.cli_release import release_app
 from pathfed_server.operators import Role, opened_by
@@ -35,6 +36,7 @@ app.add_typer(operators_app, name="operators")
 app.add_typer(ca_app, name="ca")
 app.command()(audit)
 cli_watch.register(app, run_app)
+app.add_typer(notify_app, name="notify")
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]
 

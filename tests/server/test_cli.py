@@ -23,6 +23,7 @@ COMMANDS = (
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
     *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
     *(("release", name) for name in ("create", "list")),
+    *(("notify", name) for name in ("status", "test")),
 )
 
 

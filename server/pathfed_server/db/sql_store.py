@@ -1,4 +1,4 @@
-"""The server's store: sites, enrolments, certificates, operators, plans, approvals, runs, rounds and the audit trail in one SQL database.
+"""The server's store: sites, enrolments, certificates, operators, plans, approvals, runs, rounds, events and more in one SQL database.
 
     store = SqlStore("sqlite:////var/lib/pathfed/server.db")
     with store: ...                       # opens: checks that the database is reachable and at this version's schema
@@ -9,6 +9,7 @@ It may be used from several threads and processes at once. `migrate(url)` makes 
 from pathfed_server.db.certificate_store import CertificateStore
 from pathfed_server.db.database import migrate
 from pathfed_server.db.enrolment_store import EnrolmentStore
+from pathfed_server.db.notify_store import NotifyStore
 from pathfed_server.db.operators_store import OperatorsStore
 from pathfed_server.db.rounds_store import RoundsStore
 from pathfed_server.db.watch_store import WatchStore
@@ -16,5 +17,5 @@ from pathfed_server.db.watch_store import WatchStore
 __all__ = ["SqlStore", "migrate"]
 
 
-class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore, WatchStore):
+class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore, WatchStore, NotifyStore):
     """All of the store in one object; it implements `rounds.ports.RoundStore`. See the parts it is made of for its methods."""
