@@ -34,7 +34,7 @@ class WebReceiver:
     port: int = 0
     calls: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     answer: int = 204
-    before: Callable[[], None] = lambda: None
+    before: Callable[[], object] = lambda: None
     location: str = ""
     dribbles: bool = False
     ended: threading.Event = field(default_factory=threading.Event)

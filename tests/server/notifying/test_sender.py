@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 import pytest
-from receivers import mail_receiver, until, web_receiver
+from receivers import WebReceiver, mail_receiver, until, web_receiver
 
 from pathfed_common.processes import free_port
 from pathfed_server.db.sql_store import SqlStore
@@ -119,7 +120,7 @@ def test_a_thousand_events_while_a_receiver_is_away_come_in_one_message_when_it_
 
 def test_a_receiver_that_is_dead_or_slow_holds_up_no_other(home, notify):
     with web_receiver() as slow, web_receiver() as good, mail_receiver() as box:
-        slow.before = lambda: slow.ended.wait(60) and None
+        slow.before = lambda: slow.ended.wait(60)
         dead = hook("dead", free_port())
         notify(home, hook("slow", slow.port) + dead + hook("good", good.port) + MAIL.format(port=box.port))
         with notifying(home) as store:
@@ -195,6 +196,10 @@ def test_waiting_grows_to_a_bound_and_is_drawn():
     assert pace.wait_s(3, lambda: 0.0) == 10.0
 
 
+def is_told(seen: WebReceiver, numbers: list[int]) -> bool:
+    return set(seen.ids()) >= set(numbers)
+
+
 @contextmanager
 def process_of(home):
     (spec,) = notifier_processes(home)
@@ -227,7 +232,7 @@ def test_killed_between_sending_and_noting_it_tells_again_and_loses_nothing(home
                     assert process.wait(60) == -signal.SIGKILL
                     numbers.append(happens(store, 10 + life, "run.failed", code="PF514"))
                 else:
-                    until(lambda told=numbers: set(seen.ids()) >= set(told))
+                    until(partial(is_told, seen, numbers))
                     until(lambda: store.receiver("pager").until is None)
         row = store.receiver("pager")
     assert set(seen.ids()) == set(numbers)

@@ -5,7 +5,7 @@ from tests.server.notifying.conftest import PASSWORD, SECRET
 
 from pathfed_common.errors import HostError
 from pathfed_server.notifying.notifier import notifier_processes
-from pathfed_server.notifying.settings import receivers
+from pathfed_server.notifying.settings import Mailbox, Webhook, receivers
 
 HOOK = 'url = "https://hooks.example.org/T00/s3cr3t-path"\nsecret_file = "keys/hook.secret"\n'
 MAIL = """
@@ -24,6 +24,8 @@ def test_receivers_are_read_with_their_secrets_which_show_nowhere(home, notify):
     assert set(found.each) == {"pager", "team"}
     assert found.give_up_s == 86_400
     pager, team = found.each["pager"], found.each["team"]
+    assert isinstance(pager, Webhook)
+    assert isinstance(team, Mailbox)
     assert (pager.secret, team.password) == (SECRET, PASSWORD)
     shown = repr(found) + str(found) + pager.place + team.place
     for secret in (SECRET.decode(), PASSWORD, "s3cr3t-path"):
