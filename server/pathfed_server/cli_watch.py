@@ -102,14 +102,16 @@ def rounds(
     as_json: Json = False,
 ) -> None:
     """Show a run's rounds: how long each took, who was admitted, and why others were not."""
+    from pathfed_common.model import noise_norm
     from pathfed_server.watching import round_rows
 
     with opened_by(home, Role.AUDITOR) as (store, _):
-        facts = store.run_facts(run_name(run), newest=last).rounds
+        found = store.run_facts(run_name(run), newest=last)
+    facts, noise = found.rounds, noise_norm(found.plan.plan())
     if as_json:
-        show([round_rows.for_scripts(row, took) for row, took in round_rows.timed(facts)], as_json=True)
+        show([round_rows.for_scripts(row, took, noise) for row, took in round_rows.timed(facts)], as_json=True)
     else:
-        show([round_rows.for_people(row, took) for row, took in round_rows.timed(facts)], as_json=False, title=f"rounds of {run}")
+        show([round_rows.for_people(row, took, noise) for row, took in round_rows.timed(facts)], as_json=False, title=f"rounds of {run}")
 
 
 def events(

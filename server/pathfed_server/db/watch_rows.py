@@ -10,13 +10,17 @@ from pathfed_server.db.rows import PlanRow
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a site in a round, as far as it is known. `code`: why not admitted, None otherwise; times are UTC seconds."""
+    """What became of a site in a round, as far as it is known; times are UTC seconds.
+
+    `code`: why not admitted, None otherwise. `rounding`: a bound on the L2 norm of what the wire format's rounding added to its update.
+    """
 
     site: SiteName
     state: str
     code: str | None
     offered_at: float | None
     received_at: float | None
+    rounding: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

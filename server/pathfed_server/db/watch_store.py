@@ -87,7 +87,7 @@ def _rounds(connection: Connection, name: RunName, newest: int | None) -> tuple[
 
 
 def _outcome(row: RowMapping) -> Outcome:
-    kept = ("site", "code", "offered_at", "received_at")
+    kept = ("site", "code", "offered_at", "received_at", "rounding")
     return Outcome(**{key: row[key] for key in kept}, state=str(row["state"]))
 
 

@@ -16,7 +16,7 @@ STATE = digest.of_bytes(b"state")
 
 
 def outcome(site, state="admitted", code=None, received_at=BEGIN + 9) -> Outcome:
-    return Outcome(site=site, state=state, code=code, offered_at=BEGIN, received_at=received_at)
+    return Outcome(site=site, state=state, code=code, offered_at=BEGIN, received_at=received_at, rounding=None if code else 0.5)
 
 
 def round_of(index, state="committed", committed_at=None, **changed) -> RoundFacts:
@@ -121,7 +121,13 @@ def test_a_run_is_told_in_lines_that_fit_a_terminal():
 def test_for_scripts_everything_is_a_json_value_and_a_site_is_found_by_its_name():
     told = run_view.for_scripts(present())
     assert told["epsilon"] == {"least": 0.25, "most": 0.25}
-    assert told["round"]["sites"][SITES[1]] == {"state": "refused", "code": "PF507", "offered_at": BEGIN, "received_at": BEGIN + 9}
+    assert told["round"]["sites"][SITES[1]] == {
+        "state": "refused",
+        "code": "PF507",
+        "offered_at": BEGIN,
+        "received_at": BEGIN + 9,
+        "rounding": None,
+    }
     assert told["troubles"][0]["code"] == "PF503"
     assert told["troubles"][0]["do"]
 
@@ -134,10 +140,12 @@ def test_a_round_is_a_row_with_what_it_took_and_why_sites_are_missing():
         outcome("x", "excluded", "PF518"),
     )
     ((facts, took),) = round_rows.timed([round_of(1, committed_at=BEGIN + 90, outcomes=outcomes)])
-    row = round_rows.for_people(facts, took)
+    row = round_rows.for_people(facts, took, 200.0)
     assert (row["took"], row["admitted"], row["not"]) == ("1 min 30 s", "1 of 3", "PF507 x2")
-    told = round_rows.for_scripts(facts, took)
+    assert row["rounding"] == "0.0025"
+    told = round_rows.for_scripts(facts, took, 200.0)
     assert (told["round"], told["seconds"], told["asked"], told["admitted"]) == (1, 90.0, 3, 1)
+    assert told["wire_rounding"] == 0.0025
     assert told["sites"]["x"]["code"] == "PF518"
     assert round_rows.timed([round_of(1, "failed")])[0][1] is None
 
