@@ -196,9 +196,9 @@ class Sender:
             collector.add(notice)
 
     def _asked(self, call: Callable[[], Value]) -> Value | None:
-        """What the database answers, waited for while it is away; None: the sender is to end."""
+        """What the database answers, asked once at least and waited for while it is away; None: it was, and the sender is to end."""
         told = False
-        while not self.ended.is_set():
+        while True:
             try:
                 return call()
             except RoundError as error:
@@ -207,8 +207,8 @@ class Sender:
                 if not told:
                     _LOG.warning("%s: %s; waiting for the database", self.name, error)
                 told = True
-            self.ended.wait(self.pace.database_s)
-        return None
+            if self.ended.wait(self.pace.database_s):
+                return None
 
     def _pause(self, seconds: float) -> None:
         if seconds > 0:

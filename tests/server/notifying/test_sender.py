@@ -251,6 +251,7 @@ def test_a_second_notifier_of_a_home_waits_until_the_first_has_ended(home, notif
             with process_of(home) as second:
                 number = happens(store, 1)
                 until(lambda: seen.ids() == [number])
+                until(lambda: store.receiver("pager").until is None)
                 first.terminate()
                 assert first.wait(30) == 0
                 number = happens(store, 2)
