@@ -1006,6 +1006,54 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "`pathfed-server quarantine list` shows the entries with their numbers.",
         "operator",
     ),
+    Code.NOTICE_REFUSED: CatalogEntry(
+        "A receiver did not take a notification",
+        "The web server answered with another status than 2xx (a redirect is not followed), or the mail server refused the login, the "
+        "mail or its recipients. The message is sent again, less and less often, until it arrives or is given up. No round waits for "
+        "it.",
+        "The number in the message is the receiver's answer: 401 or 403, and 535 of a mail server, mean the secret or password; 404 "
+        "the URL; 429 and 5xx that the receiver is overloaded or broken. Correct `notify.toml`, then try `pathfed-server notify test "
+        "NAME`.",
+        "operator",
+    ),
+    Code.NOTICE_TIMEOUT: CatalogEntry(
+        "A receiver did not answer in time",
+        "The receiver of a notification was connected to, or was to be, and had not taken the message after 20 seconds. It is sent "
+        "again, so that it may arrive twice, under the same id. No round waits for it.",
+        "Look whether the receiver works, and whether a firewall drops the connection without a word. Then try `pathfed-server notify "
+        "test NAME`.",
+        "operator",
+    ),
+    Code.NOTICE_TLS: CatalogEntry(
+        "No trusted TLS with a receiver",
+        "The receiver's certificate is not trusted, is for another name, or the receiver offers no TLS. Nothing was sent, no password "
+        "either.",
+        "Let `ca_file` in `notify.toml` name the authority, PEM, if it is one of your own. For a mail server check `security` and "
+        '`port`: 587 goes with "starttls", 465 with "tls". Verification cannot be switched off.',
+        "operator",
+    ),
+    Code.NOTICE_UNREACHABLE: CatalogEntry(
+        "A receiver is not reached",
+        "The name of a notification's receiver has no address, nobody listens there, or the connection broke. The message is sent "
+        "again, less and less often, until it arrives or is given up. No round waits for it.",
+        "Check host and port in `notify.toml`, name resolution, and the firewall for outgoing connections. Proxies are not used. Then "
+        "try `pathfed-server notify test NAME`.",
+        "operator",
+    ),
+    Code.RECEIVER_UNKNOWN: CatalogEntry(
+        "No receiver of this name",
+        "`notify.toml` in the server's home has no receiver with the name that was given.",
+        "`pathfed-server notify status` lists the receivers. Each is a table `[webhook.NAME]` or `[mail.NAME]`.",
+        "operator",
+    ),
+    Code.NOTICE_GIVEN_UP: CatalogEntry(
+        "A notification was given up",
+        "A message could not be delivered for as long as `give_up_hours` says. The audit trail has an event `notification.failed` with "
+        "the numbers of the events that it told of; other receivers are told of that. What happens later is tried anew.",
+        "`pathfed-server notify status` says why. Read what was missed with `pathfed-server events --since NUMBER`, mend the receiver, "
+        "and try `pathfed-server notify test NAME`.",
+        "operator",
+    ),
 }
 
 _PROVENANCE: dict[Code, CatalogEntry] = {

@@ -22,6 +22,7 @@ from pathfed_server.control import control_process
 from pathfed_server.db.rows import RunRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.notifying.notifier import notifier_processes
 from pathfed_server.rounds.machine import OPEN
 from pathfed_server.rounds.state import RunState, SiteState
 from pathfed_server.transport.engine import LOOPBACK, EngineFiles, start_engine
@@ -123,6 +124,8 @@ def serve(home: ServerHome, tell: Tell) -> None:
         try:
             port = start_engine(supervisor, _engine_files(home))
             supervisor.start(control_process(home))
+            for notifier in notifier_processes(home):
+                supervisor.start(notifier)
             files.write_atomic(
                 home.ports_file, json.dumps({"superlink": port, "fleet": home.settings.fleet_port, "pid": os.getpid()}).encode()
             )

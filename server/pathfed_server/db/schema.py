@@ -356,3 +356,20 @@ release = Table(
     Column("run", _NAME, ForeignKey(run.c.name), nullable=False),
     Column("released_at", Double, nullable=False),
 )
+
+notification = Table(
+    "notification",
+    metadata,
+    Column("receiver", _NAME, primary_key=True),
+    Column("after", BigInteger, nullable=False, comment="events up to this number are done with"),
+    Column("until", BigInteger, comment="last event of the message under way; null: none is"),
+    Column("events", Integer, nullable=False, comment="that the message under way tells of"),
+    Column("began_at", Double, comment="null: no message is under way"),
+    Column("attempts", Integer, nullable=False, comment="at the message under way"),
+    Column("next_at", Double, comment="null: at once"),
+    Column("code", _CODE, comment="why the last attempt failed; null: it did not"),
+    Column("sent", BigInteger, nullable=False, comment="messages that arrived"),
+    Column("sent_at", Double, comment="null: none has arrived"),
+    Column("given_up", BigInteger, nullable=False, comment="messages given up"),
+    CheckConstraint("(until IS NULL) = (began_at IS NULL)", name="under_way"),
+)
