@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import sync_folder, write_atomic
+from pathfed_common.files import make_folder, sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
@@ -55,10 +55,10 @@ class RunFiles:
     def prepare(self, round_index: int) -> Path:
         """Make the round's folders; the folder for incoming files, empty."""
         for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         incoming = self.spool(round_index) / "incoming"
         shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
+        make_folder(incoming)
         return incoming
 
     def sweep(self, committed: int) -> None:
@@ -116,7 +116,7 @@ class RunFiles:
             raise ValueError("there is nothing to set aside")
         found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
         folder = self.quarantine(round_index)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
         if reply.statement is not None:
             write_atomic(place.with_suffix(".dsse"), reply.statement)
