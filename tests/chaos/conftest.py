@@ -13,8 +13,9 @@ from pathfed_local.consortium import find_hospitals
 
 __all__ = ["_processes_of_fixture", "hospitals"]
 
-#: `make chaos`: every case. Otherwise a short set, which the ordinary run of the tests has time for.
-FULL = os.environ.get("CHAOS") == "full"
+#: `make chaos`: every case ("full"), or each kind of process once ("short").
+CHAOS = os.environ.get("CHAOS", "")
+FULL = CHAOS == "full"
 SEED = int(os.environ.get("SEED", "0"))
 #: Rounds of a run; 0: as many as its cases need.
 ROUNDS = int(os.environ.get("ROUNDS", "0"))
