@@ -810,6 +810,14 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "An honest site exceeds the bound practically never. Compare versions and plan digests; then talk to the site.",
         "operator",
     ),
+    Code.UPDATE_QUANTISED: CatalogEntry(
+        "The int8 numbers of an update are not such as rounding gives",
+        'With `wire.dtype = "int8"` a block of 256 numbers has one scale, and its largest number is 126 or 127 scales: the scale is '
+        "taken from it. This update has a block with a negative scale, a scale that its numbers do not reach, or a number of -128. "
+        "It is quarantined and does not count; the round goes on with the other sites.",
+        "No version of pathfed writes such a file. Compare the site's version with yours; then talk to the site.",
+        "operator",
+    ),
     Code.UPDATE_STALE: CatalogEntry(
         "An update is for another round or base state",
         "The statement names another round, base state or predecessor than the server expects, or the reply came after the "

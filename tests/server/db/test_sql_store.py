@@ -109,6 +109,7 @@ def admitted(site: SiteName) -> Participation:
         statement=digest.of_bytes(b"envelope of " + site.encode()),
         epsilon_plan=0.123456789012345,
         epsilon_total=1 / 3,
+        rounding=2 / 7,
         figures={"loss_sum": -1.5, "loss_sum_std": 0.1, "patients": 7.25, "patients_std": 2.0},
         reply_slot_s=5.0,
         offered_at=AT,
