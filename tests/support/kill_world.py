@@ -14,6 +14,7 @@ import pathfed_instants
 import psutil
 
 from pathfed_client.home import SiteHome
+from pathfed_common.digest import Digest
 from pathfed_common.ids import RunName
 from pathfed_common.provenance.documents import ServerCard, SiteCard
 from pathfed_local.consortium import Consortium, Hospital
@@ -71,7 +72,7 @@ class World:
     out: Path
     hospitals: Sequence[Hospital]
     plan_text: str
-    digest: str = ""
+    digest: Digest = field(default=Digest(""))
     told: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +99,7 @@ class World:
             made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
             plan = self.out / "plan.toml"
             plan.write_text(self.plan_text, encoding="utf-8")
-            self.digest = made.server_command("plan", "publish", plan, "--out", self.out / "plan.dsse")["plan"]
+            self.digest = Digest(made.server_command("plan", "publish", plan, "--out", self.out / "plan.dsse")["plan"])
             for one in made.hospitals:
                 made.site_command(one.name, "scan", self.out / "plan.dsse")
                 made.site_command(one.name, "approve", self.out / "plan.dsse", "--patients-at-least", "6")
