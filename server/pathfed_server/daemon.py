@@ -210,7 +210,7 @@ def _server_app_file(home: ServerHome, run: RunName) -> Path:
 
 def note_server_app(home: ServerHome, run: RunName) -> None:
     """Write this process's id, so that the daemon notices at once when the round loop's process ends."""
-    home.run_folder(run).mkdir(parents=True, exist_ok=True)
+    files.make_folder(home.run_folder(run))
     files.write_atomic(_server_app_file(home, run), str(os.getpid()).encode())
 
 

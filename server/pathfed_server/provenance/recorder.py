@@ -212,7 +212,7 @@ class Recorder:
     def _made(self, place: str) -> Path:
         path = self._folder / place
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
         except OSError as error:
             raise files.disk_error(error, path) from error
         return path

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import sync_folder, write_atomic
+from pathfed_common.files import make_folder, sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.admission import read_chunks
@@ -61,8 +61,8 @@ class RunFiles:
     def prepare(self, round_index: int) -> Path:
         """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round."""
         for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.incoming(round_index).mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
+        make_folder(self.incoming(round_index))
         return self.incoming(round_index)
 
     def sweep(self, committed: int) -> None:
@@ -120,7 +120,7 @@ class RunFiles:
             raise ValueError("there is nothing to set aside")
         found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
         if reply.statement is not None:
             write_atomic(place.with_suffix(".dsse"), reply.statement)

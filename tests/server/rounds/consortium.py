@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pathfed_common import digest, wire_format
 from pathfed_common.encoder import weights
+from pathfed_common.files import write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -110,7 +111,7 @@ class Answer:
 
     def reply(self, folder: Path, received_at: float) -> Reply:
         path = folder / f"{self.offer.site}.part"
-        path.write_bytes(self.update)
+        write_atomic(path, self.update)
         envelope = self.statement.to_envelope(self.key)
         return Reply(site=self.offer.site, code=None, statement=envelope, update=path, received_at=received_at, transfer_s=0.25)
 

@@ -1,6 +1,6 @@
 """How far each receiver of notifications has been told.
 
-Revision: 0006, after 0005.
+Revision: 0008, after 0007.
 """
 
 import sqlalchemy as sa
