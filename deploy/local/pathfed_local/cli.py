@@ -84,6 +84,28 @@ def _where(out: Path) -> None:
 
 
 @app.command()
+def simulate(
+    plan: Annotated[Path | None, typer.Argument(help="A plan, TOML; one with little work a site if not given.")] = None,
+    sites: Annotated[int, typer.Option(help="Virtual sites.")] = 200,
+    rounds: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rounds; the plan's if not given.")] = None,
+    processes: Annotated[int, typer.Option(min=1, max=512, help="Virtual sites that compute at a time.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for everything; an earlier simulation there is replaced.")] = Path("pathfed-simulation"),
+    as_json: Json = False,
+) -> None:
+    """Run the server's rounds with many virtual sites, on Flower's simulation engine, and say what a round takes.
+
+    Round loop, admission, aggregation and record are the real ones; virtual sites take the private step on painted tiles.
+    """
+    from pathfed_local.plans import simulation_plan
+    from pathfed_local.simulation.simulating import Simulation, SimulationOptions
+
+    interrupts.end_on_terminate()
+    options = SimulationOptions(out=out, plan=plan or simulation_plan(), sites=sites, rounds=rounds, processes=processes)
+    figures = Simulation(options, lambda line: console.err.print(line, highlight=False)).run()
+    show(figures, as_json=as_json, title=f"{sites} virtual sites on this machine.")
+
+
+@app.command()
 def verify(
     given: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="A release's bundle, folder or archive; a run's record; or the folder of a demo.")
