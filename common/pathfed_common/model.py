@@ -1,7 +1,7 @@
 """What a plan trains: the model, its first weights, and the encoder that comes out of it.
 
-A *base state* is all that a round starts from, float32: the trained tensors, named ``encoder.<timm name>`` and ``head.<name>``, and where
-the objective has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone.
+A *base state* is all that a round starts from, float32: tensors named ``encoder.<timm name>`` and ``head.<name>``, and where the objective
+has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone (`trained`).
 """
 
 from collections.abc import Callable, Mapping
@@ -85,13 +85,14 @@ def state_shapes(plan: Plan) -> dict[str, Shape]:
     return _OBJECTIVES[plan.objective.name].shapes(encoder_spec(plan), plan.objective.settings())
 
 
-def is_trained(name: str) -> bool:
-    """Whether a base state's tensor of that name is trained, and so in every update; else it is a teacher's."""
-    return not name.startswith(TEACHER_PREFIX)
+def trained(plan: Plan) -> Callable[[str], bool]:
+    """Whether the plan trains a base state's tensor of that name, so that it is in every update; else it is a teacher's."""
+    return lambda name: not name.startswith(TEACHER_PREFIX)
 
 
 def update_shapes(plan: Plan) -> dict[str, Shape]:
     """Shape of every tensor of the plan's updates, by name: the trained ones."""
+    is_trained = trained(plan)
     return {name: shape for name, shape in state_shapes(plan).items() if is_trained(name)}
 
 

@@ -41,8 +41,9 @@ class ProcessSpec:
         environment: variables set on top of the owner's own.
         ready: says whether the child serves; None: it does from the start.
         ready_within_s: seconds after which a child that is not ready counts as failed.
-        restarts: how often it is started again after it ended by itself.
+        restarts: how often in a row it is started again after it ended by itself; a life of `steady_s` begins the count anew.
         restart_delay_s: seconds before each new start.
+        steady_s: seconds after which a child counts as one that stays up.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ProcessSpec:
     ready_within_s: float = 60.0
     restarts: int = 0
     restart_delay_s: float = 1.0
+    steady_s: float = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,22 @@ class _Child:
     process: subprocess.Popen[bytes]
     restarts: int = 0
     restart_at: float | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def start_again(self) -> None:
+        """Start it anew."""
+        self.restart_at, self.began = None, time.monotonic()
+        self.process = _spawn(self.spec)
+
+    def may_restart(self) -> bool:
+        """Whether, having ended just now, it is to be started again; counts it."""
+        if time.monotonic() - self.began >= self.spec.steady_s:
+            self.restarts = 0  # what happens once a month must not add up over a run of months
+        if self.restarts >= self.spec.restarts:
+            return False
+        self.restarts += 1
+        self.restart_at = time.monotonic() + self.spec.restart_delay_s
+        return True
 
 
 class Supervisor:
@@ -136,19 +154,15 @@ class Supervisor:
         for child in list(self._children):
             if child.restart_at is not None:
                 if time.monotonic() >= child.restart_at:
-                    child.restart_at = None
-                    child.process = _spawn(child.spec)
+                    child.start_again()
                 continue
             status = child.process.poll()
             if status is None:
                 continue
             self._note_orphans(child)
-            again = child.restarts < child.spec.restarts
+            again = child.may_restart()
             ends.append(ProcessEnd(name=child.spec.name, status=status, restarted=again, log=child.spec.log))
-            if again:
-                child.restarts += 1
-                child.restart_at = time.monotonic() + child.spec.restart_delay_s
-            else:
+            if not again:
                 self._children.remove(child)
         return ends
 

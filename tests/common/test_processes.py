@@ -281,3 +281,17 @@ def can_be_listened_on(port: int) -> bool:
     except HostError:
         return False
     return True
+
+
+def test_a_long_life_begins_the_count_of_restarts_anew(supervisor, spec):
+    supervisor.start(spec("sleep 0.3", restarts=1, restart_delay_s=0.0, steady_s=0.1))
+    ends: list[ProcessEnd] = []
+    assert eventually(lambda: len(noted(ends, supervisor)) >= 4)
+    assert all(end.restarted for end in ends)
+
+
+def test_short_lives_add_up_to_an_end_for_good(supervisor, spec):
+    supervisor.start(spec("exit 3", restarts=2, restart_delay_s=0.0))
+    ends: list[ProcessEnd] = []
+    assert eventually(lambda: len(noted(ends, supervisor)) >= 3)
+    assert [end.restarted for end in ends] == [True, True, False]

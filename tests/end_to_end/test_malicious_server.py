@@ -101,7 +101,8 @@ def test_no_code_that_a_server_sends_runs_at_a_site(site: Consortium, tmp_path, 
     assert heard.read_text() == "PF404", "the message came, and was refused by the runner itself"
     assert sorted(path.name for path in tmp_path.glob("ran-*")) == []
     assert _refusals(site) == before + 1, "that it refused is in the record of what left"
-    assert "".join(path.read_text() for path in site.site(site.hospitals[0].name).glob("logs/*.log")).count("refused a bundle") == before + 1
+    logs = site.site(site.hospitals[0].name).glob("logs/*.log")
+    assert "".join(path.read_text() for path in logs).count("refused a bundle") == before + 1
 
 
 def _refusals(site: Consortium) -> int:

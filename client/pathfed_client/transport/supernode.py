@@ -1,9 +1,11 @@
 """Our launcher of Flower's SuperNode: the one place that touches its private loop.
 
-Two things are changed, and nothing else:
+Three things are changed, and nothing else:
 
     - A SuperNode whose connection loop has died can go on serving its health and runtime ports (a zombie). The launcher ends the whole
       process when the loop returns or raises, so that the supervisor sees it and starts it again.
+    - So can one whose heartbeat has died, of an answer that Flower does not expect (a server in trouble: HTTP 500): it goes on asking for
+      messages, but the server counts it as gone and sends it none. An exception that ends any thread ends the process.
     - A SuperNode with nothing to do asks SuperLink for a message, and sleeps three seconds, hard-coded. A round waits for the slowest of
       its sites, so with three sites it stood still for 2.25 s on average before the last one had even seen the offer. The launcher shortens
       that one sleep to `IDLE_POLL_S`; the loop's other sleeps, which wait for the site's own runner, stay as they are.
@@ -18,6 +20,7 @@ Run as `python -m pathfed_client.transport.supernode <flower-supernode's argumen
 import importlib
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +61,19 @@ def shorten_idle_sleep() -> None:
     loop.time = _Time()  # type: ignore[attr-defined]
 
 
+def end_with_any_thread() -> None:
+    """Let the process end, with its reason in the log, when an exception ends one of its threads."""
+
+    def end(died: threading.ExceptHookArgs) -> None:
+        named = "a thread" if died.thread is None else died.thread.name
+        print(f"{named} has died; the SuperNode ends, to be started again", file=sys.stderr)  # noqa: T201 - the log of this process
+        threading.__excepthook__(died)
+        sys.stderr.flush()
+        os._exit(ENDED)
+
+    threading.excepthook = end
+
+
 def hold_lock() -> BinaryIO | None:
     """Hold the lock that the environment names, once an earlier SuperNode of this site has let go of it; None: it names none."""
     named = os.environ.get(LOCK_VARIABLE)
@@ -71,6 +87,7 @@ def hold_lock() -> BinaryIO | None:
 def main() -> None:
     """Run the SuperNode; end the process with it."""
     lock = hold_lock()  # until the process ends
+    end_with_any_thread()
     shorten_idle_sleep()
     try:
         flower_supernode()

@@ -62,7 +62,7 @@ def chunks(
     Raises:
         ValueError: as `dump`, or `tensor` gives another dtype or shape than `layout` says.
     """
-    yield _header_bytes(layout, metadata)
+    yield header_bytes(layout, metadata)
     for name in sorted(layout):
         value = tensor(name)
         if (value.dtype, tuple(value.shape)) != layout[name]:
@@ -101,7 +101,7 @@ def header(path: Path) -> dict[str, tuple[torch.dtype, Shape]]:
         ValueError: not a file as `dump` writes it, or of another length than its header says.
         OSError: the file cannot be read.
     """
-    return {name: (slot.dtype, slot.shape) for name, slot in _file_slots(path).items()}
+    return {name: (slot.dtype, slot.shape) for name, slot in slots(path).items()}
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -123,27 +123,38 @@ def reader(path: Path) -> Callable[[str], Tensor]:
         ValueError: not a file as `dump` writes it; when called, no tensor of that name.
         OSError: the file cannot be read.
     """
-    slots = _file_slots(path)
+    found = slots(path)
 
     def read(name: str) -> Tensor:
-        if name not in slots:
+        if name not in found:
             raise ValueError(f"no tensor {name!r} in the file")
-        slot = slots[name]
+        slot = found[name]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _tensor(data[slot.start : slot.end], Slot(slot.dtype, slot.shape, 0, slot.end - slot.start))
 
     return read
 
 
-def _tensor(data: bytes, slot: Slot) -> Tensor:
-    if slot.start == slot.end:
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    # A bytearray, because torch warns of memory that cannot be written; it is the tensor's own copy.
-    raw = torch.frombuffer(bytearray(data[slot.start : slot.end]), dtype=torch.uint8)
-    return raw.view(slot.dtype).reshape(slot.shape)
+def slots(path: Path) -> dict[str, Slot]:
+    """Where every tensor of a file lies, in the order of the names, reading its header alone.
+
+    Raises:
+        ValueError: not a file as `dump` writes it, or of another length than its header says.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        start += file.read(min(length, _LARGEST_HEADER))
+        return _slots(start, path.stat().st_size)
 
 
-def _header_bytes(layout: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(layout: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with: the header's length and the header.
+
+    Raises:
+        ValueError: as `dump`.
+    """
     entries: dict[str, object] = {}
     if metadata:
         if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
@@ -164,12 +175,12 @@ def _header_bytes(layout: Mapping[str, tuple[torch.dtype, Shape]], metadata: Map
     return len(text).to_bytes(8, "little") + text
 
 
-def _file_slots(path: Path) -> dict[str, Slot]:
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        start += file.read(min(length, _LARGEST_HEADER))
-        return _slots(start, path.stat().st_size)
+def _tensor(data: bytes, slot: Slot) -> Tensor:
+    if slot.start == slot.end:
+        return torch.empty(slot.shape, dtype=slot.dtype)
+    # A bytearray, because torch warns of memory that cannot be written; it is the tensor's own copy.
+    raw = torch.frombuffer(bytearray(data[slot.start : slot.end]), dtype=torch.uint8)
+    return raw.view(slot.dtype).reshape(slot.shape)
 
 
 def _slots(start: bytes, size: int) -> dict[str, Slot]:
@@ -181,7 +192,7 @@ def _slots(start: bytes, size: int) -> dict[str, Slot]:
         entries = loads(start[8 : 8 + length])
         metadata = entries.pop(_METADATA, {})
         layout = {name: _entry(entry) for name, entry in entries.items()}
-        canonical = _header_bytes(layout, metadata)
+        canonical = header_bytes(layout, metadata)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a safetensors file: {error}") from None
     if canonical != start[: 8 + length]:

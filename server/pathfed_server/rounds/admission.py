@@ -11,7 +11,7 @@
 | every number is finite | PF507 |
 | its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
 
-That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one tensor.
+That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one block.
 """
 
 import math
@@ -24,11 +24,13 @@ import torch
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights as tensor_files
+from pathfed_common.encoder.blocks import FileBlocks
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import Plan
 from pathfed_common.provenance.statement import UpdateStatement
 from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
+from pathfed_server.rounds.norms import l2_norm
 from pathfed_server.rounds.participants import Participant
 
 _CHUNK = 4 * 2**20
@@ -211,9 +213,7 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float
 
 
 def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> float:
-    """L2 norm over the tensors of a safetensors file, summed in float64; not finite exactly when one of their numbers is not.
-
-    float32 and bfloat16 numbers are below 3.5e38, so no sum of fewer than 10^200 of their squares overflows float64.
+    """L2 norm over the tensors of a file, see `norms.l2_norm`; not finite exactly when one of their numbers is not.
 
     Args:
         path: the file.
@@ -223,13 +223,7 @@ def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> fl
         ValueError: not a file as `weights.dump` writes it.
         OSError: the file cannot be read.
     """
-    squares = []
-    read = tensor_files.reader(path)
-    for name in filter(only, sorted(tensor_files.header(path))):
-        values = read(name).to(torch.float64)
-        squares.append(float(values.mul_(values).sum()))
-    # fsum raises on infinities of both signs; squares have one.
-    return math.sqrt(math.fsum(squares)) if all(math.isfinite(square) for square in squares) else math.inf
+    return l2_norm(FileBlocks(path), only=only)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

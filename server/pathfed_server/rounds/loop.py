@@ -27,7 +27,7 @@ from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.model import is_trained
+from pathfed_common.model import trained
 from pathfed_common.plan import Plan
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
@@ -104,7 +104,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.run, self.plan = self.settings.run, self.settings.plan
-        self.plan_digest = self.plan.digest
+        self.plan_digest, self.trained = self.plan.digest, trained(self.plan)
         self.files = RunFiles(self.settings.home, self.run)
 
     def drive(self) -> RunOutcome:
@@ -138,7 +138,7 @@ class _Loop:
         tensors = self.settings.initial_state()
         layout = {name: (torch.float32, shape) for name, shape in self.settings.shapes.items()}
         write_atomic(self.files.state(0), tensor_files.chunks(layout, tensors.__getitem__, {}))
-        write_initial_optimiser(self.plan.server_optimiser, self.files.state(0), self.files.optimiser(0))
+        write_initial_optimiser(self.plan.server_optimiser, self.files.state(0), self.files.optimiser(0), trained=self.trained)
         first = self._checkpoint(0)
         candidates = self.store.candidates(self.run)
         self.recorder.begin(run=self.run, plan=self.plan, candidates=candidates, initial_state=self.files.state(0))
@@ -237,8 +237,8 @@ class _Loop:
             plan_digest=self.plan_digest,
             base_state=last.state,
             # Only a difference of states (several steps) is rounded at the size of the state.
-            base_norm=file_norm(state, only=is_trained) if self.plan.rounds.steps > 1 else 0.0,
-            layout={name: (wire, shape) for name, shape in self.settings.shapes.items() if is_trained(name)},
+            base_norm=file_norm(state, only=self.trained) if self.plan.rounds.steps > 1 else 0.0,
+            layout={name: (wire, shape) for name, shape in self.settings.shapes.items() if self.trained(name)},
         )
 
     def _commit(self, last: Checkpoint, gathered: Collection, exchange_s: float) -> Checkpoint:
@@ -297,6 +297,7 @@ class _Loop:
             optimiser_state=self.settings.home / last.optimiser_path,
             next_state=self.files.state(index),
             next_optimiser_state=self.files.optimiser(index),
+            trained=self.trained,
             teacher_keeps=self._teacher_keeps(index),
         )
         stepped = time.perf_counter()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pathfed_common.ids import SiteName
+from pathfed_common.model import trained
 from pathfed_common.plan import Plan
 from pathfed_server.rounds.aggregation import average
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
@@ -35,7 +36,7 @@ def replay_states(
         HostError: the disk is full (PF901) or cannot be written (PF904).
     """
     mean, before, slots = work / "mean.safetensors", first, work / "optimiser-0.safetensors"
-    write_initial_optimiser(plan.server_optimiser, first, slots)
+    write_initial_optimiser(plan.server_optimiser, first, slots, trained=trained(plan))
     for index, admitted in enumerate(sites, start=1):
         average({site: update(index, site) for site in admitted}, {site: plan.site_weights.get(site, 1.0) for site in admitted}, mean)
         after, next_slots = work / f"state-{index}.safetensors", work / f"optimiser-{index}.safetensors"
@@ -48,6 +49,7 @@ def replay_states(
             optimiser_state=slots,
             next_state=after,
             next_optimiser_state=next_slots,
+            trained=trained(plan),
             teacher_keeps=None if teacher is None else share_kept(teacher, round_index=index, rounds=plan.rounds.count),
         )
         slots.unlink()

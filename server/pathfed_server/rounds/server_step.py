@@ -1,29 +1,31 @@
-"""The server optimiser: state and mean update in, next state out, tensor by tensor from file to file.
+"""The server optimiser: state and mean update in, next state out, block by block from file to file.
 
     sgd      g = u + weight_decay * w;   v' = momentum * v + g;                      w' = w - learning_rate * v'
     adamw    m' = momentum * m + (1 - momentum) * u;   s' = beta2 * s + (1 - beta2) * u^2
              w' = w * (1 - learning_rate * weight_decay) - learning_rate * (m' / (1 - momentum^t)) / (sqrt(s' / (1 - beta2^t)) + epsilon)
 
 with u the mean update and t the round's index, 1 for the first. Both are those of torch.optim (SGD without dampening; AdamW after
-Loshchilov and Hutter 2019), which a test compares them with. A teacher's tensors then follow the new state (`teacher`); no optimiser slot
-belongs to them.
+Loshchilov and Hutter 2019), which a test compares them with. A teacher's tensors then follow the new state (`teacher`). What is not
+trained, and what a teacher has of it, keeps every bit. Only what is trained has optimiser slots.
 
 Guarantees:
     - Pure: the same files give the same bytes. Each number is formed in float64 by single operations that IEEE 754 rounds exactly (no fused
       ones), then rounded to float32 once; so the bytes do not depend on threads or on the processor either.
-    - The optimiser's file is made first and the next state from it, so that each is one pass and memory holds a few copies of one tensor.
+    - The optimiser's file is made first and the next state from it, so that each is one pass. Memory holds a few copies of one block, and
+      no number depends on where blocks begin.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pathfed_common.encoder import weights as tensor_files
+from pathfed_common.encoder.blocks import BLOCK, FileBlocks, block_chunks
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
-from pathfed_common.model import TEACHER_PREFIX, is_trained
+from pathfed_common.model import TEACHER_PREFIX
 from pathfed_common.plan import ServerOptimiserPlan
 from pathfed_server.rounds.teacher import next_teacher
 
@@ -31,15 +33,21 @@ from pathfed_server.rounds.teacher import next_teacher
 SLOTS = {"sgd": ("velocity",), "adamw": ("first", "second")}
 
 
-def write_initial_optimiser(optimiser: ServerOptimiserPlan, state: Path, out: Path) -> None:
+def write_initial_optimiser(optimiser: ServerOptimiserPlan, state: Path, out: Path, *, trained: Callable[[str], bool]) -> None:
     """Write the optimiser's file for a run that has made no step: zeros, shaped as the state's trained tensors.
+
+    Args:
+        optimiser: the plan's server optimiser.
+        state: the first state's file.
+        out: the file to write.
+        trained: which of the state's tensors are trained, by name (`model.trained`).
 
     Raises:
         ValueError: `state` is not a state file.
         HostError: the disk is full (PF901) or cannot be written (PF904).
     """
-    layout = _slot_layout(optimiser, state)
-    write_atomic(out, tensor_files.chunks(layout, lambda name: torch.zeros(layout[name][1], dtype=torch.float32), {}))
+    layout = _slot_layout(optimiser, state, trained)
+    write_atomic(out, block_chunks(layout, lambda name, start, stop: torch.zeros(stop - start), {}))
 
 
 def step(
@@ -51,7 +59,9 @@ def step(
     optimiser_state: Path,
     next_state: Path,
     next_optimiser_state: Path,
+    trained: Callable[[str], bool],
     teacher_keeps: float | None = None,
+    block: int = BLOCK,
 ) -> None:
     """Make one step, writing `next_optimiser_state` and then `next_state`, each whole or not at all.
 
@@ -63,7 +73,9 @@ def step(
         optimiser_state: the file the last step (or `write_initial_optimiser`) left.
         next_state: where the next state goes.
         next_optimiser_state: where the next optimiser file goes.
+        trained: which of the state's tensors are trained, by name (`model.trained`).
         teacher_keeps: share of itself that the state's teacher keeps; given just when there is one.
+        block: numbers in a block.
 
     Raises:
         ValueError: the files do not fit together.
@@ -73,47 +85,50 @@ def step(
     if step_index < 1:
         raise ValueError(f"step_index counts from 1, got {step_index}")
     whole = tensor_files.header(state)
-    trained = {name: kind for name, kind in whole.items() if is_trained(name)}
-    if tensor_files.header(mean_update) != trained:
+    if tensor_files.header(mean_update) != {name: kind for name, kind in whole.items() if trained(name)}:
         raise ValueError("the mean update's tensors are not the state's trained ones")
-    if (trained != whole) != (teacher_keeps is not None):
-        raise ValueError(f"a state {'with' if trained != whole else 'without'} a teacher, and {teacher_keeps=}")
-    layout = _slot_layout(optimiser, state)
+    teacher = any(name.startswith(TEACHER_PREFIX) for name in whole)
+    if teacher != (teacher_keeps is not None):
+        raise ValueError(f"a state {'with' if teacher else 'without'} a teacher, and {teacher_keeps=}")
+    layout = _slot_layout(optimiser, state, trained)
     if tensor_files.header(optimiser_state) != layout:
         raise ValueError("the optimiser's file does not belong to this state and optimiser")
 
-    read_value, read_mean, read_slot = (tensor_files.reader(path) for path in (state, mean_update, optimiser_state))
+    before, mean, slots = FileBlocks(state), FileBlocks(mean_update), FileBlocks(optimiser_state)
 
-    def slot(full_name: str) -> Tensor:
+    def slot(full_name: str, start: int, stop: int) -> Tensor:
         kind, name = full_name.split(".", 1)
-        value = read_value(name) if kind == "velocity" else None
-        return next_slot(optimiser, kind, before=read_slot(full_name), mean=read_mean(name), value=value)
+        value = before.read(name, start, stop) if kind == "velocity" else None
+        return next_slot(optimiser, kind, before=slots.read(full_name, start, stop), mean=mean.read(name, start, stop), value=value)
 
-    write_atomic(next_optimiser_state, tensor_files.chunks(layout, slot, {}))
-    read_next = tensor_files.reader(next_optimiser_state)
+    write_atomic(next_optimiser_state, block_chunks(layout, slot, {}, size=block))
+    after = FileBlocks(next_optimiser_state)
 
-    def moved(name: str) -> Tensor:
-        slots = {kind: read_next(f"{kind}.{name}") for kind in SLOTS[optimiser.name]}
-        return next_value(optimiser, step_index=step_index, value=read_value(name), slots=slots)
+    def moved(name: str, start: int, stop: int) -> Tensor:
+        moving = {kind: after.read(f"{kind}.{name}", start, stop) for kind in SLOTS[optimiser.name]}
+        return next_value(optimiser, step_index=step_index, value=before.read(name, start, stop), slots=moving)
 
-    def following(name: str) -> Tensor:
-        if teacher_keeps is None or is_trained(name):
-            return moved(name)
-        # Made again rather than kept, so that memory holds one tensor.
-        return next_teacher(read_value(name), moved(name.removeprefix(TEACHER_PREFIX)), teacher_keeps)
+    def following(name: str, start: int, stop: int) -> Tensor:
+        if trained(name):
+            return moved(name, start, stop)
+        followed = name.removeprefix(TEACHER_PREFIX)
+        if teacher_keeps is None or followed == name or not trained(followed):
+            return before.read(name, start, stop)
+        # Made again rather than kept, so that memory holds one block.
+        return next_teacher(before.read(name, start, stop), moved(followed, start, stop), teacher_keeps)
 
-    write_atomic(next_state, tensor_files.chunks(whole, following, {}))
+    write_atomic(next_state, block_chunks(whole, following, {}, size=block))
 
 
 def next_slot(optimiser: ServerOptimiserPlan, kind: str, *, before: Tensor, mean: Tensor, value: Tensor | None) -> Tensor:
-    """One tensor's slot after a step, float32.
+    """A slot's numbers after a step, float32.
 
     Args:
         optimiser: the plan's server optimiser.
         kind: "velocity" (sgd), "first" or "second" (adamw).
         before: the slot before the step.
-        mean: the mean update's tensor.
-        value: the state's tensor, which sgd's weight decay needs; None for adamw.
+        mean: the mean update's numbers.
+        value: the state's, which sgd's weight decay needs; None for adamw.
     """
     update = mean.to(torch.float64)
     old = before.to(torch.float64)
@@ -127,13 +142,13 @@ def next_slot(optimiser: ServerOptimiserPlan, kind: str, *, before: Tensor, mean
 
 
 def next_value(optimiser: ServerOptimiserPlan, *, step_index: int, value: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
-    """One tensor of the state after a step, float32.
+    """Numbers of the state after a step, float32.
 
     Args:
         optimiser: the plan's server optimiser.
         step_index: t, 1 for the first step.
-        value: the state's tensor before.
-        slots: the tensor's slots after, by kind.
+        value: the state's numbers before.
+        slots: their slots after, by kind.
 
     Raises:
         RoundError: PF514, a number of the result is not finite.
@@ -157,8 +172,10 @@ def next_value(optimiser: ServerOptimiserPlan, *, step_index: int, value: Tensor
     return result
 
 
-def _slot_layout(optimiser: ServerOptimiserPlan, state: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items() if is_trained(name)}
+def _slot_layout(
+    optimiser: ServerOptimiserPlan, state: Path, trained: Callable[[str], bool]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    shapes = {name: shape for name, (_, shape) in tensor_files.header(state).items() if trained(name)}
     layout = {f"{kind}.{name}": (torch.float32, shape) for kind in SLOTS[optimiser.name] for name, shape in shapes.items()}
     return dict(sorted(layout.items()))
 

@@ -39,11 +39,11 @@ def share_kept(schedule: TeacherSchedule, *, round_index: int, rounds: int) -> f
 
 
 def next_teacher(value: Tensor, followed: Tensor, kept: float) -> Tensor:
-    """One tensor of the teacher after a round, float32: single float64 operations, rounded once.
+    """Numbers of the teacher after a round, float32: single float64 operations, rounded once.
 
     Args:
-        value: the teacher's tensor before.
-        followed: the tensor of the new state that it follows.
+        value: the teacher's numbers before.
+        followed: those of the new state that they follow.
         kept: m, the share of itself that it keeps.
     """
     return value.to(torch.float64).mul(kept).add(followed.to(torch.float64).mul(1 - kept)).to(torch.float32)

@@ -2,6 +2,13 @@
 
 The loop is ours, not Flower's strategy: offers go to an explicit list of sites (a stock strategy takes every connected node), each with a
 time to live near the round's deadline, and replies are pulled one by one and written to disk as they come.
+
+An offer can be lost with the process that held it: Flower never delivers a message twice. It is sent again, within the same deadline,
+
+- where Flower answers in the site's place, because a runner or a SuperNode was killed (error replies that are no word of the site's), and
+- where the site's SuperNode is back under another session than the one that was sent to.
+
+A site that is asked again sends the bytes it has sealed, or goes on with the same release. The first reply counts.
 """
 
 import queue
@@ -9,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from pathfed_common import files
@@ -27,8 +36,17 @@ _POLL_S = 0.25
 _AT_ONCE = 2
 #: Seconds after which a pull counts as stalled, and others may pull beside it. It holds no more in memory than what has arrived of it.
 _STALL_S = 20.0
-#: Seconds between two questions whether a site that is not connected may still be sent to.
+#: Seconds between two questions whether a site that is not connected may still be sent to, and whether one that was is in a new session.
 _ASK_S = 2.0
+#: Flower's own errors in a site's place: its process is gone, or its reply cannot be had.
+_LOST = frozenset(
+    {
+        FlowerErrorCode.MESSAGE_UNAVAILABLE,
+        FlowerErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        FlowerErrorCode.NODE_UNAVAILABLE,
+        FlowerErrorCode.CLIENT_APP_CRASHED,
+    }
+)
 _CODES = frozenset(code.value for code in ErrorCode)
 
 
@@ -47,46 +65,92 @@ class FlowerSites:
 
     def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
         """Send offers, yield replies as they come; see `SitePort`."""
-        waiting = {offer.site: offer for offer in offers}
+        outbox = _Outbox(offers)
+        waiting = outbox.waiting
         deadline = max(offer.deadline for offer in offers)
         inbox = _Inbox(self._grid, spool)
         asked = time.monotonic()
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
-                for site, sent in self._send_to_online(waiting, withheld):
+                due = time.monotonic() - asked > _ASK_S
+                for site, sent in self._send_to_online(outbox, inbox, withheld) if waiting or due else ():
                     if isinstance(sent, Reply):
+                        inbox.forget(site)
                         yield sent
                     else:
                         inbox.expect(site, sent)
-                if time.monotonic() - asked > _ASK_S:
-                    yield from _withdrawn(waiting, withheld)
+                if due:
+                    for reply in _withdrawn(waiting, withheld):
+                        inbox.forget(reply.site)
+                        yield reply
                     asked = time.monotonic()
-                reply = inbox.next(_POLL_S)
-                if reply is not None:
-                    yield reply
+                found = inbox.next(_POLL_S)
+                if isinstance(found, Reply):
+                    waiting.pop(found.site, None)
+                    yield found
+                elif found is not None:
+                    outbox.again(found.site)
         finally:
             inbox.close()
-        for site in [*inbox.expected, *waiting]:
+        for site in {*inbox.expected, *waiting}:
             yield _without_update(site, ErrorCode.SITE_SILENT.value)
 
-    def _send_to_online(self, waiting: dict[SiteName, Offer], withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
-        """Send the offers of sites whose node is connected now and who consent, and take them off `waiting`.
+    def _send_to_online(self, outbox: "_Outbox", inbox: "_Inbox", withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
+        """Send the offers of sites whose node is connected now and who consent, and note them as sent.
 
         With each site comes the id of the message, or the reply that says why none was sent.
         """
-        for node in self._grid.get_nodes() if waiting else ():
+        for node in self._grid.get_nodes():
             site = self._sites.get(bytes(node.public_key))
-            if site is None or site not in waiting:
+            if site is None:
+                continue
+            if site in inbox.expected and outbox.session_of(site) != node.last_activated_at:
+                outbox.again(site)
+            if site not in outbox.waiting:
                 continue
             code = withheld(site)
             if code is not None:
-                del waiting[site]
+                del outbox.waiting[site]
                 yield site, _without_update(site, code)
                 continue
-            (message_id,) = self._grid.push_messages([_message(waiting[site], node.node_id)])
+            (message_id,) = self._grid.push_messages([_message(outbox.waiting[site], node.node_id)])
             if message_id:
-                del waiting[site]
+                outbox.note_sent(site, node.last_activated_at)
                 yield site, message_id
+
+
+class _Outbox:
+    """The offers of one exchange: those still to be sent, and the session of the SuperNode that each of the others was sent to.
+
+    Attributes:
+        waiting: by site, what is still to be sent.
+    """
+
+    def __init__(self, offers: Sequence[Offer]) -> None:
+        self._offers = {offer.site: offer for offer in offers}
+        self._sessions: dict[SiteName, str] = {}
+        self.waiting = dict(self._offers)
+
+    def session_of(self, site: SiteName) -> str:
+        """The session that a site's offer was sent to: when it began, as SuperLink wrote it down."""
+        return self._sessions[site]
+
+    def note_sent(self, site: SiteName, session: str) -> None:
+        """A site's offer was taken, for the SuperNode that connected in this session."""
+        del self.waiting[site]
+        self._sessions[site] = session
+
+    def again(self, site: SiteName) -> None:
+        """A site's offer may be lost: it is to be sent again."""
+        self.waiting[site] = self._offers[site]
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """Flower's word that a message will not be answered."""
+
+    site: SiteName
+    message_id: str
 
 
 def _withdrawn(waiting: dict[SiteName, Offer], withheld: Consent) -> Iterator[Reply]:
@@ -111,19 +175,33 @@ class _Inbox:
         self._spool = spool
         self._places = threading.Semaphore(_AT_ONCE)
         self._lock = threading.Lock()
-        #: Sites being pulled, and since when (monotonic seconds).
-        self._pulling: dict[SiteName, float] = {}
+        #: Messages whose replies are being pulled, and since when (monotonic seconds).
+        self._pulling: dict[str, float] = {}
         self._closed = threading.Event()
-        self._found: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
-        self.expected: set[SiteName] = set()
+        self._found: queue.SimpleQueue[Reply | _Lost | Exception] = queue.SimpleQueue()
+        #: Sites whose answer has come, or is not awaited any more: nothing else of theirs is written.
+        self._done: set[SiteName] = set()
+        #: The message sent last to each site that has not answered.
+        self._messages: dict[SiteName, str] = {}
+
+    @property
+    def expected(self) -> frozenset[SiteName]:
+        """Sites that were sent an offer and have not answered."""
+        return frozenset(self._messages)
 
     def expect(self, site: SiteName, message_id: str) -> None:
-        """Begin to collect a site's reply."""
-        self.expected.add(site)
+        """Begin to collect a site's reply to one more message; whichever reply comes first counts."""
+        self._messages[site] = message_id
         threading.Thread(target=self._collect, args=(site, message_id), name=f"reply of {site}", daemon=True).start()
 
-    def next(self, within_s: float) -> Reply | None:
-        """The next reply, or None when none came in time."""
+    def forget(self, site: SiteName) -> None:
+        """Await nothing of a site any more."""
+        with self._lock:
+            self._done.add(site)
+        self._messages.pop(site, None)
+
+    def next(self, within_s: float) -> Reply | _Lost | None:
+        """The next reply, the news that a site's last message is lost, or None when neither came in time."""
         self._free_stalled_places()
         try:
             found = self._found.get(timeout=within_s)
@@ -131,7 +209,11 @@ class _Inbox:
             return None
         if isinstance(found, Exception):
             raise found
-        self.expected.discard(found.site)
+        if isinstance(found, _Lost) and self._messages.get(found.site) != found.message_id:
+            return None  # another was sent since
+        if found.site not in self._messages:
+            return None
+        del self._messages[found.site]
         return found
 
     def close(self) -> None:
@@ -140,36 +222,36 @@ class _Inbox:
 
     def _collect(self, site: SiteName, message_id: str) -> None:
         try:
-            while not self._closed.is_set():
-                with self._place(site):
-                    reply = self._look(site, message_id)
-                if reply is not None:
-                    self._found.put(reply)
+            while not self._closed.is_set() and site not in self._done:
+                with self._place(message_id):
+                    found = self._look(site, message_id)
+                if found is not None:
+                    self._found.put(found)
                     return
                 self._closed.wait(_POLL_S)
         except Exception as error:  # handed over: `next` raises it in the loop's thread
             self._found.put(error)
 
     @contextmanager
-    def _place(self, site: SiteName) -> Iterator[None]:
+    def _place(self, message_id: str) -> Iterator[None]:
         self._places.acquire()
         with self._lock:
-            self._pulling[site] = time.monotonic()
+            self._pulling[message_id] = time.monotonic()
         try:
             yield
         finally:
             with self._lock:
-                if self._pulling.pop(site, None) is not None:
+                if self._pulling.pop(message_id, None) is not None:
                     self._places.release()
 
     def _free_stalled_places(self) -> None:
         now = time.monotonic()
         with self._lock:
-            for site in [site for site, since in self._pulling.items() if now - since > _STALL_S]:
-                del self._pulling[site]
+            for message_id in [each for each, since in self._pulling.items() if now - since > _STALL_S]:
+                del self._pulling[message_id]
                 self._places.release()
 
-    def _look(self, site: SiteName, message_id: str) -> Reply | None:
+    def _look(self, site: SiteName, message_id: str) -> Reply | _Lost | None:
         seen = time.time()
         try:
             messages = list(self._grid.pull_messages([message_id])) if not self._closed.is_set() else []
@@ -177,7 +259,16 @@ class _Inbox:
             return None  # SuperLink is away; the daemon brings it back
         if not messages or self._closed.is_set():
             return None
-        return _reply(site, messages[0], self._spool, seen)
+        if _is_lost(messages[0]):
+            return _Lost(site, message_id)
+        return _reply(site, messages[0], self._spool, seen) if self._claim(site) else None
+
+    def _claim(self, site: SiteName) -> bool:
+        """Whether this is a site's first reply. A later one must not be written: the first one's file may be under examination."""
+        with self._lock:
+            first = site not in self._done
+            self._done.add(site)
+        return first
 
 
 def make_app(main: Callable[[str, Grid], None]) -> ServerApp:
@@ -203,6 +294,10 @@ def _message(offer: Offer, node_id: int) -> Message:
 
 def _bulk(data: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype=wire.BULK_STYPE, data=data)
+
+
+def _is_lost(message: Message) -> bool:
+    return message.has_error() and message.error.code in _LOST and message.error.reason not in _CODES
 
 
 def _reply(site: SiteName, message: Message, spool: Path, seen: float) -> Reply:

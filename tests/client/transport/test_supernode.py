@@ -52,3 +52,28 @@ def test_the_launcher_refuses_a_flower_whose_loop_sleeps_in_another_way(monkeypa
     monkeypatch.setitem(sys.modules, LOOP, types.ModuleType(LOOP))
     with pytest.raises(RuntimeError, match="raising the pin"):
         supernode.shorten_idle_sleep()
+
+
+def test_a_heartbeat_that_dies_ends_the_process_which_would_be_a_zombie_without_it() -> None:
+    """Flower's own sender, and what its SuperNode makes of HTTP 500; the health port would go on answering."""
+    script = """
+import sys, time
+import httpx
+from flwr.supercore.heartbeat import HeartbeatSender
+from pathfed_client.transport import supernode
+if sys.argv[1] == "watched":
+    supernode.end_with_any_thread()
+def beat():
+    raise httpx.HTTPStatusError("500", request=httpx.Request("POST", "https://127.0.0.1"), response=httpx.Response(500))
+sender = HeartbeatSender(beat)
+sender.start()
+sender._thread.join()
+time.sleep(0.5)
+"""
+    ended = {
+        how: subprocess.run([sys.executable, "-W", "ignore", "-c", script, how], capture_output=True, text=True, check=False)
+        for how in ("watched", "left alone")
+    }
+    assert {how: done.returncode for how, done in ended.items()} == {"watched": supernode.ENDED, "left alone": 0}
+    assert "has died" in ended["watched"].stderr
+    assert "HTTPStatusError" in ended["watched"].stderr

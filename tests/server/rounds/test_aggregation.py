@@ -1,4 +1,4 @@
-"""The weighted mean: exact where it can be, independent of order, one tensor at a time."""
+"""The weighted mean: exact where it can be, independent of order and of blocks, one block at a time."""
 
 import tracemalloc
 from collections.abc import Mapping
@@ -84,15 +84,25 @@ def test_large_numbers_that_cancel_do_not_overflow(tmp_path: Path) -> None:
     assert torch.equal(mean(tmp_path, {"p": big, "q": big}, {"p": 1.0, "q": 1.0})["x"], big["x"])
 
 
-def test_memory_is_a_few_tensors_whatever_the_number_of_sites(tmp_path: Path) -> None:
-    tensor_bytes, tensors, sites = 1_000_000, 6, 6
-    update = {f"t{index}": torch.ones(tensor_bytes // 4) for index in range(tensors)}
-    paths = write(tmp_path, {f"site-{index}": update for index in range(sites)})
-    tracemalloc.start()  # sees the byte strings; the tensors made of them are as many
-    average(paths, dict.fromkeys(paths, 1.0), tmp_path / "mean")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert tensor_bytes < peak < 4 * tensor_bytes
+@pytest.mark.parametrize("block", [1, 5, 8, 10_000])
+def test_size_of_blocks_changes_no_bit(tmp_path: Path, block: int) -> None:
+    updates, weights = some(3), {"site-0": 0.5, "site-1": 3.0, "site-2": 1.25}
+    whole = mean(tmp_path, updates, weights)
+    paths = {SiteName(name): tmp_path / f"{name}.safetensors" for name in updates}
+    average(paths, {SiteName(name): weight for name, weight in weights.items()}, tmp_path / "blocks", block=block)
+    assert (tmp_path / "blocks").read_bytes() == tensor_files.dump(whole, {})
+
+
+def test_memory_is_a_few_blocks_however_many_the_sites_and_large_the_tensors(tmp_path: Path) -> None:
+    numbers, block = 400_000, 10_000
+    paths = write(tmp_path, {"site-0": {"t": torch.ones(numbers)}})
+    for sites in (2, 40):
+        updates = {SiteName(f"site-{index}"): paths[SiteName("site-0")] for index in range(sites)}
+        tracemalloc.start()  # sees the byte strings; the tensors made of them are as many
+        average(updates, dict.fromkeys(updates, 1.0), tmp_path / "mean", block=block)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * 4 * block
 
 
 @pytest.mark.parametrize("weights", [{}, {"site-0": 1.0}, {"site-0": 1.0, "site-1": 0.0}, {"site-0": 1.0, "site-1": float("nan")}])

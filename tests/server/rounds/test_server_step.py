@@ -29,12 +29,21 @@ def some(seed: int) -> Tensors:
 class Run:
     """Steps from file to file."""
 
-    def __init__(self, folder: Path, optimiser: ServerOptimiserPlan, start: Tensors) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        optimiser: ServerOptimiserPlan,
+        start: Tensors,
+        *,
+        trained: Callable[[str], bool] = lambda name: not name.startswith("teacher."),
+        teacher_keeps: float | None = None,
+    ) -> None:
         self.folder, self.optimiser, self.index = folder, optimiser, 0
+        self.trained, self.teacher_keeps = trained, teacher_keeps
         write_atomic(folder / "state-0", tensor_files.dump(start, {}))
-        write_initial_optimiser(optimiser, folder / "state-0", folder / "optimiser-0")
+        write_initial_optimiser(optimiser, folder / "state-0", folder / "optimiser-0", trained=self.trained)
 
-    def step(self, update: Tensors) -> Tensors:
+    def step(self, update: Tensors, **changes: Any) -> Tensors:
         write_atomic(self.folder / "mean", tensor_files.dump(update, {}))
         self.index += 1
         step(
@@ -45,6 +54,9 @@ class Run:
             optimiser_state=self.folder / f"optimiser-{self.index - 1}",
             next_state=self.folder / f"state-{self.index}",
             next_optimiser_state=self.folder / f"optimiser-{self.index}",
+            trained=self.trained,
+            teacher_keeps=self.teacher_keeps,
+            **changes,
         )
         return tensor_files.load((self.folder / f"state-{self.index}").read_bytes())
 
@@ -107,6 +119,19 @@ def test_same_files_give_the_same_bytes_and_are_left_as_they_were(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_size_of_blocks_changes_no_bit(tmp_path: Path, name: str) -> None:
+    seen = set()
+    for block in (1, 5, 24, 10_000):
+        folder = tmp_path / str(block)
+        folder.mkdir()
+        run = Run(folder, plan(name, weight_decay=0.1), some(0))
+        for index in (1, 2):
+            run.step(some(index), block=block)
+        seen.add((folder / "state-2").read_bytes() + (folder / "optimiser-2").read_bytes())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_number_of_threads_changes_no_bit(tmp_path: Path, name: str) -> None:
     random = torch.Generator().manual_seed(3)
     start, update = ({"w": torch.randn(300, 301, generator=random)} for _ in range(2))
@@ -153,3 +178,19 @@ def test_late_steps_need_no_bias_correction() -> None:
     ones = torch.ones(3)
     value = next_value(made, step_index=1_000_000, value=torch.zeros(3), slots={"first": ones, "second": ones})
     torch.testing.assert_close(value, torch.full((3,), -0.05), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_not_trained_keeps_every_bit_and_so_does_its_teacher(tmp_path: Path, name: str) -> None:
+    """Weight decay and the teacher's mean would both move it; it has no slot, and no place in the update."""
+    start = some(0) | {"frozen": torch.randn(7, generator=torch.Generator().manual_seed(8))}
+    start |= {f"teacher.{key}": tensor.clone() for key, tensor in start.items()}
+    run = Run(tmp_path, plan(name, weight_decay=0.1), start, trained=lambda key: key in ("w", "b"), teacher_keeps=0.7)
+    for index in range(1, 4):
+        found = run.step(some(index))
+    assert set(found) == set(start)
+    for key in ("frozen", "teacher.frozen"):
+        assert torch.equal(found[key], start[key])
+    assert not any(torch.equal(found[key], start[key]) for key in ("w", "b", "teacher.w", "teacher.b"))
+    slots = set(tensor_files.header(tmp_path / "optimiser-3"))
+    assert slots == {f"{slot}.{key}" for slot in SLOTS[name] for key in ("w", "b")}

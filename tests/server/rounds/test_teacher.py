@@ -25,6 +25,10 @@ def state_with_teacher() -> dict[str, Tensor]:
     return state | {f"teacher.{name}": state[name].clone() for name in TEACHER}
 
 
+def _followed(name: str) -> bool:
+    return not name.startswith("teacher.")
+
+
 def cosine(momentum: float) -> TeacherSchedule:
     return TeacherSchedule(momentum=momentum, schedule="cosine")
 
@@ -77,7 +81,7 @@ def test_a_step_moves_the_teacher_after_the_state_and_gives_it_no_slot(optimiser
         folder.mkdir()
         write_atomic(folder / "state", tensor_files.dump(start, {}))
         write_atomic(folder / "mean", tensor_files.dump(update, {}))
-        write_initial_optimiser(plan, folder / "state", folder / "optimiser")
+        write_initial_optimiser(plan, folder / "state", folder / "optimiser", trained=_followed)
         step(
             plan,
             step_index=1,
@@ -86,6 +90,7 @@ def test_a_step_moves_the_teacher_after_the_state_and_gives_it_no_slot(optimiser
             optimiser_state=folder / "optimiser",
             next_state=folder / "next",
             next_optimiser_state=folder / "next-optimiser",
+            trained=_followed,
             teacher_keeps=keeps,
         )
         made[kind] = tensor_files.load((folder / "next").read_bytes())
@@ -103,7 +108,7 @@ def test_a_share_without_a_teacher_and_a_teacher_without_a_share_are_refused(tea
     plan = ServerOptimiserPlan()
     write_atomic(tmp_path / "state", tensor_files.dump(state_with_teacher() if teacher else initial_state(), {}))
     write_atomic(tmp_path / "mean", tensor_files.dump(initial_state(), {}))
-    write_initial_optimiser(plan, tmp_path / "state", tmp_path / "optimiser")
+    write_initial_optimiser(plan, tmp_path / "state", tmp_path / "optimiser", trained=_followed)
     with pytest.raises(ValueError, match="a teacher, and teacher_keeps="):
         step(
             plan,
@@ -113,6 +118,7 @@ def test_a_share_without_a_teacher_and_a_teacher_without_a_share_are_refused(tea
             optimiser_state=tmp_path / "optimiser",
             next_state=tmp_path / "next",
             next_optimiser_state=tmp_path / "next-optimiser",
+            trained=_followed,
             teacher_keeps=keeps,
         )
     assert not (tmp_path / "next").exists()
@@ -148,5 +154,5 @@ def test_the_same_run_twice_has_the_same_teacher_bit_for_bit(consortium: Make) -
 
 def test_the_norm_of_what_is_trained_leaves_the_teacher_out(tmp_path: Path) -> None:
     write_atomic(tmp_path / "state", tensor_files.dump({"a": torch.tensor([3.0, 4.0]), "teacher.a": torch.full((2,), 1e6)}, {}))
-    assert file_norm(tmp_path / "state", only=lambda name: not name.startswith("teacher.")) == 5.0
+    assert file_norm(tmp_path / "state", only=_followed) == 5.0
     assert file_norm(tmp_path / "state") > 1e6

@@ -38,9 +38,14 @@ class LocalGrid:
         self.online = list(answers)
         self.sent: list[tuple[str, Message]] = []
         self.refuse_pushes = 0
+        self.sessions: dict[str, str] = {}
 
     def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=number, public_key=key(name)) for number, name in enumerate(self.answers, 1) if name in self.online]
+        return [
+            NodeInfo(node_id=number, public_key=key(name), last_activated_at=self.sessions.get(name, "first"))
+            for number, name in enumerate(self.answers, 1)
+            if name in self.online
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         if self.refuse_pushes:
@@ -243,3 +248,74 @@ def test_a_site_revoked_while_it_is_away_holds_nobody_to_the_deadline(exchange, 
     replies = exchange(grid, ["site-a", "site-b"], withheld=withheld)
     assert (replies["site-a"].code, replies["site-b"].code) == (None, "PF518")
     assert time.monotonic() - begun < LONG_S / 2
+
+
+@pytest.mark.parametrize("error", sorted(flower_server._LOST))
+def test_an_offer_that_flower_answers_in_the_sites_place_is_sent_again(exchange, error):
+    def killed_once(message: Message) -> Message:
+        return Message(Error(code=error, reason="a text of Flower's"), reply_to=message) if len(grid.sent) == 1 else answered(message)
+
+    grid = LocalGrid({"site-a": killed_once})
+    assert exchange(grid, ["site-a"])["site-a"].code is None
+    assert [message.content.config_records[wire.OFFER][wire.ENVELOPE] for _, message in grid.sent] == [b"offer to site-a"] * 2
+
+
+def test_an_offer_lost_with_its_supernode_is_sent_to_the_next_session(exchange, monkeypatch):
+    monkeypatch.setattr(flower_server, "_ASK_S", 0.1)
+
+    def lost_once(message: Message) -> Message | None:
+        if message is grid.sent[0][1]:
+            grid.sessions["site-a"] = "second"
+            return None
+        return answered(message)
+
+    grid = LocalGrid({"site-a": lost_once})
+    begun = time.monotonic()
+    assert exchange(grid, ["site-a"])["site-a"].code is None
+    assert len(grid.sent) == 2
+    assert time.monotonic() - begun < LONG_S / 2
+
+
+def test_a_site_at_work_is_not_asked_twice(exchange, monkeypatch):
+    monkeypatch.setattr(flower_server, "_ASK_S", 0.01)
+    looks = []
+
+    def slow(message: Message) -> Message | None:
+        looks.append(message)
+        return answered(message) if len(looks) > 5 else None
+
+    grid = LocalGrid({"site-a": slow})
+    assert exchange(grid, ["site-a"])["site-a"].code is None
+    assert len(grid.sent) == 1
+
+
+def test_the_first_of_two_replies_counts_and_the_second_is_not_written(exchange, monkeypatch, tmp_path):
+    """The first one's file may be under examination when the second comes: it must not be replaced under the examiner."""
+    monkeypatch.setattr(flower_server, "_ASK_S", 0.1)
+    go_on = threading.Event()
+
+    def twice(message: Message) -> Message | None:
+        if message is grid.sent[0][1]:
+            grid.sessions["site-a"] = "second"
+            if len(grid.sent) == 1:
+                return None
+            go_on.wait(LONG_S)  # pulled while the other is written
+            return Message(content(update=b"other"), reply_to=message)
+        return answered(message)
+
+    grid = LocalGrid({"site-a": twice})
+    assert exchange(grid, ["site-a"])["site-a"].code is None
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "reply of site-a":
+            thread.join(LONG_S)
+    assert (tmp_path / "spool" / "site-a.safetensors").read_bytes() == UPDATE
+
+
+def test_a_site_revoked_while_its_offer_is_lost_is_told_once(exchange, monkeypatch):
+    monkeypatch.setattr(flower_server, "_ASK_S", 0.1)
+    lost = lambda message: Message(Error(code=5, reason="a text of Flower's"), reply_to=message)  # noqa: E731
+    grid = LocalGrid({"site-a": lost})
+    replies = exchange(grid, ["site-a"], withheld=lambda site: "PF518" if grid.sent else None)
+    assert replies["site-a"].code == "PF518"
+    assert len(grid.sent) == 1

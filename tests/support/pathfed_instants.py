@@ -1,0 +1,125 @@
+"""Instants of a round, in the processes where they pass; see `instants/sitecustomize.py`. Imports the standard library alone.
+
+    <folder>/armed/<instant>@<owner>      made by a test: the first process of the owner that comes there stops
+    <folder>/reached/<instant>@<owner>    the same file, moved by the process that stopped; it holds the process id
+
+The owner is `server`, or a site's name.
+"""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER_VARIABLE = "PATHFED_TEST_INSTANTS"
+SERVER = "server"
+_SITE = re.compile(r"/sites/([^/\s]+)")
+
+#: module -> function in it -> the instants as it is entered and as it has returned; "": none; "stage": the name of the stage told.
+POINTS: dict[str, dict[str, tuple[str, str]]] = {
+    "pathfed_server.driving": {"_tell": ("", "stage")},
+    "pathfed_server.transport.flower_server": {"_message": ("", "base state leaves"), "_Outbox.note_sent": ("", "offered")},
+    "pathfed_server.rounds.collection": {"admit": ("collecting", "checked")},
+    "pathfed_server.rounds.files": {"RunFiles.keep": ("", "spooled")},
+    "pathfed_server.db.rounds_store": {"RoundsStore.commit_round": ("", "in the database")},
+    "pathfed_client.transport.resident_runner": {
+        "pull_task_input": ("base state travels", ""),
+        "_answered": ("offer taken", ""),
+        "push_message": ("update travels", "update handed over"),
+        "push_task_output": ("", "answered"),
+    },
+    "flwr.supernode.start_client_internal": {"pull_objects": ("SuperNode receives", ""), "push_objects": ("SuperNode sends", "")},
+    "pathfed_client.answering": {
+        "SiteAnswerer._charge": ("before the charge", "charged"),
+        "SiteAnswerer._draw": ("training", "trained"),
+        "SiteAnswerer._write_down": ("", "written down"),
+    },
+    "pathfed_client.io.ledger_head": {"HeadFile.keep": ("charge stored", "")},
+    "pathfed_client.io.run_secrets": {"RunSecrets.advance": ("sealed", "secret erased")},
+    "pathfed_client.io.database.ledger_part": {"LedgerPart.put_sealed": ("update written", "")},
+    "pathfed_client.training.ranks.program": {"RankProgram.patient": ("a rank trains", "")},
+}
+
+
+def install() -> None:
+    """Wrap the functions of `POINTS` as their modules are imported."""
+    sys.meta_path.insert(0, _Wrapping())
+
+
+def owner() -> str:
+    """Whose process this is."""
+    for words in _words(os.getpid()), _words(os.getppid()):
+        found = _SITE.search(words)
+        if found:
+            return found[1]
+    return SERVER
+
+
+def _words(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def reach(instant: str) -> None:
+    """This process is at an instant: stop, where somebody asked for that."""
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    name = f"{instant}@{owner()}"
+    armed, reached = folder / "armed" / name, folder / "reached" / name
+    if not armed.exists():
+        return
+    part = folder / f"{os.getpid()}.part"
+    try:
+        armed.rename(part)
+    except FileNotFoundError:
+        return  # another process of this owner was first
+    part.write_text(str(os.getpid()))
+    part.rename(reached)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class _Wrapping(importlib.abc.MetaPathFinder):
+    """Finds what Python would find; a module of `POINTS` is wrapped once it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in POINTS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            run = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                for function, instants in POINTS[name].items():
+                    _wrap(module, function, *instants)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+def _wrap(module: ModuleType, function: str, entered: str, left: str) -> None:
+    *outer, name = function.split(".")
+    holder: Any = functools.reduce(getattr, outer, module)
+    setattr(holder, name, _wrapped(getattr(holder, name), entered, left))
+
+
+def _wrapped(work: Callable[..., Any], entered: str, left: str) -> Callable[..., Any]:
+    @functools.wraps(work)
+    def at_instants(*args: Any, **kwargs: Any) -> Any:
+        if entered:
+            reach(entered)
+        result = work(*args, **kwargs)
+        if left:
+            reach(args[0].stage.value if left == "stage" else left)
+        return result
+
+    return at_instants
