@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	@$(PYTEST) $(T)
 
 bench: $(VENV)/.installed-dev
-	@for script in round_overhead demo_time enrol scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
+	@for script in round_overhead demo_time enrol scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance simulation; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

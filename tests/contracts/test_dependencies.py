@@ -16,7 +16,7 @@ PACKAGES = {
     "common/pathfed_common": (),
     "client/pathfed_client": ("client", "dask"),
     "server/pathfed_server": ("server",),
-    "deploy/local/pathfed_local": ("client", "server", "demo"),
+    "deploy/local/pathfed_local": ("client", "server", "demo", "simulation"),
 }
 #: Declared without being imported: what they are for.
 NOT_IMPORTED = {
@@ -61,7 +61,7 @@ def test_every_import_is_declared(package):
 def test_every_declared_library_is_needed():
     for package, extras in PACKAGES.items():
         used = imported(ROOT / package)
-        for extra in ("demo",) if "demo" in extras else extras:
+        for extra in ("demo", "simulation") if "demo" in extras else extras:
             assert names(PROJECT["optional-dependencies"][extra]) - used - set(NOT_IMPORTED) - set(LAZY) == set(), extra
     everywhere = set().union(*(imported(ROOT / package) for package in PACKAGES))
     assert names(PROJECT["dependencies"]) - everywhere - {"click"} == set(), "click is held back for typer's sake"

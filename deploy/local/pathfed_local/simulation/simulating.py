@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import psutil
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.serverapp import Grid
 
 from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName, SiteName
@@ -37,6 +38,7 @@ from pathfed_server.driving import SystemClock
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import RunSettings, run_rounds
+from pathfed_server.rounds.ports import SitePort
 from pathfed_server.rounds.progress import Progress, Stage
 from pathfed_server.rounds.state import RunState
 
@@ -46,10 +48,6 @@ MARK = ".pathfed-simulation"
 MOST_SITES = 2000
 _MB = 1e6
 _SAMPLE_S = 0.5
-
-
-class InterruptedSimulationError(Exception):
-    """The engine has ended, so nobody will answer any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,26 +129,21 @@ class Simulation:
         sites = [SiteName(f"virtual-{number:04d}") for number in range(1, self.options.sites + 1)]
         _log_to(out / "simulation.log")
         self.tell(f"{len(sites)} virtual sites join and approve the plan")
-        _enrol(home, plan, fleet, sites)
+        enrol(home, plan, fleet, sites)
         folder = out / "virtual-sites"
         folder.mkdir()
         self.tell(f"rounds, {self.options.processes} sites at a time")
         self._simulate(home, plan, fleet, sites, folder)
-        return self._figures(home, plan)
+        return self.figures(home)
 
     def _simulate(self, home: ServerHome, plan: Plan, fleet: Fleet, sites: Sequence[SiteName], folder: Path) -> None:
         ended = threading.Event()
 
-        def heed() -> None:
-            """Asked by the server's half, whose thread gets no signal and outlives an engine that failed."""
-            if ended.is_set():
-                raise InterruptedSimulationError
+        def drive(grid: Grid) -> None:
+            self.drive(home, plan, SimulatedSites(grid, sites, folder, ended))
 
         with self.memory.watched():
-            try:
-                run_engine(fleet, len(sites), self.options.processes, lambda grid: self._drive(home, plan, SimulatedSites(grid, sites, folder, heed)))
-            finally:
-                ended.set()
+            run_engine(fleet, len(sites), self.options.processes, drive, ended)
 
     def _plan(self) -> Plan:
         sites = self.options.sites
@@ -164,7 +157,8 @@ class Simulation:
         count = self.options.rounds or plan.rounds.count
         return plan.model_copy(update={"rounds": plan.rounds.model_copy(update={"count": count})})
 
-    def _drive(self, home: ServerHome, plan: Plan, sites: SimulatedSites) -> None:
+    def drive(self, home: ServerHome, plan: Plan, sites: SitePort) -> None:
+        """The real round loop with the real store and recorder, on whatever brings offers and replies."""
         with SqlStore(home.database_url) as store:
             cards = {site: home.site_card(site) for site in store.run(RUN).sites}
             settings = RunSettings(
@@ -183,8 +177,14 @@ class Simulation:
             self.committed.append(time.monotonic())
             self.tell(f"round {progress.round_index} of {progress.rounds} committed")
 
-    def _figures(self, home: ServerHome, plan: Plan) -> dict[str, Any]:
+    def figures(self, home: ServerHome) -> dict[str, Any]:
+        """What the rounds took, medians over them.
+
+        Raises:
+            RoundError: PF514, the run is not finished.
+        """
         with SqlStore(home.database_url) as store:
+            plan = store.plan(store.run(RUN).plan).plan()
             run, rows = store.run(RUN), [row for row in store.rounds(RUN) if row.times is not None]
             admitted = [sum(one.update is not None for one in store.participations(RUN, row.round_index)) for row in rows]
             update_bytes = next((one.update_bytes for one in store.participations(RUN, 1) if one.update_bytes), 0)
@@ -219,7 +219,7 @@ def _refuse(what: str, where: str | Path, value: object, remedy: str) -> NoRetur
     raise HostError(ErrorCode.SETTINGS_INVALID, what, where=where, value=value, remedy=remedy)
 
 
-def _enrol(home: ServerHome, plan: Plan, fleet: Fleet, sites: Sequence[SiteName]) -> None:
+def enrol(home: ServerHome, plan: Plan, fleet: Fleet, sites: Sequence[SiteName]) -> None:
     """Cards, approvals and the run, in the server's database as from real sites; certificates are for networks, which there is none of."""
     now, declared = UtcSeconds(time.time()), fleet.declared_patients
     signed = seal_plan(plan, home.evidence_key)

@@ -7,8 +7,11 @@ offers and statements as between a real server and its sites. Base states and up
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +29,7 @@ _log = logging.getLogger(__name__)
 _BASE_STATE, _FOLDER, _UPDATE = "base-state", "folder", "update"
 _POLL_S = 0.1
 #: Attempts at starting Ray.
-_STARTS = 3
+_STARTS = 5
 #: Shared memory of Ray's own, bytes; messages are small, so the least that Ray takes.
 _OBJECT_STORE = 80_000_000
 #: Neither Flower nor Ray reports to anybody.
@@ -40,6 +43,10 @@ _QUIET = {
 }
 
 
+class SimulationEndedError(Exception):
+    """The engine has ended, so nobody will answer any more."""
+
+
 class SimulatedSites:
     """`SitePort` over Flower's grid, to virtual sites.
 
@@ -47,14 +54,13 @@ class SimulatedSites:
         grid: Flower's connection to the engine.
         sites: the virtual sites; each gets a node of its own.
         folder: where virtual sites keep what is theirs.
-        heed: asked again and again; what it raises ends the exchange.
+        ended: asked again and again; once it is set, whatever runs here ends with SimulationEndedError.
     """
 
-    def __init__(self, grid: Grid, sites: Sequence[SiteName], folder: Path, heed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, grid: Grid, sites: Sequence[SiteName], folder: Path, ended: threading.Event) -> None:
+        self._grid, self._folder, self._ended = grid, folder, ended
         while len(nodes := list(grid.get_nodes())) < len(sites):  # the engine registers them while the server's half starts
-            heed()
-            time.sleep(_POLL_S)
-        self._grid, self._folder, self._heed = grid, folder, heed
+            self._wait()
         self._nodes = {site: node.node_id for site, node in zip(sites, nodes, strict=True)}
 
     def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
@@ -69,14 +75,17 @@ class SimulatedSites:
             expected[message_id] = offer.site
         deadline = max((offer.deadline for offer in offers), default=0.0)
         while expected and time.time() <= deadline:
-            self._heed()
             found = list(self._grid.pull_messages(list(expected)))
             for message in found:
                 yield _reply(expected.pop(message.metadata.reply_to_message_id), message, spool)
             if not found:
-                time.sleep(_POLL_S)
+                self._wait()
         for site in expected.values():
             yield _code(site, ErrorCode.SITE_SILENT.value)
+
+    def _wait(self) -> None:
+        if self._ended.wait(_POLL_S):
+            raise SimulationEndedError
 
     def _message(self, offer: Offer) -> Message:
         record = ConfigRecord({wire.ENVELOPE: offer.envelope, _BASE_STATE: str(offer.base_state), _FOLDER: str(self._folder)})
@@ -91,10 +100,17 @@ def _reply(site: SiteName, message: Message, spool: Path) -> Reply:
     record = message.content.config_records[wire.REPLY]
     if record[wire.CODE]:
         return _code(site, str(record[wire.CODE]))
-    update, statement = spool / f"{site}.safetensors", record[wire.ENVELOPE]
+    update = spool / f"{site}.safetensors"
     Path(str(record[_UPDATE])).replace(update)
-    statement = statement if isinstance(statement, bytes) else None
-    return Reply(site=site, code=None, statement=statement, update=update, received_at=time.time(), transfer_s=0.0)
+    statement = record[wire.ENVELOPE]
+    return Reply(
+        site=site,
+        code=None,
+        statement=statement if isinstance(statement, bytes) else None,
+        update=update,
+        received_at=time.time(),
+        transfer_s=0.0,
+    )
 
 
 def _code(site: SiteName, code: str) -> Reply:
@@ -120,7 +136,7 @@ def client_app(fleet: Fleet) -> ClientApp:
     return app
 
 
-def run_engine(fleet: Fleet, sites: int, processes: int, main: Callable[[Grid], None]) -> None:
+def run_engine(fleet: Fleet, sites: int, processes: int, main: Callable[[Grid], None], ended: threading.Event) -> None:
     """Start Flower's simulation engine with so many virtual sites, and run `main` as its server's half, to its end.
 
     Args:
@@ -128,6 +144,7 @@ def run_engine(fleet: Fleet, sites: int, processes: int, main: Callable[[Grid], 
         sites: how many.
         processes: how many of them compute at a time.
         main: gets the grid; runs in a thread of its own.
+        ended: set when this is interrupted, or the engine has ended: `main` MUST end soon after.
 
     Raises:
         HostError: PF907, Ray is not installed; PF935, it does not start.
@@ -135,16 +152,30 @@ def run_engine(fleet: Fleet, sites: int, processes: int, main: Callable[[Grid], 
     """
     from flwr.simulation import run_simulation
 
-    app = ServerApp()
+    app, config = ServerApp(), {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
 
     def serve(grid: Grid, context: Context) -> None:
         del context
-        main(grid)
+        try:
+            main(grid)
+        except SimulationEndedError:
+            _log.info("the server's half has ended with the engine")
 
     app.main()(serve)
-    with _ray(processes):
-        config = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-        run_simulation(app, client_app(fleet), num_supernodes=sites, backend_config=config)  # type: ignore[arg-type]
+
+    def engine() -> None:
+        try:
+            run_simulation(app, client_app(fleet), num_supernodes=sites, backend_config=config)  # type: ignore[arg-type]
+        finally:
+            ended.set()
+
+    # In a thread: interrupted in the middle, Flower's engine would wait for its own threads for ever. So it is let end.
+    with _ray(processes), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine)
+        try:
+            running.result()
+        finally:
+            ended.set()
 
 
 @contextmanager
@@ -160,9 +191,16 @@ def _ray(processes: int) -> Iterator[None]:
     except ImportError as error:
         remedy = "pip install 'pathfed[client,server,simulation]'"
         raise HostError(ErrorCode.TOOL_MISSING, "Ray is not installed", value=error.name, remedy=remedy) from None
+    terminate = signal.getsignal(signal.SIGTERM)
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init(num_cpus=processes, object_store_memory=_OBJECT_STORE, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                num_cpus=processes,
+                object_store_memory=_OBJECT_STORE,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
             break
         except Exception as error:  # Ray has no narrower type for a start that failed
             _log.warning("Ray did not start: %s", error)
@@ -172,6 +210,7 @@ def _ray(processes: int) -> Iterator[None]:
                 raise HostError(
                     ErrorCode.SIMULATION_ENGINE, f"Ray did not start, {_STARTS} times", value=str(error)[:200], remedy=remedy
                 ) from None
+    signal.signal(signal.SIGTERM, terminate)  # Ray takes it for its own
     try:
         yield
     finally:
