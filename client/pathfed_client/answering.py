@@ -65,7 +65,7 @@ from pathfed_client.io.site_store import SiteStore
 from pathfed_client.io.tile_stream import TileStream
 from pathfed_client.io.tile_workers import TileWorkers
 from pathfed_client.training.local_round import RoundOutcome
-from pathfed_common import digest, files
+from pathfed_common import digest, files, wire_format
 from pathfed_common.code_digest import SITE_PACKAGES, code_digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
@@ -73,6 +73,7 @@ from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, Transp
 from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
 from pathfed_common.protocol.messages import RoundOffer
 from pathfed_common.provenance.documents import open_plan
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
@@ -265,7 +266,7 @@ class SiteAnswerer:
         try:
             while True:
                 try:
-                    return self._seal(task, self._draw(task, state, secret, readers), entry)
+                    return self._seal(task, self._draw(task, state, secret, readers), entry, secret)
                 except WithdrawnMeanwhileError:
                     self._note_discarded(offer)
                 check_deadline(offer, self._now())
@@ -332,11 +333,11 @@ class SiteAnswerer:
             self._readers.close()
             self._readers = None
 
-    def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry) -> SealedUpdate:
+    def _seal(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, secret: bytes) -> SealedUpdate:
         offer = task.offer
         self._gate.standing(offer.plan)
-        dtype = getattr(torch, task.plan.wire.dtype)
-        data = weights.dump({name: tensor.to(dtype) for name, tensor in outcome.update.items()}, {"kind": "pathfed-update"})
+        # Rounded after the noise, by coins of the round's own source: made again after a crash, the bytes are the same.
+        data = b"".join(wire_format.chunks(outcome.update, task.plan.wire.dtype, KeyedRandom(secret, self._context(task, secret))))
         name = f"updates/{offer.run}-{offer.round_index:06d}"
         path = self._home.root / f"{name}.safetensors"
         salt = os.urandom(_SALT_BYTES)

@@ -256,7 +256,7 @@ def _leaving(leaves: dict[str, Any]) -> dict[str, Any]:
     once, whole = (f"{leaves[key] / 1e6:,.1f} MB" for key in ("update_bytes_a_round", "update_bytes_a_run"))
     noise = f"with noise of standard deviation {leaves['noise_std']:g} on each number"
     return {
-        "one update": f"{leaves['update_numbers']:,} numbers, {once}; {whole} in the whole run",
+        "one update": f"{leaves['update_numbers']:,} numbers ({leaves['number_type']}), {once}; {whole} in the whole run",
         "what is in it": f"a sum over drawn patients, each clipped to {leaves['clip_norm']:g}, {noise}",
         "two noised figures": leaves["noised_figures"],
         "one signed statement": "digests, the privacy event and what was spent; about 2 kB",

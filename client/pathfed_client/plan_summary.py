@@ -21,7 +21,6 @@ from pathfed_common.provenance import cosigned
 _MILESTONES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000, 100_000)
 #: Sites at which one patient may have slides.
 _SITES = (1, 2, 3)
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def summarise(home: SiteHome, store: SiteStore, known: KnownPlan, declared_patients: int | None) -> dict[str, Any]:
@@ -104,11 +103,14 @@ def _rules(plan: Plan) -> dict[str, Any]:
 
 def _leaves(plan: Plan) -> dict[str, Any]:
     from pathfed_common.model import update_shapes
+    from pathfed_common.wire_format import file_bytes
 
-    numbers = sum(prod(shape) for shape in update_shapes(plan).values())
-    size = numbers * _BYTES[plan.wire.dtype]
+    shapes = update_shapes(plan)
+    numbers = sum(prod(shape) for shape in shapes.values())
+    size = file_bytes(shapes, plan.wire.dtype)
     return {
         "update_numbers": numbers,
+        "number_type": plan.wire.dtype,
         "update_bytes_a_round": size,
         "update_bytes_a_run": size * plan.rounds.count,
         "clip_norm": plan.privacy.clip_norm,

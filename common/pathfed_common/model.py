@@ -6,6 +6,7 @@ has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -94,6 +95,12 @@ def update_shapes(plan: Plan) -> dict[str, Shape]:
     """Shape of every tensor of the plan's updates, by name: the trained ones."""
     is_trained = trained(plan)
     return {name: shape for name, shape in state_shapes(plan).items() if is_trained(name)}
+
+
+def noise_norm(plan: Plan) -> float:
+    """Root of the expected squared L2 norm of the noise in one site's update: sigma C / B in each number, over the root of the steps."""
+    privacy, count = plan.privacy, sum(prod(shape) for shape in update_shapes(plan).values())
+    return privacy.noise_multiplier * privacy.clip_norm / privacy.expected_patients * sqrt(count / plan.rounds.steps)
 
 
 def released_prefix(plan: Plan) -> str:

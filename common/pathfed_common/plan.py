@@ -377,8 +377,8 @@ class ServerOptimiserPlan(_Section):
 class WirePlan(_Section):
     """How an update's numbers travel. Rounding happens after the noise, so it costs no privacy."""
 
-    #: Number type of a sent update.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    #: Number type of a sent update; "int8": blocks of 256 numbers with a scale each, rounded up or down by a coin, without bias.
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 class Plan(_Section):

@@ -17,11 +17,11 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan, plan_from_bytes
 from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
-from pathfed_server.db.rows import PlanRow, RunRow
+from pathfed_server.db.rows import PlanRow, RoundRow, RunRow
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
-from pathfed_server.rounds.state import SiteState
+from pathfed_server.rounds.state import Participation, SiteState
 from pathfed_server.words import Word, outdated, record_word
 
 if TYPE_CHECKING:
@@ -309,21 +309,25 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
 
 def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
     """A run's rounds, with what became of each site."""
+    from pathfed_common.model import noise_norm
+
     with opened_by(root, Role.AUDITOR) as (store, _):
-        store.run(run)
-        return [
-            {
-                "round": row.round_index,
-                "state": row.state.value,
-                "code": row.code,
-                "sites": {
-                    one.site: one.state.value + (f" {one.code}" if one.code else "") for one in store.participations(run, row.round_index)
-                },
-                "next_state": row.next_state,
-                "committed_at": row.committed_at,
-            }
-            for row in store.rounds(run)
-        ]
+        noise = noise_norm(store.plan(store.run(run).plan).plan())
+        return [_round_row(row, store.participations(run, row.round_index), noise) for row in store.rounds(run)]
+
+
+def _round_row(row: RoundRow, sites: Sequence[Participation], noise: float) -> dict[str, Any]:
+    """One round; `wire_rounding` is the largest bound on an update's rounding, as a share of the noise in it (L2 norm `noise`)."""
+    roundings = [one.rounding for one in sites if one.rounding is not None]
+    return {
+        "round": row.round_index,
+        "state": row.state.value,
+        "code": row.code,
+        "sites": {one.site: one.state.value + (f" {one.code}" if one.code else "") for one in sites},
+        "wire_rounding": max(roundings) / noise if roundings else None,
+        "next_state": row.next_state,
+        "committed_at": row.committed_at,
+    }
 
 
 def drive_run(name: str, grid: "Grid") -> None:

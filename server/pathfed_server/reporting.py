@@ -74,6 +74,7 @@ def _gather(home: ServerHome, store: SqlStore, run: RunRow, memory: tuple[Memory
     checkpoints = store.checkpoints(run.name)
     state = home.root / checkpoints[-1].state_path if checkpoints else None
     name, text = _STATES[run.state]
+    noise = _noise_norm(plan)
     return ReportData(
         run=run.name,
         state=name,  # type: ignore[arg-type]
@@ -85,7 +86,7 @@ def _gather(home: ServerHome, store: SqlStore, run: RunRow, memory: tuple[Memory
         encoder=digest.of_bytes(encoder.read_bytes()) if encoder.exists() else None,
         encoder_parameters=_encoder_parameters(plan),
         verdict=_verdict(home, store, record),
-        rounds=tuple(_round(row, taken_part[row.round_index]) for row in rounds),
+        rounds=tuple(_round(row, taken_part[row.round_index], noise) for row in rounds),
         sites=tuple(_sites(store, run, plan, taken_part)),
         memory=memory,
         contact_sheet=() if state is None else _contact_sheet(plan, state),
@@ -110,6 +111,12 @@ def _encoder_parameters(plan: Plan) -> int:
     return encoder_spec(plan).parameters
 
 
+def _noise_norm(plan: Plan) -> float:
+    from pathfed_common.model import noise_norm
+
+    return noise_norm(plan)
+
+
 def _verdict(home: ServerHome, store: SqlStore, record: Path) -> Verdict:
     """What verification says when it trusts the keys this server enrolled."""
     from pathfed_common.provenance.record_reader import TrustedKeys
@@ -127,7 +134,8 @@ def _verdict(home: ServerHome, store: SqlStore, record: Path) -> Verdict:
     return Verdict(state="verified", text="every byte, signature and chain of the record holds, with the keys enrolled at this server")
 
 
-def _round(row: RoundRow, participations: Sequence[Participation]) -> RoundReport:
+def _round(row: RoundRow, participations: Sequence[Participation], noise: float) -> RoundReport:
+    """One round; `noise` is the L2 norm of the noise in an update (`model.noise_norm`)."""
     times = row.times
     if times is None:
         raise ValueError(f"round {row.round_index} is not committed")
@@ -143,6 +151,7 @@ def _round(row: RoundRow, participations: Sequence[Participation]) -> RoundRepor
             aggregation_s=times.admission_s + times.aggregation_s,
             step_s=times.step_s,
         ),
+        rounding_share=max((one.rounding for one in participations if one.rounding is not None), default=0.0) / noise,
     )
 
 

@@ -180,7 +180,8 @@ def _make_rounds(world: World, states: list[Digest], made: Files, cost: dict[str
             signing += time.process_time() - began
             last[site] = digest.of_bytes(envelope)
             made[record.statement_path(index, site)] = envelope
-            admitted.append(AdmittedSite(site=site, update=_update(index, site), update_bytes=1000, statement=last[site], weight=1 / SITES))
+            update = _update(index, site)
+            admitted.append(AdmittedSite(site=site, update=update, update_bytes=1000, statement=last[site], weight=1 / SITES, rounding=0.0))
         value = _round_record(world, index, states, previous, tuple(admitted))
         made[record.round_path(index)] = value.to_bytes(world.server)
         previous = digest.of_bytes(made[record.round_path(index)])

@@ -10,7 +10,8 @@ from pathfed_client import app, deciding
 from pathfed_client.home import SiteHome
 from pathfed_client.io.site_store import SiteStore
 from pathfed_client.plan_summary import differences, milestones
-from pathfed_common import digest
+from pathfed_common import digest, wire_format
+from pathfed_common.model import update_shapes
 from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import Approval, Decision
 from pathfed_common.provenance.keys import SigningKey
@@ -94,7 +95,8 @@ def test_the_summary_says_what_is_trained_what_leaves_and_what_it_costs(world, s
     assert found["trained"]["parameters"] > 5e6
     assert found["cohort"]["patients_here"] == 5
     leaves = found["leaves"]
-    assert leaves["update_bytes_a_round"] == 2 * leaves["update_numbers"]
+    assert leaves["update_bytes_a_round"] == wire_format.file_bytes(update_shapes(world.plan), "bfloat16")
+    assert 2 * leaves["update_numbers"] < leaves["update_bytes_a_round"] < 2 * leaves["update_numbers"] + 40_000
     assert leaves["update_bytes_a_run"] == 3 * leaves["update_bytes_a_round"]
     assert (leaves["clip_norm"], leaves["noise_std"]) == (1.0, 1.0)
     cost = found["cost"]

@@ -103,7 +103,7 @@ CHANGES = st.fixed_dictionaries(
         "server_optimiser__weight_decay": st.floats(0, 1, exclude_max=True) | st.just(-0.0),
         "compute__engine": st.sampled_from(["auto", "serial", "book_keeping"]),
         "compute__compile": st.booleans(),
-        "wire__dtype": st.sampled_from(["float32", "bfloat16"]),
+        "wire__dtype": st.sampled_from(["float32", "bfloat16", "int8"]),
         "site_weights__site-a": POSITIVE | st.integers(1, 9),
     },
 )

@@ -102,7 +102,7 @@ def test_the_wait_for_time_slots_is_told_apart_from_other_waiting(replies, slots
         deadline=1060.0,
         times=RoundTimes(exchange_s=24.0, transfer_s=2.0, admission_s=0.5),
     )
-    times = reporting._round(row, replies).times
+    times = reporting._round(row, replies, 1.0).times
     assert (times.slots_s, times.wait_s) == pytest.approx((slots_s, wait_s))
 
 

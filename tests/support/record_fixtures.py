@@ -193,6 +193,7 @@ class Scene:
                 update_bytes=len(self._update(index, site)),
                 statement=digest.of_bytes(envelope),
                 weight=raw[site] / sum(raw.values()),
+                rounding=0.0,
             )
             for site, envelope in envelopes.items()
         ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pathfed_common.encoder import weights
-from pathfed_common.encoder.weights import Shape
+from pathfed_common.encoder.weights import Shape, Slot
 
 #: Numbers in a block: 1 MiB as float32, which a processor's cache holds with what is computed of it.
 BLOCK = 2**18
@@ -64,18 +64,35 @@ class FileBlocks:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """See `BlockReader.read`."""
-        if name not in self._slots:
-            raise ValueError(f"no tensor {name!r} in the file")
-        slot = self._slots[name]
-        if not 0 <= start <= stop <= prod(slot.shape):
-            raise ValueError(f"tensor {name!r} has {prod(slot.shape)} numbers, not [{start}, {stop})")
-        values = torch.empty(stop - start, dtype=slot.dtype)
-        room = values.view(torch.uint8).numpy().data
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(slot.start + start * slot.dtype.itemsize)
-            if file.readinto(room) != len(room):
-                raise ValueError(f"the file ends before number {stop} of {name!r}")
-        return values.to(torch.float32)
+        return read_numbers(self._path, self._slots, name, start, stop).to(torch.float32)
+
+
+def read_numbers(path: Path, slots: Mapping[str, Slot], name: str, start: int, stop: int) -> Tensor:
+    """The numbers [start, stop) of a tensor as they lie in a file: its dtype, one-dimensional, in memory of their own.
+
+    Args:
+        path: the file.
+        slots: where its tensors lie (`weights.slots`).
+        name: the tensor.
+        start: place of the first number in the flattened tensor.
+        stop: place behind the last.
+
+    Raises:
+        ValueError: no such tensor, or no such numbers in it.
+        OSError: the file cannot be read.
+    """
+    if name not in slots:
+        raise ValueError(f"no tensor {name!r} in the file")
+    slot = slots[name]
+    if not 0 <= start <= stop <= prod(slot.shape):
+        raise ValueError(f"tensor {name!r} has {prod(slot.shape)} numbers, not [{start}, {stop})")
+    values = torch.empty(stop - start, dtype=slot.dtype)
+    room = values.view(torch.uint8).numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(slot.start + start * slot.dtype.itemsize)
+        if file.readinto(room) != len(room):
+            raise ValueError(f"the file ends before number {stop} of {name!r}")
+    return values
 
 
 def spans(count: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:

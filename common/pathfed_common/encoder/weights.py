@@ -22,7 +22,7 @@ from pathfed_common import digest
 
 Shape = tuple[int, ...]
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.int8: "I8"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _METADATA = "__metadata__"
 #: A header of the largest encoders has some 1,000 tensors and 150 kB.
@@ -43,7 +43,7 @@ def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes. Equal tensors and metadata give equal bytes, whatever the order of either.
 
     Raises:
-        ValueError: a dtype other than float32, bfloat16, float64 or int64, or a name that cannot be used.
+        ValueError: a dtype other than float32, bfloat16, float64, int64 or int8, or a name that cannot be used.
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return b"".join(chunks(layout, tensors.__getitem__, metadata))

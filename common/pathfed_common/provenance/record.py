@@ -162,6 +162,8 @@ class AdmittedSite(Value):
         update_bytes: length of the update.
         statement: digest of its statement's envelope.
         weight: its public share in the mean; a round's weights add up to 1.
+        rounding: bound on the L2 norm of what the wire format's rounding added to the update (`wire_format.UpdateNumbers.rounding`), as
+            the server found it; whoever has the update can find it again.
     """
 
     site: SiteName
@@ -169,10 +171,13 @@ class AdmittedSite(Value):
     update_bytes: int
     statement: Digest
     weight: float
+    rounding: float
 
     def _check(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
+        if self.rounding < 0:
+            raise ValueError(f"rounding must be at least 0, got {self.rounding}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Self
 
-from pathfed_common import digest
+from pathfed_common import digest, model
 from pathfed_common.cohort_rules import ATTRIBUTES
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, ProvenanceError
@@ -96,6 +96,8 @@ class Card(Value):
         sites: the sites whose updates count, those that agreed to be named first.
         overlaps: epsilon for patients of several sites.
         unslotted: rounds and sites whose reply did not wait for a time slot.
+        wire: number type in which updates travelled.
+        rounding_share: its rounding's largest bound in any update that counts, as a share of the noise in it; both as L2 norms.
         evaluation: the operator's figures; nothing here checks them.
     """
 
@@ -118,6 +120,8 @@ class Card(Value):
     sites: tuple[CardSite, ...]
     overlaps: tuple[Overlap, ...]
     unslotted: int
+    wire: str
+    rounding_share: float
     evaluation: tuple[Figure, ...]
 
     def to_bytes(self) -> bytes:
@@ -181,6 +185,8 @@ def make_card(contents: Contents, evaluation: tuple[Figure, ...] = ()) -> Card:
         sites=_sites(contents),
         overlaps=_overlaps(contents),
         unslotted=sum(sealed.statement.reply_slot_s != plan.rounds.reply_slot_s for sealed in contents.statements.values()),
+        wire=plan.wire.dtype,
+        rounding_share=_largest_rounding(contents) / model.noise_norm(plan),
         evaluation=evaluation,
     )
 
@@ -233,6 +239,10 @@ def card_names(contents: Contents, sites: list[SiteName]) -> Mapping[SiteName, s
     named = {site: contents.approvals[site].named_as for site in sites if contents.approvals[site].named_as}
     others = [site for site in sites if site not in named]
     return {**named, **{site: f"site {index}, not named" for index, site in enumerate(others, start=len(named) + 1)}}
+
+
+def _largest_rounding(contents: Contents) -> float:
+    return max((site.rounding for found, _ in contents.rounds for site in found.admitted), default=0.0)
 
 
 def _overlaps(contents: Contents) -> tuple[Overlap, ...]:

@@ -96,8 +96,15 @@ def _training(card: Card) -> str:
         "",
         f"- objective: {card.objective}",
         f"- {card.rounds} rounds of {card.steps} private step(s) at each hospital",
+        f"- updates travelled as {card.wire}: {_rounding(card)}",
     ]
     return "\n".join([*lines, *(f"- code, as hospitals state it: `{code}`" for code in codes)])
+
+
+def _rounding(card: Card) -> str:
+    if card.wire == "float32":
+        return "nothing was rounded for it"
+    return f"after the noise, which rounding moved by at most {math.ceil(card.rounding_share * 1e5) / 1e3:.3f}% of itself in any update"
 
 
 def _evaluation(card: Card) -> str:

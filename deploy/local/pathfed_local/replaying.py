@@ -10,6 +10,7 @@ from pathfed_common.errors import ErrorCode, HostError, ProvenanceError, RoundEr
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
+from pathfed_common.wire_format import open_update
 
 _CHUNK = 2**20
 
@@ -23,7 +24,8 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
         contents: its documents.
 
     Yields:
-        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates.
+        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates,
+        or an update's rounding error is another than recorded.
 
     Raises:
         HostError: the disk is full (PF901) or cannot be written (PF904).
@@ -32,6 +34,7 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
     if missing:
         yield from missing
         return
+    yield from _rounding_faults(updates, contents)
     from pathfed_server.rounds.replay import replay_states
 
     sites = [[site.site for site in found.admitted] for found, _ in contents.rounds]
@@ -59,6 +62,24 @@ def _update_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceErro
             continue
         if found != sealed.statement.update:
             yield ProvenanceError(ErrorCode.UPDATE_MISSING, "the update is not the one that its site signed", where=path, value=found)
+
+
+def _rounding_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceError]:
+    """Rounding errors that the record states otherwise than the updates show them."""
+    for recorded, _ in contents.rounds:
+        for site in recorded.admitted:
+            try:
+                found = open_update(_place(updates, recorded.round_index, site.site)).rounding()
+            except ValueError as error:
+                yield _differs(None, f"the update of {site.site} in round {recorded.round_index}: {error}")
+                continue
+            if found != site.rounding:
+                yield ProvenanceError(
+                    ErrorCode.REPLAY_DIFFERS,
+                    "the record states another rounding error of an update's wire format",
+                    where=record.round_path(recorded.round_index),
+                    value=f"{site.site}: {found!r}, recorded {site.rounding!r}",
+                )
 
 
 def _place(updates: Path, index: int, site: SiteName) -> Path:

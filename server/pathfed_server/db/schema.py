@@ -245,6 +245,7 @@ participation = Table(
     Column("weight", Double, comment="share in the mean; null: the round is not committed, or the site is not in it"),
     Column("epsilon_plan", Double, comment="as the site states it; null: not admitted, as in the columns below"),
     Column("epsilon_total", Double),
+    Column("rounding", Double, comment="bound on the L2 norm of what the wire format's rounding added to the update"),
     Column("loss_sum", Double),
     Column("loss_sum_std", Double),
     Column("patients", Double),

@@ -245,10 +245,15 @@ def _round_record(result: RoundResult, *, previous: Digest | None) -> RoundRecor
 
 
 def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
-    if part.update is None or part.update_bytes is None or part.statement is None:
-        raise ValueError(f"{part.site} is admitted without update or statement")
+    if part.update is None or part.update_bytes is None or part.statement is None or part.rounding is None:
+        raise ValueError(f"{part.site} is admitted without update, statement or rounding")
     return AdmittedSite(
-        site=part.site, update=part.update, update_bytes=part.update_bytes, statement=part.statement, weight=result.weights[part.site]
+        site=part.site,
+        update=part.update,
+        update_bytes=part.update_bytes,
+        statement=part.statement,
+        weight=result.weights[part.site],
+        rounding=part.rounding,
     )
 
 

@@ -83,11 +83,20 @@ class RoundTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReport:
-    """One committed round. `index` is 1 for the first."""
+    """One committed round.
+
+    Attributes:
+        index: 1 for the first.
+        sites: its sites.
+        times: where the server's time went.
+        rounding_share: bound on what the wire format's rounding added to an update, as a share of the noise in it, both as L2 norms; of
+            the update in which it is largest.
+    """
 
     index: int
     sites: tuple[SiteRound, ...]
     times: RoundTimes
+    rounding_share: float = 0.0
 
     @property
     def patients(self) -> Estimate | None:

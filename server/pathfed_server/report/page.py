@@ -165,6 +165,14 @@ def headline(data: ReportData) -> list[tuple[str, str, str]]:
     return cards
 
 
+def rounding_words(data: ReportData) -> str:
+    """What the wire format's rounding added, beside the noise."""
+    if data.plan.wire.dtype == "float32":
+        return "nothing is rounded for it"
+    worst = max((round_.rounding_share for round_ in data.rounds), default=0.0)
+    return f"its rounding is at most {worst:.2%} of the noise in an update" if data.rounds else "rounded after the noise"
+
+
 def millions(count: int) -> str:
     """A number of parameters for people."""
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
@@ -192,7 +200,7 @@ def plan_summary(data: ReportData) -> list[tuple[str, str]]:
         ("Tiles", f"{cohort.tile_px} px at {cohort.mpp:g} µm/px, at least {cohort.tissue_share:.0%} tissue"),
         ("Objective", f"{plan.objective.name}, {plan.objective.summary}"),
         ("Server optimiser", f"{plan.server_optimiser.name}, step size {plan.server_optimiser.learning_rate:g}"),
-        ("Wire", plan.wire.dtype),
+        ("Wire", f"{plan.wire.dtype}, {rounding_words(data)}"),
     ]
 
 
@@ -280,8 +288,8 @@ def _patients_figure(data: ReportData) -> Figure:
         caption=f"Sum over admitted sites. Bars are one standard deviation (1σ) of the privacy noise. The dashed line is the public "
         f"expectation with all {sites} sites: true counts vary about it, because patients are Poisson sampled, and stay at the sites.",
         legend=[("noised count ±1σ", "c0"), (f"public expectation, {expected * sites:g}", "dashed")],
-        head=("round", "patients", "1σ"),
-        rows=_shorten([(str(index), *_cells(count, 1)) for index, count in known]),
+        head=("round", "patients", "1σ", "wire rounding, share of an update's noise"),
+        rows=_shorten([(str(r.index), *_cells(r.patients, 1), f"{r.rounding_share:.2%}") for r in data.rounds]),
     )
 
 

@@ -9,6 +9,7 @@
 | the file has the stated length and digest | PF505 |
 | it holds exactly the plan's tensors: names, shapes, wire dtype | PF506 |
 | every number is finite | PF507 |
+| int8 numbers are such as rounding gives: scales not below 0, the largest number of a block 126 or 127 | PF550 |
 | its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
 
 That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one block.
@@ -17,14 +18,14 @@ That a site sends one update a round, and in time, is the loop's to see (PF509).
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from pathfed_common import digest
+from pathfed_common import digest, wire_format
 from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights as tensor_files
-from pathfed_common.encoder.blocks import FileBlocks
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import Plan
@@ -39,8 +40,6 @@ _HEADER_PER_TENSOR, _HEADER_FIXED = 512, 65_536
 #: Stated stds of figures are computed in float64 by sites, step by step.
 _STD_TOLERANCE = 1e-9
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTerms:
@@ -53,7 +52,7 @@ class RoundTerms:
         plan_digest: its digest.
         base_state: digest of the round's base state.
         base_norm: L2 norm of the base state's trained tensors.
-        layout: dtype and shape of each of the update's tensors, by name.
+        shapes: shape of each of the update's tensors, by name.
     """
 
     run: RunName
@@ -62,12 +61,17 @@ class RoundTerms:
     plan_digest: Digest
     base_state: Digest
     base_norm: float
-    layout: Layout
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def layout(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of an update's file, by name."""
+        return wire_format.layout(self.shapes, self.plan.wire.dtype)
 
     @property
     def dimension(self) -> int:
         """How many numbers an update has."""
-        return sum(math.prod(shape) for _, shape in self.layout.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def bounds(self, participant: Participant) -> NormBounds:
         """The norms an honest update of this site may have."""
@@ -76,7 +80,7 @@ class RoundTerms:
             participant.mechanism,
             steps=rounds.steps,
             dimension=self.dimension,
-            bfloat16=self.plan.wire.dtype == "bfloat16",
+            wire=self.plan.wire.dtype,
             base_norm=self.base_norm,
             local_learning_rate=rounds.local_learning_rate,
         )
@@ -90,11 +94,13 @@ class Admitted:
         statement: what the site states of it.
         envelope: the signed statement's bytes.
         norm: its L2 norm.
+        rounding: bound on the L2 norm of what the wire format's rounding added (`wire_format`).
     """
 
     statement: UpdateStatement
     envelope: bytes
     norm: float
+    rounding: float
 
     @property
     def statement_digest(self) -> Digest:
@@ -140,10 +146,10 @@ def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, updat
         _check_names(terms, participant, statement)
         _check_privacy(terms, participant, statement)
         _check_bytes(terms, statement, update)
-        norm = _check_numbers(terms, terms.bounds(participant), update)
+        norm, rounding = _check_numbers(terms, terms.bounds(participant), update)
     except _RefusalError as refusal:
         return refusal.refused
-    return Admitted(statement=statement, envelope=envelope, norm=norm)
+    return Admitted(statement=statement, envelope=envelope, norm=norm, rounding=rounding)
 
 
 def _open(participant: Participant, envelope: bytes) -> UpdateStatement:
@@ -196,7 +202,8 @@ def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) ->
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")
 
 
-def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float:
+def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> tuple[float, float]:
+    """Norm and rounding of an update whose tensors and numbers are fit."""
     try:
         found = tensor_files.header(update)
     except ValueError as error:
@@ -207,9 +214,13 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> float
     norm = file_norm(update)
     if not math.isfinite(norm):
         raise _RefusalError(ErrorCode.UPDATE_NOT_FINITE, "a number is not finite")
+    try:
+        rounding = wire_format.open_update(update).rounding()
+    except ValueError as error:
+        raise _RefusalError(ErrorCode.UPDATE_QUANTISED, str(error)[:200]) from None
     if not bounds.least <= norm <= bounds.most:
         raise _RefusalError(ErrorCode.UPDATE_NORM, f"norm {norm:.6g} is outside [{bounds.least:.6g}, {bounds.most:.6g}]")
-    return norm
+    return norm, rounding
 
 
 def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> float:
@@ -220,10 +231,10 @@ def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> fl
         only: which tensors count, by name.
 
     Raises:
-        ValueError: not a file as `weights.dump` writes it.
+        ValueError: not such a file.
         OSError: the file cannot be read.
     """
-    return l2_norm(FileBlocks(path), only=only)
+    return l2_norm(wire_format.open_update(path), only=only)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

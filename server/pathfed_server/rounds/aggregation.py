@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pathfed_common.encoder.blocks import BLOCK, FileBlocks, block_chunks
+from pathfed_common.encoder.blocks import BLOCK, block_chunks
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
+from pathfed_common.wire_format import open_update
 
 
 def shares(weights: Mapping[SiteName, float]) -> dict[SiteName, float]:
@@ -48,7 +49,7 @@ def average(updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float],
         raise ValueError(f"weights are for {sorted(weights)}, updates from {sorted(updates)}")
     total = _total(weights)
     sites = sorted(updates)
-    readers = {site: FileBlocks(updates[site]) for site in sites}
+    readers = {site: open_update(updates[site]) for site in sites}
     shapes = readers[sites[0]].shapes
     for site, reader in readers.items():
         if reader.shapes != shapes:

@@ -142,6 +142,7 @@ class Collection:
                 statement=verdict.statement_digest,
                 epsilon_plan=stated.epsilon_plan,
                 epsilon_total=stated.epsilon_total,
+                rounding=verdict.rounding,
                 figures={
                     "loss_sum": stated.figures.loss_sum,
                     "loss_sum_std": stated.figures.loss_sum_std,

@@ -228,7 +228,6 @@ class _Loop:
         return Offer(site=site, envelope=envelope, base_state=self.settings.home / last.state_path, deadline=gathered.deadline)
 
     def _terms(self, last: Checkpoint) -> RoundTerms:
-        wire = getattr(torch, self.plan.wire.dtype)
         state = self.settings.home / last.state_path
         return RoundTerms(
             run=self.run,
@@ -238,7 +237,7 @@ class _Loop:
             base_state=last.state,
             # Only a difference of states (several steps) is rounded at the size of the state.
             base_norm=file_norm(state, only=self.trained) if self.plan.rounds.steps > 1 else 0.0,
-            layout={name: (wire, shape) for name, shape in self.settings.shapes.items() if self.trained(name)},
+            shapes={name: shape for name, shape in self.settings.shapes.items() if self.trained(name)},
         )
 
     def _commit(self, last: Checkpoint, gathered: Collection, exchange_s: float) -> Checkpoint:

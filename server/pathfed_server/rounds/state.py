@@ -133,6 +133,7 @@ class Participation:
         statement: digest of the statement's envelope, when admitted.
         epsilon_plan: epsilon this plan has cost a patient of the site so far, as the site states it.
         epsilon_total: the same over all plans of the site.
+        rounding: bound on the L2 norm of what the wire format's rounding added to the update, when admitted.
         figures: the released figures (loss_sum, loss_sum_std, patients, patients_std), as stated.
         reply_slot_s: the time slot the reply waited for, seconds, or None when the site replies at once.
         offered_at: when the offer was made, or None when none was.
@@ -148,6 +149,7 @@ class Participation:
     statement: Digest | None = None
     epsilon_plan: float | None = None
     epsilon_total: float | None = None
+    rounding: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     reply_slot_s: float | None = None
     offered_at: float | None = None

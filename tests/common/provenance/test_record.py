@@ -29,7 +29,7 @@ ROUND = RoundRecord(
     base_state=DIGEST,
     next_state=DIGEST,
     previous=None,
-    admitted=(AdmittedSite(site=SiteName("b"), update=DIGEST, update_bytes=1, statement=DIGEST, weight=1.0),),
+    admitted=(AdmittedSite(site=SiteName("b"), update=DIGEST, update_bytes=1, statement=DIGEST, weight=1.0, rounding=0.0),),
     refused=(AbsentSite(site=SiteName("a"), code="PF507"),),
     silent=(AbsentSite(site=SiteName("c"), code="PF515"), AbsentSite(site=SiteName("d"), code="PF515")),
     excluded=(),

@@ -375,6 +375,8 @@ def _card(change: Callable[[Card], Card]) -> Callable[[Files], Files]:
         ("data", ("Everything.",)),
         ("objective", "magic"),
         ("unslotted", 1),
+        ("wire", "int8"),
+        ("rounding_share", 0.5),
         ("encoder", OTHER),
     ],
 )

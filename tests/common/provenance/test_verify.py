@@ -283,7 +283,7 @@ def _weights(value: RoundRecord) -> dict[str, Any]:
 
 def _unasked(value: RoundRecord) -> dict[str, Any]:
     first = value.admitted[0]
-    extra = AdmittedSite(site="d", update=OTHER, update_bytes=1, statement=OTHER, weight=first.weight)  # type: ignore[arg-type]
+    extra = AdmittedSite(site="d", update=OTHER, update_bytes=1, statement=OTHER, weight=first.weight, rounding=0.0)  # type: ignore[arg-type]
     return {"admitted": (*value.admitted, extra)}
 
 

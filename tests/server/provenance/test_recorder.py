@@ -160,6 +160,7 @@ class World:
                 update=digest.of_bytes(self.update(index, site).read_bytes()) if site in statements else None,
                 update_bytes=len(self.update(index, site).read_bytes()) if site in statements else None,
                 statement=digest.of_bytes(statements[site]) if site in statements else None,
+                rounding=0.0 if site in statements else None,
             )
             for site in self.keys
         ]

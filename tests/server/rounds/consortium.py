@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathfed_common import digest
+from pathfed_common import digest, wire_format
 from pathfed_common.encoder import weights
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan
+from pathfed_common.privacy.randomness import KeyedRandom
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.documents import Approval, seal_plan
@@ -126,13 +127,18 @@ def honest_update(plan: Plan, offer: RoundOffer) -> dict[str, Tensor]:
     update = {}
     for name in sorted(SHAPES):
         noise = torch.randn(SHAPES[name], generator=random) * mechanism.gradient_std / plan.rounds.steps**0.5
-        update[name] = (noise + 0.01).to(getattr(torch, plan.wire.dtype))
+        update[name] = noise + 0.01
     return update
+
+
+def travelling(plan: Plan, tensors: Mapping[str, Tensor]) -> bytes:
+    """The update's file as a site writes it, with the same coins each time."""
+    return b"".join(wire_format.chunks(tensors, plan.wire.dtype, KeyedRandom(bytes(32), {"purpose": "test"})))
 
 
 def honest_answer(plan: Plan, offer: RoundOffer, previous: digest.Digest | None = None) -> Answer:
     mechanism, steps = plan.mechanism(DECLARED), plan.rounds.steps
-    update = weights.dump(honest_update(plan, offer), {"kind": "pathfed-update"})
+    update = travelling(plan, honest_update(plan, offer))
     statement = UpdateStatement(
         site=offer.site,
         run=offer.run,

@@ -120,6 +120,50 @@ REFUSED: dict[str, tuple[Conduct, str]] = {
 }
 
 
+INT8 = make_plan(rounds=1, quorum=2, wire="int8")
+
+
+def altered_file(change: Callable[[dict[str, Tensor]], object]) -> Conduct:
+    """Sends an int8 file in which something was changed, and signs it truthfully."""
+
+    def conduct(answer: Answer, folder: Path, at: float) -> list[Reply]:
+        tensors = weights.load(answer.update)
+        change(tensors)
+        return [answer.signed_again(weights.dump(tensors, {"kind": "pathfed-update"})).reply(folder, at)]
+
+    return conduct
+
+
+REFUSED_INT8: dict[str, tuple[Conduct, str]] = {
+    "scales that are NaN": (altered_file(put("encoder.norm.scale", (0,), float("nan"))), "PF507"),
+    "scales that are infinite": (altered_file(put("encoder.blocks.0.w.scale", (0,), float("inf"))), "PF507"),
+    "infinite scales over zeros": (
+        altered_file(lambda tensors: (tensors["head.bias.scale"].fill_(float("inf")), tensors["head.bias"].zero_())),
+        "PF507",
+    ),
+    "a huge scale": (altered_file(put("head.bias.scale", (0,), 1e30)), "PF508"),
+    "a huge scale over zeros": (
+        altered_file(lambda tensors: (tensors["head.bias.scale"].fill_(1e30), tensors["head.bias"].zero_())),
+        "PF550",
+    ),
+    "a number of -128": (altered_file(put("encoder.norm", (0,), -128)), "PF550"),
+    "fewer scales than blocks": (altered_file(lambda tensors: tensors.update({"head.bias.scale": torch.zeros(0)})), "PF506"),
+    "no scales": (altered_file(lambda tensors: tensors.pop("head.bias.scale")), "PF506"),
+    "scales in float64": (altered_file(lambda tensors: tensors.update({"head.bias.scale": torch.zeros(1, dtype=torch.float64)})), "PF506"),
+    "float32 numbers": (altered(lambda tensors: None), "PF506"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_INT8)
+def test_hostile_int8_updates_are_refused_with_their_code(consortium: Make, what: str) -> None:
+    conduct, code = REFUSED_INT8[what]
+    made = consortium(INT8)
+    made.sites.conduct[B] = conduct
+    made.drive()
+    assert made.codes(1) == {A: None, B: code, C: None}
+    assert quarantined_codes(made) == [code]
+
+
 @pytest.fixture
 def calm_end(consortium: Make) -> digest.Digest:
     """State after a run of the two honest sites alone."""

@@ -1,5 +1,6 @@
 """The loop with honest sites: what it computes, and how it fails, retries, stops and cleans up."""
 
+import math
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.server.rounds.consortium import (
     initial_state,
     make_plan,
     send,
+    travelling,
 )
 from torch import Tensor
 
@@ -31,6 +33,15 @@ from pathfed_server.rounds.progress import Progress, Stage
 from pathfed_server.rounds.state import ParticipationState, RoundState, RunState, SiteState
 
 A, B, C = NAMES
+
+
+def arrived(plan: Plan, offer: RoundOffer) -> dict[str, Tensor]:
+    """What an honest update is read as, computed the plain way."""
+    tensors = weights.load(travelling(plan, honest_update(plan, offer)))
+    if plan.wire.dtype != "int8":
+        return {name: tensor.float() for name, tensor in tensors.items()}
+    scales = {name: tensors[f"{name}.scale"].repeat_interleave(256)[: tensors[name].numel()] for name in SHAPES}
+    return {name: tensors[name].float() * scales[name].view(SHAPES[name]) for name in SHAPES}
 
 
 def expected_states(plan: Plan, sites: tuple[SiteName, ...] = NAMES) -> list[dict[str, Tensor]]:
@@ -48,7 +59,7 @@ def expected_states(plan: Plan, sites: tuple[SiteName, ...] = NAMES) -> list[dic
         ]
         after = {}
         for name in SHAPES:
-            summed = sum(honest_update(plan, offer)[name].double() * plan.site_weights.get(offer.site, 1.0) for offer in offers)
+            summed = sum(arrived(plan, offer)[name].double() * plan.site_weights.get(offer.site, 1.0) for offer in offers)
             assert isinstance(summed, Tensor)
             mean = (summed / total).float()
             velocity[name] = (velocity[name].double() * plan.server_optimiser.momentum + mean.double()).float()
@@ -57,7 +68,7 @@ def expected_states(plan: Plan, sites: tuple[SiteName, ...] = NAMES) -> list[dic
     return states
 
 
-@pytest.mark.parametrize(("wire", "steps"), [("float32", 1), ("bfloat16", 1), ("float32", 3)])
+@pytest.mark.parametrize(("wire", "steps"), [("float32", 1), ("bfloat16", 1), ("int8", 1), ("float32", 3), ("int8", 3)])
 def test_run_descends_the_weighted_mean_of_all_sites(consortium: Make, wire: str, steps: int) -> None:
     plan = make_plan(rounds=3, quorum=3, wire=wire, steps=steps, optimiser="sgd", site_weights={"b-hospital": 2.5})
     made = consortium(plan)
@@ -89,7 +100,7 @@ def test_each_round_is_recorded_and_committed_alike(consortium: Make) -> None:
 
 
 def test_participations_hold_what_each_site_states(consortium: Make) -> None:
-    made = consortium()
+    made = consortium(make_plan(wire="int8"))
     made.drive()
     row = made.store.participations(RUN, 2)[0]
     assert (row.state, row.code, row.epsilon_plan, row.epsilon_total, row.reply_slot_s) == (
@@ -100,6 +111,20 @@ def test_participations_hold_what_each_site_states(consortium: Make) -> None:
         5.0,
     )
     assert row.figures["loss_sum"] == 6.5
+    offer = RoundOffer(
+        run=RUN,
+        site=A,
+        round_index=2,
+        plan=made.plan.digest,
+        base_state=made.store.checkpoints(RUN)[1].state,
+        base_state_bytes=1,
+        offered_at=1.0,
+        deadline=2.0,
+    )
+    sent, read = honest_update(made.plan, offer), arrived(made.plan, offer)
+    true = math.sqrt(sum(float((sent[name].double() - read[name].double()).square().sum()) for name in SHAPES))
+    assert row.rounding is not None
+    assert 0.5 * row.rounding < true < row.rounding
     assert row.offered_at is not None
     assert row.received_at is not None
     assert row.received_at > row.offered_at

@@ -7,6 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pathfed_common.privacy.mechanism import PatientMechanism
+from pathfed_common.privacy.randomness import KeyedRandom
+from pathfed_common.wire_format import BLOCK, quantise
 from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
 
 
@@ -38,24 +40,72 @@ def inside(bounds: NormBounds, found: NDArray[np.float64]) -> NDArray[np.bool_]:
 def test_honest_updates_pass(dimension: int, noise: float, steps: int, cohort: float) -> None:
     made = mechanism(noise=noise)
     found = norms(np.random.default_rng(1), made, steps=steps, dimension=dimension, count=20_000, cohort=cohort)
-    assert inside(norm_bounds(made, steps=steps, dimension=dimension, bfloat16=False), found).all()
+    assert inside(norm_bounds(made, steps=steps, dimension=dimension, wire="float32"), found).all()
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2 / 3, 1.5, 2.0])
 def test_wrong_noise_is_refused_where_the_encoder_is_large(factor: float) -> None:
     made = mechanism()
     found = norms(np.random.default_rng(2), made, steps=1, dimension=6_000_000, count=1000, noise=factor)
-    assert not inside(norm_bounds(made, steps=1, dimension=6_000_000, bfloat16=True), found).any()
+    assert not inside(norm_bounds(made, steps=1, dimension=6_000_000, wire="bfloat16"), found).any()
+
+
+def travelled(random: np.random.Generator, made: PatientMechanism, dimension: int, *, count: int, noise: float, along: str) -> list[float]:
+    """Norms of int8 updates as they are read, whose patients all pull along every number, or along one."""
+    found = []
+    for number in range(count):
+        values = made.noise_std * noise * random.standard_normal(dimension)
+        drawn = random.poisson(made.expected_patients) * made.gradient_bound
+        if along == "one":
+            values[3] += drawn
+        else:
+            values += drawn / math.sqrt(dimension)
+        source = KeyedRandom(bytes(32), {"number": number})
+        numbers, scales = quantise((values / made.expected_patients).astype(np.float32), source)
+        read = numbers.astype(np.float32) * np.repeat(scales, BLOCK)[:dimension]
+        found.append(float(np.linalg.norm(read.astype(np.float64))))
+    return found
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(300, 300), (100_000, 40), (5_500_000, 2)])
+@pytest.mark.parametrize("along", ["all", "one"])
+def test_honest_int8_updates_pass(dimension: int, count: int, along: str) -> None:
+    made = mechanism(noise=0.7)
+    found = travelled(np.random.default_rng(6), made, dimension, count=count, noise=1.0, along=along)
+    assert inside(norm_bounds(made, steps=1, dimension=dimension, wire="int8"), np.array(found)).all()
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_int8_updates_with_a_third_more_or_less_noise_are_refused_for_an_encoder(factor: float) -> None:
+    made = mechanism(expected=64.0)
+    found = travelled(np.random.default_rng(7), made, 5_500_000, count=1, noise=factor, along="all")
+    assert not inside(norm_bounds(made, steps=1, dimension=5_500_000, wire="int8"), np.array(found)).any()
+
+
+def test_int8_widens_the_bounds_of_an_encoder_by_less_than_half_a_percent() -> None:
+    made = mechanism(expected=64.0)
+    plain, wide = (norm_bounds(made, steps=1, dimension=86_000_000, wire=wire) for wire in ("float32", "int8"))
+    assert plain.least * 0.998 < wide.least < plain.least
+    assert plain.most < wide.most < plain.most * 1.004
+
+
+def test_int8_tails_are_as_rare_as_stated() -> None:
+    """Without patients and with bounds as narrow as a false refusal of 0.9 makes them, few honest updates fall outside, and some do."""
+    made = mechanism(noise=3.0, expected=1.0)
+    bounds = norm_bounds(made, steps=1, dimension=2000, wire="int8", false_refusal=0.9, headroom=1.0)
+    found = travelled(np.random.default_rng(8), made, 2000, count=400, noise=1.0, along="all")
+    assert (~inside(bounds, np.array(found))).mean() < 0.9
+    assert bounds.most < norm_bounds(made, steps=1, dimension=2000, wire="int8", headroom=1.0).most
 
 
 def test_one_step_sent_for_several_is_refused() -> None:
     made = mechanism()
     found = norms(np.random.default_rng(3), made, steps=1, dimension=6_000_000, count=1000)
-    assert not inside(norm_bounds(made, steps=4, dimension=6_000_000, bfloat16=False), found).any()
+    assert not inside(norm_bounds(made, steps=4, dimension=6_000_000, wire="float32"), found).any()
 
 
 def test_bounds_are_tight_to_a_percent_for_a_large_encoder() -> None:
-    bounds = norm_bounds(mechanism(expected=64.0), steps=1, dimension=86_000_000, bfloat16=False)
+    bounds = norm_bounds(mechanism(expected=64.0), steps=1, dimension=86_000_000, wire="float32")
     typical = mechanism(expected=64.0).gradient_std * math.sqrt(86_000_000)
     assert 0.95 * typical < bounds.least < typical < bounds.most < 1.05 * typical
 
@@ -63,8 +113,8 @@ def test_bounds_are_tight_to_a_percent_for_a_large_encoder() -> None:
 def test_tails_are_as_rare_as_stated() -> None:
     """With a false-refusal probability of 0.3 in place of 1e-9, honest updates are refused less often than that, but some are."""
     made = mechanism(noise=3.0, expected=1.0)
-    bounds = norm_bounds(made, steps=1, dimension=50_000, bfloat16=False, false_refusal=0.3, headroom=1.0)
-    wide = norm_bounds(made, steps=1, dimension=50_000, bfloat16=False, headroom=1.0)
+    bounds = norm_bounds(made, steps=1, dimension=50_000, wire="float32", false_refusal=0.3, headroom=1.0)
+    wide = norm_bounds(made, steps=1, dimension=50_000, wire="float32", headroom=1.0)
     found = norms(np.random.default_rng(4), made, steps=1, dimension=50_000, count=100_000)
     assert (~inside(bounds, found)).mean() < 0.3
     assert wide.least < bounds.least
@@ -99,8 +149,8 @@ def test_rounding_of_long_local_training_is_allowed_for() -> None:
     update = (start - state) / np.float32(rate * steps)
     norm = float(np.linalg.norm(update.astype(np.float64)))
     base_norm = float(np.linalg.norm(start.astype(np.float64)))
-    without = norm_bounds(made, steps=steps, dimension=dimension, bfloat16=False)
-    bounds = norm_bounds(made, steps=steps, dimension=dimension, bfloat16=False, base_norm=base_norm, local_learning_rate=rate)
+    without = norm_bounds(made, steps=steps, dimension=dimension, wire="float32")
+    bounds = norm_bounds(made, steps=steps, dimension=dimension, wire="float32", base_norm=base_norm, local_learning_rate=rate)
     assert bounds.least <= norm <= bounds.most
     assert bounds.most > without.most
 
@@ -110,4 +160,4 @@ def test_rounding_of_long_local_training_is_allowed_for() -> None:
 )
 def test_impossible_arguments_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        norm_bounds(mechanism(), **{"steps": 1, "dimension": 10, "bfloat16": False, **wrong})  # type: ignore[arg-type]
+        norm_bounds(mechanism(), **{"steps": 1, "dimension": 10, "wire": "float32", **wrong})  # type: ignore[arg-type]
