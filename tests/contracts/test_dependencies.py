@@ -46,9 +46,8 @@ def imported(folder: Path) -> set[str]:
             else:
                 continue
             tops = {module.split(".")[0] for module in modules}
-            found |= {
-                distributions[top][0].lower() for top in tops if top not in sys.stdlib_module_names and not top.startswith("pathfed_")
-            }
+            foreign = {top for top in tops if top not in sys.stdlib_module_names and not top.startswith("pathfed_")}
+            found |= {distributions.get(top, [top])[0].lower() for top in foreign}  # not every extra is installed here
     return found
 
 

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -205,6 +206,7 @@ def _ray(processes: int) -> Iterator[None]:
         except Exception as error:  # Ray has no narrower type for a start that failed
             _log.warning("Ray did not start: %s", error)
             ray.shutdown()
+            _end_children()  # those that came up stay behind, and slow the next start down
             if attempt == _STARTS:
                 remedy = "look whether the machine is busy or short of memory, and try again"
                 raise HostError(
@@ -215,3 +217,10 @@ def _ray(processes: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _end_children() -> None:
+    """End every process that this one has started, and theirs."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
