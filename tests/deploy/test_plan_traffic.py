@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -121,8 +122,9 @@ def test_rows_say_sizes_and_times_as_people_do() -> None:
 @pytest.mark.parametrize("name", ["sites", "site_mbit_s", "server_mbit_s", "admission_gb_s", "aggregation_gb_s", "step_gb_s"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_a_line_or_machine_that_cannot_be_is_refused(name: str, value: float) -> None:
+    given: dict[str, Any] = {name: value}
     with pytest.raises(HostError, match=r"PF905.*--"):
-        Conditions(**{name: value})
+        Conditions(**given)
 
 
 def test_no_compute_and_no_slot_are_possible_and_less_is_not() -> None:

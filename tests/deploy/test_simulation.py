@@ -140,7 +140,7 @@ def engine() -> Iterator[Callable[[Fleet, int], InMemoryGrid]]:
         run = Run.create_empty(run_id=7)
         run.primary_task_id, run.federation_id = 8, NOOP_FEDERATION_ID
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 8, 7, SUPERLINK_NODE_ID
-        state = factory.state()
+        state: Any = factory.state()
         state.run_ids[7], state.task_store[8] = RunRecord(run=run), Task(task_id=8, run_id=7)
         grid = InMemoryGrid(state_factory=factory)
         grid.set_run(run)
