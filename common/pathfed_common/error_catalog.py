@@ -1344,6 +1344,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "patient in both spends in both.",
         "site",
     ),
+    Code.SIMULATION_ENGINE: CatalogEntry(
+        "The simulation engine does not start",
+        "`pathfed simulate` runs its virtual sites in processes of Ray, which did not come up. Ray gives them 30 seconds, and was tried "
+        "five times.",
+        "Look whether the machine is busy, or short of memory or of space under `/tmp`, where Ray keeps its files; then give the command "
+        "again. `simulation.log` in the folder given by `--out` has Ray's own words.",
+        "both",
+    ),
 }
 
 CATALOG: Final[dict[Code, CatalogEntry]] = {**_PLANS, **_SITE_DATA, **_PRIVACY, **_TRANSPORT, **_ROUNDS, **_PROVENANCE, **_HOST}

@@ -209,6 +209,7 @@ class ErrorCode(StrEnum):
     EGRESS_RECORD_DAMAGED = "PF913"
     EGRESS_RECORD_BEHIND = "PF914"
     ENROLMENT_ELSEWHERE = "PF915"
+    SIMULATION_ENGINE = "PF935"
 
 
 class PathfedError(Exception):

@@ -18,7 +18,7 @@ from pathfed_common.plan import Plan, load_plan, plan_from_bytes
 from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
 from pathfed_server.db.rows import PlanRow, RunRow
-from pathfed_server.db.sql_store import SqlStore, migrate
+from pathfed_server.db.sql_store import SqlStore, migrate, migrate_existing
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
 from pathfed_server.rounds.state import SiteState
@@ -69,10 +69,16 @@ def init(
 
 
 def serve(root: Path, tell: Callable[[str], None]) -> None:
-    """`pathfed-server start`; see daemon.serve."""
+    """`pathfed-server start`: bring the database to this version's schema, then serve; see daemon.serve.
+
+    Raises:
+        RoundError: PF512, the database cannot be reached; PF513, it is a newer version's, and nothing was changed, or none of ours.
+    """
     from pathfed_server.daemon import serve as run_daemon
 
-    run_daemon(ServerHome(root), tell)
+    home = ServerHome(root)
+    migrate_existing(home.database_url)
+    run_daemon(home, tell)
 
 
 def add_site(root: Path, card_file: Path) -> SiteCard:

@@ -1,4 +1,6 @@
 import pytest
+from alembic import command
+from sqlalchemy import create_engine
 
 from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
@@ -9,6 +11,7 @@ from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_leaves import rotate_key
 from pathfed_common.units import UtcSeconds
 from pathfed_server import app, orders
+from pathfed_server.db import database
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import Checkpoint, RunState
 from pathfed_server.words import record_word
@@ -200,3 +203,22 @@ def test_a_plan_file_that_is_no_text_is_unreadable(tmp_path):
     (tmp_path / "plan.toml").write_bytes(b"\xff\xfe\x00")
     assert code(app.read_plan, tmp_path / "plan.toml") == "PF101"
     assert code(app.read_plan, tmp_path / "none.toml") == "PF904"
+
+
+def test_a_server_that_starts_brings_an_older_database_to_its_schema(server_home):
+    """It is stopped by a key that others may read, the first thing it looks at afterwards."""
+    place = server_home.root / "pathfed.db"
+    place.unlink()
+    engine = create_engine(server_home.database_url)
+    with engine.begin() as connection:
+        command.upgrade(database.alembic_config(connection), "0001")
+    engine.dispose()
+    server_home.tls_key.chmod(0o644)
+    with pytest.raises(HostError, match="PF906"):
+        app.serve(server_home.root, lambda line: None)
+    with SqlStore(server_home.database_url) as store:
+        assert store.runs() == []
+    place.unlink()
+    with pytest.raises(RoundError, match="PF512"):
+        app.serve(server_home.root, lambda line: None)
+    assert not place.exists()

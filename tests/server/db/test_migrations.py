@@ -291,3 +291,23 @@ def test_what_was_recorded_before_there_was_a_log_gets_its_leaves(empty_url: str
         ]
         store.revoke_site(a, at=50)
         assert store.log_size() == 9
+
+
+def test_a_database_that_is_there_is_upgraded_and_nothing_else_becomes_one(empty_url: str, tmp_path: Path) -> None:
+    """A server that is started on an empty database, or on none, must not take itself for a new consortium."""
+    database.migrate_existing(empty_url) if not empty_url.startswith("sqlite") else None
+    engine = engine_of(empty_url)
+    with engine.begin() as connection:
+        assert MigrationContext.configure(connection).get_current_heads() == ()
+        command.upgrade(database.alembic_config(connection), "0001")
+    engine.dispose()
+    with pytest.raises(RoundError, match="PF513"):
+        SqlStore(empty_url).open()
+    for _ in range(2):
+        database.migrate_existing(empty_url)
+        with SqlStore(empty_url) as store:
+            assert store.runs() == []
+    missing = tmp_path / "missing.db"
+    with pytest.raises(RoundError, match="PF512"):
+        database.migrate_existing(f"sqlite:///{missing}")
+    assert not missing.exists()
