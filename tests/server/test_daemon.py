@@ -176,3 +176,47 @@ def test_what_the_database_refuses_is_told_once_while_it_lasts(server_home, monk
         assert daemon._reconciled(watched, trouble) == ""
     assert len(told) == 1
     assert "PF512" in told[0]
+
+
+class RunningEngine(FailingEngine):
+    """Every run of its runs until it is stopped."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.stopped: list[int] = []
+
+    def start_run(self, config: dict[str, str]) -> int:
+        self.started.append(config["pathfed-run"])
+        return len(self.started)
+
+    def run_status(self, run: int) -> tuple[str, str]:
+        return ("finished", "stopped") if run in self.stopped else ("running", "")
+
+    def stop_run(self, run: int) -> None:
+        self.stopped.append(run)
+
+
+def test_a_paused_run_is_ended_in_flower_and_opened_again_only_when_resumed(server_home):
+    with SqlStore(server_home.database_url) as store:
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
+        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        engine = RunningEngine()
+        flower: Any = engine
+        daemon_of = daemon._Daemon(server_home, store, flower, lambda line: None)
+        daemon_of.reconcile()
+        store.begin_attempt(RUN, at=2.0)
+        daemon.note_server_app(server_home, RUN)
+        assert store.pause_run(RUN, at=3.0) is RunState.PAUSING
+        daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN], []), "its round goes on"
+        assert store.pause_run(RUN, now=True, at=4.0) is RunState.PAUSED
+        for _ in range(3):
+            daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN], [1])
+        again = daemon._Daemon(server_home, store, flower, lambda line: None)
+        again.reconcile()
+        assert engine.started == [RUN], "nor does a server that starts anew open it"
+        store.reopen_run(RUN, at=5.0)
+        daemon_of.reconcile()
+        assert engine.started == [RUN, RUN]
