@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import sync_folder, write_atomic
+from pathfed_common.files import sync_folder, told, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
@@ -57,12 +57,17 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the folder for incoming files, empty."""
-        for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Make the round's folders; the folder for incoming files, empty.
+
+        Raises:
+            HostError: the disk is full (PF901) or cannot be written (PF904).
+        """
         incoming = self.spool(round_index) / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
+        with told(incoming):
+            for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
+                folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(incoming, ignore_errors=True)
+            incoming.mkdir(parents=True)
         return incoming
 
     def sweep(self, committed: int) -> None:
@@ -87,8 +92,9 @@ class RunFiles:
         write_atomic(arrival, digest.canonical({"received_at": reply.received_at, "transfer_s": reply.transfer_s}))
         write_atomic(statement, reply.statement)
         if reply.update != update:
-            os.replace(reply.update, update)
-            sync_folder(update.parent)
+            with told(update):
+                os.replace(reply.update, update)
+                sync_folder(update.parent)
         return update
 
     def kept(self, round_index: int, site: SiteName) -> Reply | None:
@@ -120,12 +126,13 @@ class RunFiles:
             raise ValueError("there is nothing to set aside")
         found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
         folder = self.quarantine(round_index)
-        folder.mkdir(parents=True, exist_ok=True)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
-        if reply.statement is not None:
-            write_atomic(place.with_suffix(".dsse"), reply.statement)
-        os.replace(reply.update, place)
-        sync_folder(folder)
+        with told(place):
+            folder.mkdir(parents=True, exist_ok=True)
+            if reply.statement is not None:
+                write_atomic(place.with_suffix(".dsse"), reply.statement)
+            os.replace(reply.update, place)
+            sync_folder(folder)
         return place, found, size
 
     def _folder(self, kind: str) -> Path:
