@@ -842,7 +842,8 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "The database cannot be opened, does not answer, or stayed locked for too long. What was not committed has not happened; "
         "the run continues from the last committed round.",
         "Check the URL, the password file, the service, and free disk space. SQLite files must lie on a local disk, not on a "
-        "network share.",
+        "network share. A run needs nothing: its round loop and `pathfed-server start` say so once, wait, and go on when the database is "
+        "back.",
         "operator",
     ),
     Code.DATABASE_SCHEMA: CatalogEntry(
@@ -1239,7 +1240,9 @@ _HOST: dict[Code, CatalogEntry] = {
     Code.DISK_FULL: CatalogEntry(
         "The disk is full",
         "Writing failed for want of space or quota. Files are written whole or not at all: nothing is left half-written.",
-        "Free space at the path which the message names, and run the command again; it resumes.",
+        "Free space at the path which the message names. A command is run again and resumes. Nothing else is to be done: the server's "
+        "round loop waits and goes on from the last committed round; a site answers the round with this code, or not at all where not even "
+        "a code can be written down, and sends the same bytes when it is asked again, charged once.",
         "both",
     ),
     Code.PORT_IN_USE: CatalogEntry(

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pathfed_common.errors import ErrorCode, HostError, PathfedError
@@ -131,6 +131,19 @@ def read_given(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise HostError(ErrorCode.HOME_UNUSABLE, f"cannot be read: {error.strerror}", where=path) from None
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn an operating-system error met while writing `path` into ours.
+
+    Raises:
+        HostError: the disk is full (PF901) or cannot be written (PF904).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def disk_error(error: OSError, path: Path) -> PathfedError:

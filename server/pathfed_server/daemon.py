@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from pathfed_common import files
-from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessEnd, Supervisor
 from pathfed_server.control import control_process
@@ -169,7 +169,7 @@ def _reconciled(daemon: _Daemon, before: str) -> str:
         daemon.reconcile()
     except httpx.HTTPError as error:
         trouble = f"SuperLink does not answer ({type(error).__name__}); waiting for it"
-    except RoundError as error:
+    except (RoundError, HostError) as error:
         trouble = str(error)
     else:
         return ""

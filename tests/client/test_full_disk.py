@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from answering_site import Site, bytes_of, opened
-from full_disk import full_disk
+from full_disk import full_disk, tried
 
 from pathfed_client import app
 from pathfed_client.computing import RoundComputer
@@ -64,7 +64,7 @@ def test_a_disk_that_fills_at_any_write_of_a_round_costs_a_code_and_no_answer(wo
         writes = list(disk.seen)
         assert len(writes) > 30
         wrong = {}
-        for number, write in list(enumerate(writes))[:: 3 if once else 1]:
+        for number, write in tried(writes, once=once):
             home = copy_home(f"home-{number}")
             with opened(home) as site:
                 disk.fill(number, once=once)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import make_folder, sync_folder, write_atomic
+from pathfed_common.files import make_folder, sync_folder, told, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.admission import read_chunks
@@ -59,11 +59,16 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round."""
-        for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-            make_folder(folder)
-        make_folder(self.incoming(round_index))
-        return self.incoming(round_index)
+        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round.
+
+        Raises:
+            HostError: the disk is full (PF901) or cannot be written (PF904).
+        """
+        incoming = self.incoming(round_index)
+        with told(incoming):
+            for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted", incoming):
+                make_folder(folder)
+        return incoming
 
     def sweep(self, committed: int) -> None:
         """Delete what no later round needs: spools of rounds up to `committed`, and optimiser files older than the one before it."""
@@ -87,8 +92,9 @@ class RunFiles:
         write_atomic(arrival, digest.canonical({"received_at": reply.received_at, "transfer_s": reply.transfer_s}))
         write_atomic(statement, reply.statement)
         if reply.update != update:
-            os.replace(reply.update, update)
-            sync_folder(update.parent)
+            with told(update):
+                os.replace(reply.update, update)
+                sync_folder(update.parent)
         return update
 
     def kept(self, round_index: int, site: SiteName) -> Reply | None:
@@ -120,12 +126,13 @@ class RunFiles:
             raise ValueError("there is nothing to set aside")
         found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
-        make_folder(folder)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
-        if reply.statement is not None:
-            write_atomic(place.with_suffix(".dsse"), reply.statement)
-        os.replace(reply.update, place)
-        sync_folder(folder)
+        with told(place):
+            make_folder(folder)
+            if reply.statement is not None:
+                write_atomic(place.with_suffix(".dsse"), reply.statement)
+            os.replace(reply.update, place)
+            sync_folder(folder)
         return place, found, size
 
     def released(self, aside: Quarantined) -> Reply | None:
