@@ -65,13 +65,16 @@ def started(home: ServerHome, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def test_a_server_serves_alone_and_ends_all_it_started(server_home, tmp_path):
+    """Also where Flower's own database was damaged."""
     log = tmp_path / "server.log"
+    (server_home.flower / "superlink.db").write_bytes(b"this is no database " * 500)
     with started(server_home, log) as process:
         ports = json.loads(server_home.ports_file.read_text())
         assert ports["pid"] == process.pid
         assert accepts_connections("127.0.0.1", server_home.settings.fleet_port)
         children = descendants(process.pid)
         assert len(children) >= 3
+        assert (server_home.flower / "superlink.db.damaged").exists()
 
         second = subprocess.run(command(server_home), capture_output=True, text=True, timeout=60, check=False)
         assert (second.returncode, json.loads(second.stdout.splitlines()[-1])["error"]["code"]) == (19, "PF902")
