@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName
-from pathfed_common.processes import ProcessEnd, accepts_connections
+from pathfed_common.processes import ProcessEnd, ProcessSpec, Supervisor, accepts_connections
 from pathfed_server import daemon
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -175,3 +176,38 @@ def test_what_the_database_refuses_is_told_once_while_it_lasts(server_home, monk
         assert daemon._reconciled(watched, trouble) == ""
     assert len(told) == 1
     assert "PF512" in told[0]
+
+
+def test_a_superlink_that_lives_and_does_not_answer_is_ended_and_started_again(server_home, tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "_HUNG_S", 0.2)
+    told: list[str] = []
+    supervisor = Supervisor()
+    supervisor.start(ProcessSpec(name="superlink", argv=["sleep", "60"], log=tmp_path / "log", restarts=1, restart_delay_s=0.0))
+    hung = supervisor.pids()["superlink"]
+
+    def no_answer() -> None:
+        raise httpx.ReadTimeout("hung")
+
+    try:
+        with SqlStore(server_home.database_url) as store:
+            engine: Any = FailingEngine()
+            watched = daemon._Daemon(server_home, store, engine, told.append)
+            assert daemon._reconciled(watched, "") == ""
+            daemon._end_hung(watched, supervisor)
+            assert alive(hung), "it has just answered"
+            monkeypatch.setattr(watched, "reconcile", no_answer)
+            time.sleep(0.3)
+            daemon._reconciled(watched, "")
+            daemon._end_hung(watched, supervisor)
+        ends: list[ProcessEnd] = []
+
+        def is_back() -> bool:
+            ends.extend(supervisor.poll())
+            return bool(ends) and "superlink" in supervisor.pids()
+
+        assert eventually(is_back, 20)
+        assert [(end.status, end.restarted) for end in ends] == [(-9, True)]
+        assert supervisor.pids()["superlink"] != hung
+        assert any("has not answered" in line for line in told)
+    finally:
+        supervisor.stop(grace_s=0.5)
