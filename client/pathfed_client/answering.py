@@ -280,7 +280,11 @@ class SiteAnswerer:
 
     @cached_property
     def _secrets(self) -> RunSecrets:
-        return RunSecrets(self._home.run_secrets)
+        """The run secrets, without those of sealed rounds: a crash may have come between a seal and the erasing."""
+        secrets = RunSecrets(self._home.run_secrets)
+        for run, round_index in self._store.sealed_rounds().items():
+            secrets.settle(run, round_index)
+        return secrets
 
     def _train(self, task: _Task, base_state: Path) -> SealedUpdate:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""

@@ -860,7 +860,8 @@ _ROUNDS: dict[Code, CatalogEntry] = {
     ),
     Code.SITE_SILENT: CatalogEntry(
         "A site did not answer",
-        "No reply came from the site before the round's deadline. The round went on with the others if the quorum held.",
+        "No reply came from the site before the round's deadline, though the offer was sent again whenever its SuperNode came back or "
+        "Flower said that it was lost. The round went on with the others if the quorum held.",
         "Ask the site's IT whether its client runs (`pathfed-site status`) and reaches the server. A site that is merely slow "
         "needs a longer `rounds.deadline_s` in a new plan.",
         "both",
@@ -1253,9 +1254,12 @@ _HOST: dict[Code, CatalogEntry] = {
     ),
     Code.PROCESS_ENDED: CatalogEntry(
         "A process ended by itself",
-        "One of the processes that pathfed started and watches has ended, or did not come up in time. Where restarting is safe it"
-        " was tried; the others were shut down in order.",
-        "The message names the process and its log; the last lines there say why.",
+        "One of the processes that pathfed started and watches has ended, or did not come up in time. It is started again by itself, "
+        "and rounds go on: an offer that was lost with it is sent again, a charged round is the same release, a sealed update is sent as "
+        "it is. A round loop or a server costs some seconds, a runner or a SuperNode about a minute, until Flower has noticed. A process "
+        "that ends again and again within minutes is given up; then the others are shut down in order.",
+        "Nothing, where it says that the process is started again. The message names the process and its log; the last lines there say "
+        "why. Let a service manager start `pathfed-server start` and `pathfed-site start` again: they go on where they were.",
         "both",
     ),
     Code.HOME_UNUSABLE: CatalogEntry(

@@ -7,6 +7,7 @@ from the last committed round. A run whose attempts keep ending early is marked 
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ HOME_VARIABLE = "PATHFED_SERVER_HOME"
 ATTEMPTS = 3
 _TICK_S = 0.25
 _RECONCILE_S = 1.0  # each asks SuperLink, which has rounds to carry
+#: Seconds without an answer after which a SuperLink that lives counts as hung, and is killed. A database may be locked for two minutes.
+_HUNG_S = 180.0
 
 Tell = Callable[[str], None]
 
@@ -51,6 +54,8 @@ class _Daemon:
     control: FlowerControl
     tell: Tell
     attempts: dict[RunName, _Attempt] = field(default_factory=dict)
+    #: When SuperLink last did not fail to answer, monotonic seconds.
+    answered: float = field(default_factory=time.monotonic)
 
     def reconcile(self) -> None:
         """Bring SuperLink's node keys and runs in line with the database."""
@@ -153,6 +158,7 @@ def _loop(daemon: _Daemon, supervisor: Supervisor) -> None:
     trouble = ""
     while True:
         trouble = _reconciled(daemon, trouble)
+        _end_hung(daemon, supervisor)
         until = time.monotonic() + _RECONCILE_S
         while time.monotonic() < until:
             time.sleep(_TICK_S)
@@ -170,12 +176,24 @@ def _reconciled(daemon: _Daemon, before: str) -> str:
     except httpx.HTTPError as error:
         trouble = f"SuperLink does not answer ({type(error).__name__}); waiting for it"
     except (RoundError, HostError) as error:
-        trouble = str(error)
+        trouble, daemon.answered = str(error), time.monotonic()
     else:
+        daemon.answered = time.monotonic()
         return ""
     if trouble != before:
         daemon.tell(trouble)
     return trouble
+
+
+def _end_hung(daemon: _Daemon, supervisor: Supervisor) -> None:
+    """Kill a SuperLink that has not answered for long, though it lives: the supervisor starts it again."""
+    if time.monotonic() - daemon.answered < _HUNG_S:
+        return
+    daemon.answered = time.monotonic()
+    process = supervisor.pids().get("superlink")
+    if process is not None:
+        daemon.tell(f"{ErrorCode.PROCESS_ENDED.value} superlink has not answered for {_HUNG_S:g} s: it is ended")
+        os.kill(process, signal.SIGKILL)
 
 
 def tell_ends(ends: Iterable[ProcessEnd], tell: Tell) -> None:

@@ -326,6 +326,23 @@ def test_a_crash_after_the_charge_ends_with_the_bytes_of_an_undisturbed_run_char
         assert site.answer(world.offer(), world.base_state) == answer
 
 
+def test_a_sealed_rounds_secret_that_a_crash_left_is_erased_when_any_round_is_offered(world, copy_home, monkeypatch):
+    home = copy_home()
+
+    def crash(*_):
+        raise Crash
+
+    with opened(home) as site, monkeypatch.context() as patch:
+        patch.setattr(RunSecrets, "advance", crash)
+        with pytest.raises(Crash):
+            site.answer(world.offer(), world.base_state)
+    left = (home.run_secrets / "run-run-1.secret").read_bytes()
+    with opened(SiteHome(home.root)) as site:
+        assert site.answer(world.offer(run="run-2"), world.base_state).code is None
+    assert (home.run_secrets / "run-run-1.secret").read_bytes() != left
+    assert json.loads((home.run_secrets / "run-run-1.secret").read_bytes())["round"] == 2
+
+
 def test_a_failure_after_the_charge_is_a_code_at_a_time_slot_and_the_round_can_still_be_answered(
     world, site, undisturbed, monkeypatch, caplog
 ):

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from kill_world import KINDS, OPEN, RUN, World, find
+from kill_world import KINDS, OPEN, RUN, World, find, processes
 
 from pathfed_common.ids import RunName
 from pathfed_local.consortium import Consortium
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
-from pathfed_server.rounds.state import RunState
+from pathfed_server.rounds.state import Checkpoint, RunState
 
 _TICK_S = 0.02
 _LOOK_S = 0.3
 _STOPS_WITHIN_S = 20.0
+#: The kind of a case that kills every process of everybody, as when a machine loses power.
+EVERYTHING = "everything"
 #: Rounds that may pass an armed instant by before it counts as missed.
 _ROUNDS = 2
 
@@ -87,19 +89,32 @@ class _Lane:
 
 @dataclass
 class Conductor:
-    """Drives a consortium to the end of its run and kills on the way."""
+    """Drives a consortium to the end of its run and kills on the way.
+
+    Attributes:
+        world: where it is.
+        made: its processes.
+        cases: whom to kill; each owner's in this order, one a round, those of several owners beside each other.
+        log: a file that each case's result is appended to.
+        run: the run.
+        reference: the states of a run that nobody disturbed.
+        one_at_a_time: one case in every other round, whoever is its owner.
+        happened: what came of the cases.
+    """
 
     world: World
     made: Consortium
     cases: Sequence[Case]
     log: Path | None = None
     run: RunName = RUN
+    reference: Sequence[Checkpoint] = ()
+    one_at_a_time: bool = False
     happened: list[Happened] = field(default_factory=list)
     _committed: int = -1
 
     def __post_init__(self) -> None:
-        owners = dict.fromkeys(case.owner for case in self.cases)
-        self._lanes = {owner: _Lane(deque(case for case in self.cases if case.owner == owner)) for owner in owners}
+        lanes = dict.fromkeys("" if self.one_at_a_time else case.owner for case in self.cases)
+        self._lanes = {lane: _Lane(deque(case for case in self.cases if lane in ("", case.owner))) for lane in lanes}
 
     @property
     def left(self) -> list[Case]:
@@ -115,6 +130,7 @@ class Conductor:
                 if time.monotonic() >= look_at:
                     self.made.watch(self.world.told.append)
                     state = store.run(self.run).state
+                    self.compare(store)
                     self._note(_committed(store, self.run))
                     look_at = time.monotonic() + _LOOK_S
                 for lane in self._lanes.values():
@@ -122,6 +138,16 @@ class Conductor:
                 time.sleep(_TICK_S)
         self._close(None)
         return state
+
+    def compare(self, store: SqlStore) -> None:
+        """A state that is not the reference's ends the run at once: what follows from it says nothing."""
+        found = store.checkpoints(self.run)
+        wrong = [mine.round_index for mine, due in zip(found, self.reference, strict=False) if mine != due]
+        assert not wrong, f"round {wrong[0]} ended with another state than when nothing is killed; {self.report()}"
+
+    def report(self) -> str:
+        """What was done, and what the processes said."""
+        return "\n".join([*(found.line() for found in self.happened), *self.world.told])
 
     def _note(self, committed: int) -> None:
         if committed != self._committed:
@@ -150,7 +176,8 @@ class Conductor:
                 file.write(found.line() + "\n")
 
     def _attend(self, lane: _Lane, store: SqlStore) -> None:
-        if lane.armed is None and lane.open is None and lane.waiting and self._committed > lane.since:
+        pause = 1 if self.one_at_a_time else 0
+        if lane.armed is None and lane.open is None and lane.waiting and self._committed > lane.since + pause:
             lane.armed, lane.since = lane.waiting.popleft(), self._committed
             (self.world.instants / "armed" / lane.armed.name).touch()
         elif lane.armed is not None:
@@ -162,10 +189,11 @@ class Conductor:
     def _kill(self, lane: _Lane, case: Case, reached: Path) -> None:
         stopped = psutil.Process(int(reached.read_text()))
         hit = _stands(stopped)
-        victims = find(self.made, case.kind, case.victim)
+        victims = self._victims(case)
         killed_at = time.monotonic()
-        for victim in victims[:1]:
-            victim.send_signal(signal.SIGKILL)
+        for victim in victims:
+            with suppress(psutil.Error):  # another's end has ended it
+                victim.send_signal(signal.SIGKILL)
         with suppress(psutil.Error):
             stopped.send_signal(signal.SIGCONT)
         reached.unlink()
@@ -174,6 +202,15 @@ class Conductor:
             lane.open = (Happened(case=case, round_index=self._committed + 1, hit=hit), killed_at)
         else:
             lane.waiting.append(case)  # it is being started again just now: the case waits for another round
+
+    def _victims(self, case: Case) -> list[psutil.Process]:
+        if case.kind != EVERYTHING:
+            return find(self.made, case.kind, case.victim)[:1]
+        every = [process for owner in self.made.pids() for process in processes(self.made, owner)]
+        for process in every:  # none sees another end
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGSTOP)
+        return every
 
 
 def _committed(store: SqlStore, run: RunName) -> int:
@@ -201,6 +238,7 @@ _TELLING = {
     "control plane": r"{victim}: PF903 control ended \(-9\) and is started again",
     "rank": "",
     "tile reader": "",
+    EVERYTHING: "",
 }
 
 
@@ -213,4 +251,4 @@ def is_told(case: Case, told: Sequence[str]) -> bool:
 
 def victim_of(kind: str, site: str) -> str:
     """Whose process a kind is, where the site is this one."""
-    return "server" if KINDS[kind][1] == "server" else site
+    return "server" if kind == EVERYTHING or KINDS[kind][1] == "server" else site
