@@ -4,15 +4,18 @@ Reads files, through `encoder.weights`; the documents were checked before.
 """
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
 
 from pathfed_common import digest, model
 from pathfed_common.encoder import weights
+from pathfed_common.encoder.blocks import FileBlocks, spans
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
+from pathfed_common.released_encoder import ReleasedEncoder
 
 Faults = Iterator[ProvenanceError]
 
@@ -35,6 +38,27 @@ def shape_faults(folder: Path, contents: Contents, rounds: range | tuple[int, ..
             yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
 
 
+def frozen_faults(folder: Path, contents: Contents, rounds: range | tuple[int, ...]) -> Faults:
+    """States in which a tensor that the plan does not train, or a teacher's copy of one, is not the first state's, bit for bit.
+
+    Args:
+        folder: the record; its states have the plan's tensors.
+        contents: its documents.
+        rounds: rounds whose states are looked at.
+    """
+    is_trained = model.trained(contents.plan)
+    kept = [name for name in model.state_shapes(contents.plan) if not is_trained(name.removeprefix(model.TEACHER_PREFIX))]
+    if not kept:
+        return
+    first = weights.reader(folder / record.state_path(0))
+    for index in rounds:
+        path = record.state_path(index)
+        here = weights.reader(folder / path)
+        changed = next((name for name in kept if not torch.equal(here(name).view(torch.uint8), first(name).view(torch.uint8))), None)
+        if changed is not None:
+            yield ProvenanceError(ErrorCode.FROZEN_CHANGED, "a tensor that the plan does not train has changed", where=path, value=changed)
+
+
 def exported_faults(folder: Path, contents: Contents) -> Faults:
     """An exported encoder that is not the last state's, bit for bit, or is half there; none is no fault."""
     exported = [contents.manifest.entry(path) for path in (record.ENCODER, record.ENCODER_CONFIG)]
@@ -46,18 +70,17 @@ def exported_faults(folder: Path, contents: Contents) -> Faults:
 
 def _encoder_faults(folder: Path, contents: Contents) -> Faults:
     state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
-    prefix = model.released_prefix(contents.plan)
-    names = {name.removeprefix(prefix): name for name in model.state_shapes(contents.plan) if name.startswith(prefix)}
-    header, base = _header(encoder), _header(state)
-    if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
+    shapes = model.encoder_spec(contents.plan).shapes()
+    if _header(encoder) != {name: (torch.float32, shape) for name, shape in sorted(shapes.items())} or _header(state) is None:
         yield ProvenanceError(
             ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
         )
         return
-    ours, theirs = weights.reader(encoder), weights.reader(state)
-    for name, full in names.items():
+    ours, theirs = FileBlocks(encoder), ReleasedEncoder(contents.plan, FileBlocks(state))
+    for name, shape in shapes.items():
         # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
-        if not torch.equal(ours(name).view(torch.uint8), theirs(full).view(torch.uint8)):
+        pairs = ((ours.read(name, *span), theirs.read(name, *span)) for span in spans(prod(shape)))
+        if not all(torch.equal(here.view(torch.uint8), due.view(torch.uint8)) for here, due in pairs):
             yield ProvenanceError(
                 ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
             )

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pathfed_common import digest, files, model
 from pathfed_common.digest import Digest
-from pathfed_common.encoder import weights
+from pathfed_common.encoder.blocks import FileBlocks, block_chunks
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
@@ -20,6 +22,7 @@ from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
+from pathfed_common.released_encoder import ReleasedEncoder
 from pathfed_common.units import UtcSeconds
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.state import Candidate, Participation, ParticipationState, RoundResult
@@ -114,7 +117,7 @@ class Recorder:
             raise ProvenanceError(ErrorCode.RECORD_CHANGED, "the state is not the record's last", where=state, value=state_digest)
         plan = plan_from_bytes((self._folder / record.PLAN).read_bytes(), where=record.PLAN)
         entries = [
-            self._write(record.ENCODER, _encoder_bytes(state, model.released_prefix(plan))),
+            self._write(record.ENCODER, _encoder_bytes(state, plan)),
             self._write(record.ENCODER_CONFIG, digest.canonical(model.timm_config(plan))),
         ]
         self._publish(replace(manifest, rounds=rounds, files=_merged(manifest.files, entries)))
@@ -257,10 +260,10 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
     )
 
 
-def _encoder_bytes(state: Path, prefix: str) -> Iterator[bytes]:
-    """The exported encoder's file in pieces, one tensor in memory at a time."""
-    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in weights.header(state).items() if name.startswith(prefix)}
-    return weights.encoder_chunks(shapes, lambda name: weights.read_tensor(state, prefix + name))
+def _encoder_bytes(state: Path, plan: Plan) -> Iterator[bytes]:
+    """The exported encoder's file in pieces, one block in memory at a time."""
+    encoder = ReleasedEncoder(plan, FileBlocks(state))
+    return block_chunks({name: (torch.float32, shape) for name, shape in encoder.shapes.items()}, encoder.read, {"format": "pt"})
 
 
 def _entry(place: str, path: Path) -> FileEntry:

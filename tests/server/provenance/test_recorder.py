@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import CohortPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import AdaptersPlan, CohortPlan, DinoPlan, EncoderPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -228,13 +228,28 @@ def test_a_run_goes_on_after_a_site_changed_its_flower_node_key_and_not_after_an
     world.verify().require()
 
 
-def test_the_released_encoder_is_that_of_the_prefix_bit_for_bit(tmp_path: Path) -> None:
-    numbers = {"encoder.a": torch.tensor([1.0]), "head.a": torch.tensor([2.0]), "teacher.encoder.a": torch.tensor([3.0])}
+DINO = DinoPlan(local_crop_px=32, head_dim=16, bottleneck_dim=8, prototypes=16)
+ADAPTERS = EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))
+
+
+@pytest.mark.parametrize("objective", [MaePlan(decoder_dim=32, decoder_depth=1), DINO], ids=["mae", "dino"])
+@pytest.mark.parametrize("encoder", [EncoderPlan(), ADAPTERS], ids=["whole", "adapters"])
+def test_the_released_encoder_is_the_plans_bit_for_bit(plan: Plan, objective: Any, encoder: EncoderPlan, tmp_path: Path) -> None:
+    made = plan.model_copy(update={"objective": objective, "encoder": encoder})
+    random = torch.Generator().manual_seed(1)
+    numbers = {name: torch.randn(shape, generator=random) for name, shape in model.state_shapes(made).items()}
     state = tmp_path / "state"
     state.write_bytes(weights.dump(numbers, {}))
-    for prefix, value in (("encoder.", 1.0), ("teacher.encoder.", 3.0)):
-        exported = weights.load(b"".join(_encoder_bytes(state, prefix)))
-        assert {name: tensor.tolist() for name, tensor in exported.items()} == {"a": [value]}
+    exported = weights.load(b"".join(_encoder_bytes(state, made)))
+    prefix = "encoder." if objective.name == "mae" else "teacher.encoder."
+    assert exported.keys() == model.encoder_spec(made).shapes().keys()
+    for name, tensor in exported.items():
+        due, stem = numbers[prefix + name].double(), prefix + name.removesuffix(".weight")
+        if encoder is ADAPTERS and f"{stem}.lora_a.weight" in numbers:
+            due = due + 0.5 * (numbers[f"{stem}.lora_b.weight"].double() @ numbers[f"{stem}.lora_a.weight"].double())
+            assert not torch.equal(tensor, numbers[prefix + name])
+        torch.testing.assert_close(tensor, due.float(), rtol=1e-6, atol=1e-7)
+        assert encoder is ADAPTERS or torch.equal(tensor, numbers[prefix + name])
 
 
 class _KilledError(BaseException):
