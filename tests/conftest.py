@@ -1,4 +1,4 @@
-"""What holds for every test: one process a file, end-to-end tests last and never beside each other, one thread each, fixed examples."""
+"""What holds for every test: one process a file, end-to-end tests first and never beside each other, one thread each, fixed examples."""
 
 import os
 from typing import Any
@@ -15,20 +15,21 @@ settings.register_profile("pathfed", deadline=None, derandomize=True, suppress_h
 settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pathfed")
 
-#: Folders whose tests start a whole consortium: they go to one test process, one after the other. They are handed out last, so other
-#: files may still be running in the other process.
-WHOLE_MACHINE = ("end_to_end", "chaos")
+#: Folders whose tests start a whole consortium: all of them go to one test process, one after the other, so that two consortia never
+#: run beside each other. They wait more than they compute, so the other process has the files below them meanwhile; they are handed out
+#: first, because the longest unit of work decides how long the suite takes.
+CONSORTIA = ("end_to_end", "chaos")
 
 
 def unit_of_work(nodeid: str) -> str:
-    """What one test process does in one go: a file, whose servers then start once, or a whole folder of `WHOLE_MACHINE`."""
+    """What one test process does in one go: a file, whose servers then start once, or all tests of `CONSORTIA`."""
     file = nodeid.split("::", 1)[0]
-    return next((folder for folder in WHOLE_MACHINE if folder in file.split("/")), file)
+    return "consortia" if any(folder in file.split("/") for folder in CONSORTIA) else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that need the whole machine last."""
-    items.sort(key=lambda item: unit_of_work(item.nodeid) in WHOLE_MACHINE)
+    """Put the tests that start a consortium first."""
+    items.sort(key=lambda item: unit_of_work(item.nodeid) != "consortia")
 
 
 @pytest.hookimpl(optionalhook=True)

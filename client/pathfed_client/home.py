@@ -5,6 +5,7 @@ server-card.dsse  ca.pem  site.pem  enrolment.json   (once enrolled: the server,
 keys/      evidence.pem  flower  tls.pem  pseudonym.key  superexec.secret   (0600, in a folder of 0700)
 secrets/   one chain of secrets per run (pathfed_client.io.run_secrets), the ledger's head (io.ledger_head); leave it out of backups
 updates/   sealed updates, resent as they are
+base-states/   base states of the last rounds, public; a file that is missing is fetched again (pathfed_client.io.state_cache)
 logs/      one file per process
 *.lock     held while the site runs (`hold`)
 stopped    there while the site is stopped (`io.stop_switch`)
@@ -150,6 +151,11 @@ class SiteHome:
     def updates(self) -> Path:
         """Folder of sealed updates."""
         return self.root / "updates"
+
+    @property
+    def base_states(self) -> Path:
+        """Folder of base states."""
+        return self.root / "base-states"
 
     @property
     def run_secrets(self) -> Path:

@@ -697,6 +697,63 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
         "`http://USER:PASSWORD@HOST:PORT` where it answers 407.",
         "site",
     ),
+    Code.FILE_NOT_OFFERED: CatalogEntry(
+        "The server has no such file for this site",
+        "The site asked for a base state that the server does not have, or that belongs to no run in which the site takes part: a run "
+        "that lists it and whose plan it has approved. The server says the same in both cases. Nothing was charged.",
+        "If the site was offered the round, tell the operator: the state's file may be missing in the server's home (`pathfed-server "
+        "run status`). A site that has just revoked its approval gets this once and nothing more.",
+        "both",
+    ),
+    Code.UPDATE_UNWANTED: CatalogEntry(
+        "No update of this round is wanted from the site",
+        "The site began to send an update for a round in which it is not asked, or whose outcome for it is decided already, or of which"
+        " another update of the site lies at the server. One update is taken from a site in a round. What the site has sealed stays at "
+        "the site.",
+        "Where the round's deadline passed while the site was sending, nothing is to be done: the site takes part in the next round. If"
+        " it happens in every round, the line is too slow for the plan: give the next plan a longer `rounds.deadline_s`. A site whose "
+        "disk was restored from a backup may have made another update for the same round: only the first one counts.",
+        "both",
+    ),
+    Code.UPDATE_TOO_LARGE: CatalogEntry(
+        "The update is larger than the plan's",
+        "The site announced more bytes than the plan's tensors need, or a list of shards that no file has. Nothing of it was taken.",
+        "Compare the versions of pathfed at both ends. A site that does this on purpose can fill no disk.",
+        "operator",
+    ),
+    Code.SHARD_DAMAGED: CatalogEntry(
+        "A part of a file arrived damaged",
+        "Bytes of a base state or an update do not have the digest that names them. The part was thrown away and is sent again by "
+        "itself; a few times in a row end the transfer with this code. Nothing damaged is ever used.",
+        "Once in a long while it is the line or a disk. If it repeats, something between server and site changes data, or the file on "
+        "the sender's disk has changed: check the disks at both ends.",
+        "both",
+    ),
+    Code.UPDATE_ABSENT: CatalogEntry(
+        "A statement came without its update",
+        "A site sends its update first and its statement when all of the update lies at the server. This site's statement came, and its"
+        " update is not there, or not whole. The site is refused for this attempt at the round; if the round is offered again, it sends"
+        " the same update again.",
+        "If somebody has cleaned the server's home by hand (`runs/<run>/spool`), that is why. Otherwise look at the site's log with its"
+        " IT: software of another version, or a site that does not keep to the order.",
+        "operator",
+    ),
+    Code.TRANSFER_UNFINISHED: CatalogEntry(
+        "A transfer was not finished by the deadline",
+        "A base state or an update could not be moved before the round's deadline. The site tried again after every cut and kept what "
+        "had arrived: the next offer of the same round goes on from there. Nothing is charged for a base state that did not arrive; an "
+        "update that was sealed stays at the site and is sent when the round is offered again.",
+        "Compare the size (`pathfed-server run status`) with the line: 2 GB need 3 minutes at 100 Mbit/s and 27 at 10. Raise "
+        "`bandwidth_mbit_s` in the site's `policy.toml` if it is what limits, or ask the operator for a longer `rounds.deadline_s`.",
+        "both",
+    ),
+    Code.UPLOAD_MOVED: CatalogEntry(
+        "An upload goes on elsewhere",
+        "Bytes were sent for another place than the one where the server's copy ends: a newer connection of the same site has taken the"
+        " upload over, or the server was started again. The site asks where to go on and does so by itself.",
+        "Nothing is to be done. If a site's log shows it without end, two clients run with one home's keys: stop one.",
+        "both",
+    ),
 }
 
 _ROUNDS: dict[Code, CatalogEntry] = {

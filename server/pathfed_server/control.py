@@ -14,19 +14,24 @@ from pathfed_common import console
 from pathfed_common.errors import PathfedError
 from pathfed_common.processes import ProcessSpec, accepts_connections, require_free_port
 from pathfed_common.provenance.log_checkpoint import origin_of
+from pathfed_server.bulk import BulkFiles
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.desks import Enrolments, Sites
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.log_keeper import LogKeeper
+from pathfed_server.transport.bulk_service import BULK, BulkService
 from pathfed_server.transport.control_service import CONTROL, ControlService
 from pathfed_server.transport.enrolment_service import ENROLMENT, enrolment_methods
 from pathfed_server.transport.grpc_service import Door, Listening, start_server
 from pathfed_server.transport.grpc_tls import server_credentials
-from pathfed_server.transport.limits import RateLimit
+from pathfed_server.transport.limits import Places, RateLimit
 
 _RESTARTS = 20
 _PORT_WITHIN_S = 10.0
 _GRACE_S = 2.0
+#: Transfers at once, in all and of one site: a site has one, and another while the server has not noticed that the first is cut. They leave
+#: hands free for all other calls (`grpc_service`).
+_TRANSFERS, _TRANSFERS_OF_ONE = 48, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +61,24 @@ def start_control(home: ServerHome, store: SqlStore, rates: Rates = Rates()) -> 
     outside, inside, each_site = (
         RateLimit(per_second=per_second, burst=burst) for per_second, burst in (rates.strangers, rates.addresses, rates.sites)
     )
-    control = ControlService(Sites(home, store), log, Door(inside), each_site)
+    sites, bulk = Sites(home, store), BulkFiles(home, store)
+    places = Places(most=_TRANSFERS, of_one=_TRANSFERS_OF_ONE)
+    inner = {
+        CONTROL: ControlService(sites, log, Door(inside), each_site).methods(),
+        BULK: BulkService(sites, bulk, Door(inside), each_site, places).methods(),
+    }
     files = home.authority_files
     servers = []
     try:
         for services, port, asks in (
             ({ENROLMENT: enrolment_methods(Enrolments(home, store), Door(outside))}, settings.enrolment_port, False),
-            ({CONTROL: control.methods()}, settings.control_port, True),
+            (inner, settings.control_port, True),
         ):
             servers.append(start_server(services, server_credentials(files, asks_clients=asks), host=settings.listen, port=port))
     except PathfedError:
-        Listening(tuple(servers)).stop(_GRACE_S)
+        Listening(tuple(servers), bulk.close).stop(_GRACE_S)
         raise
-    return Listening(tuple(servers))
+    return Listening(tuple(servers), bulk.close)
 
 
 def control_process(home: ServerHome) -> ProcessSpec:

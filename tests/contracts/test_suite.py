@@ -54,8 +54,8 @@ def test_warnings_are_errors(tmp_path, fault, outcome):
 
 
 def test_files_and_end_to_end_tests_are_never_torn_apart(tmp_path):
-    """With two test processes: each file in one of them, and all of end_to_end in one, after everything else."""
-    for name in ("first/test_one", "first/test_two", "end_to_end/test_three", "end_to_end/test_four"):
+    """With two test processes: each file in one of them, and all that start a consortium in one, before everything else."""
+    for name in ("chaos/test_zero", "first/test_one", "first/test_two", "end_to_end/test_three", "end_to_end/test_four"):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         lines = ["import pathlib, pytest", "@pytest.mark.parametrize('i', range(3))", "def test_planted(i, worker_id):"]
@@ -73,9 +73,9 @@ def test_files_and_end_to_end_tests_are_never_torn_apart(tmp_path):
     )
     assert result.returncode == 0, result.stdout
     lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 15
     assert len({line for line in lines if line.startswith("first/")}) == 2, "one process a file"
-    assert len({line.split()[1] for line in lines if line.startswith("end_to_end/")}) == 1, "one process for all of them"
+    assert len({line.split()[1] for line in lines if line.startswith(("end_to_end/", "chaos/"))}) == 1, "one process for all of them"
     by_worker = {worker: [line for line in lines if line.endswith(worker)] for worker in ("gw0", "gw1")}
     for mine in by_worker.values():
-        assert mine == sorted(mine, key=lambda line: line.startswith("end_to_end/"))
+        assert mine == sorted(mine, key=lambda line: line.startswith("first/")), "they are the first that a process is given"

@@ -27,7 +27,7 @@ def kept(tmp_path_factory, wait_for):
     (out.parent / "neighbour").touch()
     log = out.parent / "demo.log"
     with log.open("wb") as file:
-        command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--patients", "8", "--rounds", "2", "--keep"]
+        command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--patients", "8", "--rounds", "1", "--keep"]
         demo = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         ready = wait_for(lambda: demo.poll() is not None or "stays up" in log.read_text(), until=bool, within_s=1000)
@@ -69,7 +69,7 @@ def test_a_kept_consortium_answers_until_ctrl_c_and_leaves_no_process(kept, proc
     listed = subprocess.run(
         [str(BIN / "pathfed-server"), "rounds", "demo", "--home", str(out / "server"), "--json"], capture_output=True, text=True, check=True
     )
-    assert [row["state"] for row in json.loads(listed.stdout)] == ["committed", "committed"]
+    assert [row["state"] for row in json.loads(listed.stdout)] == ["committed"]
     demo.send_signal(signal.SIGINT)
     assert demo.wait(120) == 130
     assert not wait_for(lambda: processes_of(out), until=lambda found: not found, within_s=60)

@@ -184,9 +184,14 @@ def _commands(out: Path) -> str:
     ("moment", "how"), [*((moment, "ctrl-c") for moment in MOMENTS), ("sites scan", "terminated"), ("rounds", "terminated")]
 )
 def test_ending_the_demo_at_any_moment_leaves_no_process(tmp_path, plan_file, hospitals, wait_for, leaves_no_process, moment, how) -> None:
-    """Ctrl-C reaches every process of the terminal's group; a service manager's SIGTERM the demo alone."""
+    """Ctrl-C reaches every process of the terminal's group; a service manager's SIGTERM the demo alone.
+
+    With one site, whose processes are of every kind there is; two are ended by Ctrl-C while rounds run.
+    """
     out = tmp_path / "out"
-    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals), "--rounds", "30"]
+    sites = "2" if (moment, how) == ("rounds", "ctrl-c") else "1"
+    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals)]
+    command += ["--sites", sites, "--rounds", "30", "--no-reply-slots"]
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         assert wait_for(lambda: MOMENTS[moment](out) or demo.poll() is not None, until=bool, within_s=_COMMITS_WITHIN_S)
@@ -203,7 +208,7 @@ def test_a_demo_killed_without_a_word_while_its_sites_scan_leaves_no_process(
     tmp_path, plan_file, hospitals, wait_for, leaves_no_process
 ) -> None:
     out = tmp_path / "out"
-    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals)]
+    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals), "--sites", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
         assert wait_for(lambda: MOMENTS["sites scan"](out), until=bool, within_s=_COMMITS_WITHIN_S)
         demo.kill()

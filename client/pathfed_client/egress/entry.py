@@ -28,8 +28,12 @@ _VERSION = 1
 class EgressKind(StrEnum):
     """What left. A kind never changes its meaning."""
 
-    #: The sealed update of a round: the noised sum.
+    #: The sealed update of a round: the noised sum. All of it, though what lies at the server already is not sent again.
     UPDATE = "update"
+    #: Bytes of an update that were handed to the network before and are sent again, since the server does not have them.
+    UPDATE_AGAIN = "update-again"
+    #: What an update consists of: its length and the digests of its shards.
+    UPDATE_MANIFEST = "update-manifest"
     #: The signed statement that goes with it.
     STATEMENT = "statement"
     #: A code in place of an answer to a round.
@@ -46,7 +50,7 @@ class EgressKind(StrEnum):
     REPORT = "report"
     #: A cosignature of a log checkpoint.
     COSIGNATURE = "cosignature"
-    #: A question whose content is public: plans, the server's card, checkpoints, proofs, leaves.
+    #: A question whose content is public: plans, the server's card, checkpoints, proofs, leaves, base states and their shards.
     QUERY = "query"
     #: A connection is about to be opened.
     CONNECTION_OPENED = "connection-opened"

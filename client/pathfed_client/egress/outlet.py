@@ -72,6 +72,12 @@ class Outlet:
             )
         )
 
+    def part(
+        self, destination: str, kind: EgressKind, size: int, told: Digest, *, run: str | None = None, round_index: int | None = None
+    ) -> None:
+        """Write down a message of that size and digest, as `message` does for one that is at hand. Raises as `message`."""
+        self._record.append(Outgoing(destination=destination, kind=kind, size=size, digest=told, run=run, round_index=round_index))
+
     def answer(self, update: Outgoing, statement: Outgoing) -> None:
         """Write down a round's answer: update and statement, both or neither. Raises as `message`."""
         self._record.append(update, statement)

@@ -48,6 +48,9 @@ class SitePolicy(Settings):
     #: Most that the client sends to the server, Mbit/s (10^6 bits), over all connections. Left out: as much as the line takes.
     #: Flower gives up a part of 5 MB that takes too long, hence the lower bound.
     bandwidth_mbit_s: float | None = Field(default=None, ge=0.5, le=1_000_000)
+    #: Most disk that base states of earlier rounds may take, GB (10^9 bytes); the one of the present round is kept whatever it takes. Their
+    #: unchanged parts need not travel again.
+    base_state_cache_gb: float = Field(default=20.0, ge=0, le=1_000_000)
     #: Largest epsilon that one whole plan may cost a patient of this site, at `delta`. Left out: `max_epsilon` alone bounds it.
     max_epsilon_per_plan: float | None = Field(default=None, gt=0, le=1000)
     #: Objectives that plans may have, of "mae" and "dino". Left out: all.

@@ -21,6 +21,8 @@ from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode, PathfedError, TransportError, error_from_dict
 
 DEADLINE_S = 30.0
+#: Of a call that carries a stream, seconds: the server takes none of more than 120.
+STREAM_S = 110.0
 _MOST_BYTES = 16 * 1024 * 1024
 _KEEPALIVE_MS = 60_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
@@ -125,6 +127,33 @@ class Calls:
             self._sleep(pause)
         try:
             return self._once(method, data, reply, kind)
+        except grpc.RpcError as error:
+            raise as_error(error, self._address) from error
+
+    def receive(self, method: str, request: Message, reply: type[Reply], kind: EgressKind = EgressKind.QUERY) -> Iterator[Reply]:
+        """Make a call that is answered by a stream, once; its messages as they come. Raises as `call`, at any of them."""
+        data = request.SerializeToString()
+        self._outlet.message(self._address, kind, data)
+        made: grpc.UnaryStreamMultiCallable[bytes, Reply] = self._channel.unary_stream(
+            f"/{self._service}/{method}", request_serializer=None, response_deserializer=reply.FromString
+        )
+        streaming = made(data, timeout=STREAM_S)
+        try:
+            yield from streaming
+        except grpc.RpcError as error:
+            raise as_error(error, self._address) from error
+        finally:
+            streaming.cancel()
+
+    def send(self, method: str, messages: Iterator[Message], reply: type[Reply]) -> Reply:
+        """Send a stream, once; its answer. What it carries is written down by the caller, before. Raises as `call`."""
+        made: grpc.StreamUnaryMultiCallable[Message, Reply] = self._channel.stream_unary(
+            f"/{self._service}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=reply.FromString,
+        )
+        try:
+            return made(messages, timeout=STREAM_S)
         except grpc.RpcError as error:
             raise as_error(error, self._address) from error
 

@@ -6,6 +6,7 @@
 It may be used from several threads and processes at once. `migrate(url)` makes or upgrades the database.
 """
 
+from pathfed_server.db.bulk_store import BulkStore
 from pathfed_server.db.certificate_store import CertificateStore
 from pathfed_server.db.database import migrate
 from pathfed_server.db.enrolment_store import EnrolmentStore
@@ -15,5 +16,5 @@ from pathfed_server.db.rounds_store import RoundsStore
 __all__ = ["SqlStore", "migrate"]
 
 
-class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore):
+class SqlStore(RoundsStore, EnrolmentStore, CertificateStore, OperatorsStore, BulkStore):
     """All of the store in one object; it implements `rounds.ports.RoundStore`. See the parts it is made of for its methods."""

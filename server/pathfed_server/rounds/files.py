@@ -2,7 +2,7 @@
 
     runs/<run>/states/round-000001.safetensors        state after round 1; round-000000 is the initial one
     runs/<run>/optimiser/round-000001.safetensors     server optimiser after round 1; the last two are kept
-    runs/<run>/spool/round-000002/incoming/           what a transport is receiving
+    runs/<run>/spool/round-000002/incoming/           updates that are arriving (rounds.uploads); parts outlive every crash
     runs/<run>/spool/round-000002/admitted/           <site>.safetensors, .dsse (statement), .json (when it came)
     quarantine/<run>/round-000002/                    <site>-<digest>.safetensors and .dsse
 
@@ -43,6 +43,10 @@ class RunFiles:
     def spool(self, round_index: int) -> Path:
         """The round's spool folder."""
         return self._folder("spool") / _name(round_index, "")
+
+    def incoming(self, round_index: int) -> Path:
+        """Where the round's updates arrive."""
+        return self.spool(round_index) / "incoming"
 
     def quarantine(self, round_index: int) -> Path:
         """Where the round's refused updates go."""

@@ -128,15 +128,9 @@ class ControlService:
 
     def _method(self, kind: type[Request], answer: Callable[[Caller, Request], Message]) -> Handler:
         def handle(call: Call, request: Request) -> Message:
-            return answer(self._caller(call), request)
+            return answer(known_caller(self._desk, self._limit, call), request)
 
         return self._door.method(kind, handle)
-
-    def _caller(self, call: Call) -> Caller:
-        caller = self._desk.caller(presented(call.certificate, self._desk.consortium))
-        if not self._limit.allows(caller.site):
-            raise TransportError(ErrorCode.RATE_LIMITED, "too many calls from one site", value=caller.site)
-        return caller
 
     def _server_card(self, caller: Caller, request: pb.GetServerCardRequest) -> pb.GetServerCardReply:
         del caller, request
@@ -185,6 +179,18 @@ class ControlService:
     def _cosign(self, caller: Caller, request: pb.CosignRequest) -> pb.CosignReply:
         self._log.cosign(caller.site, _size(request.size), request.line)
         return pb.CosignReply()
+
+
+def known_caller(desk: ControlDesk, limit: RateLimit, call: Call) -> Caller:
+    """Who makes a call.
+
+    Raises:
+        TransportError: PF415, nobody whose certificate stands; PF417, somebody who makes too many.
+    """
+    caller = desk.caller(presented(call.certificate, desk.consortium))
+    if not limit.allows(caller.site):
+        raise TransportError(ErrorCode.RATE_LIMITED, "too many calls from one site", value=caller.site)
+    return caller
 
 
 def _size(number: int) -> int:

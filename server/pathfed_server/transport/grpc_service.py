@@ -6,8 +6,9 @@ server's insides, stands in an answer.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
 
@@ -23,11 +24,14 @@ from pathfed_server.transport.limits import RateLimit
 CODE_KEY: Final = "pathfed-code"
 #: Longest deadline a call may have, seconds.
 LONGEST_CALL_S: Final = 120.0
-#: Largest message a site may send, bytes. Cards, requests, approvals and cosignatures have a few kilobytes.
+#: Largest message a site may send, bytes. Cards, requests, approvals and cosignatures have a few kilobytes, a list of shards 128.
 REQUEST_LIMIT: Final = 256 * 1024
+#: The same of an upload, where each message carries a piece of 1 MiB.
+PIECE_LIMIT: Final = 2**20 + 4096
 #: Largest answer, bytes: plans of years, or a page of log leaves.
 REPLY_LIMIT: Final = 32 * 2**20
-_WORKERS = 8
+#: Calls in hand at once: streams of bulk files hold most of these, each for up to `LONGEST_CALL_S` (see `limits.Places`).
+_WORKERS = 64
 _MOST_CALLS = 256  # in hand or waiting; beyond them a call is turned away at once
 _IDLE_S = 600
 _PING_S = 60  # proxies on the way drop connections that are silent for longer
@@ -56,6 +60,10 @@ _STATUS: Final[dict[ErrorCode, grpc.StatusCode]] = {
     ErrorCode.DISK_FULL: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.SITE_UNKNOWN: grpc.StatusCode.NOT_FOUND,
     ErrorCode.PLAN_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    ErrorCode.FILE_NOT_OFFERED: grpc.StatusCode.NOT_FOUND,
+    ErrorCode.UPDATE_TOO_LARGE: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorCode.SHARD_DAMAGED: grpc.StatusCode.DATA_LOSS,
+    ErrorCode.UPLOAD_MOVED: grpc.StatusCode.ABORTED,
 }
 
 
@@ -83,17 +91,30 @@ class Door:
         """A unary method whose messages are read here, so that what is malformed is answered like everything else."""
 
         def serve(data: bytes, context: grpc.ServicerContext) -> bytes:
-            try:
+            with _answering(kind, context):
                 return handle(self._call(context), _read(kind, data)).SerializeToString()
-            except PathfedError as error:
-                _log.info("%s from %s: %s", kind.__name__, _address(context), error.code.value)
-                _abort(context, error.code)
-            except Exception:
-                # The edge: whatever it is, the caller learns a code and nothing else.
-                _log.exception("%s from %s failed", kind.__name__, _address(context))
-                _abort(context, ErrorCode.CONTROL_INTERNAL)
 
         return grpc.unary_unary_rpc_method_handler(serve)
+
+    def download(self, kind: type[Request], handle: Callable[[Call, Request], Iterator[Message]]) -> Handler:
+        """A method that answers one message with many."""
+
+        def serve(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            with _answering(kind, context):
+                for message in handle(self._call(context), _read(kind, data)):
+                    yield message.SerializeToString()
+
+        return grpc.unary_stream_rpc_method_handler(serve)
+
+    def upload(self, kind: type[Request], handle: Callable[[Call, Iterator[Request], Callable[[], None]], Message]) -> Handler:
+        """A method that takes many messages and answers when they end; `handle` is also given what ends the call from this side."""
+
+        def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            with _answering(kind, context):
+                read = (_read(kind, data, PIECE_LIMIT) for data in messages)
+                return handle(self._call(context), read, lambda: _end(context)).SerializeToString()
+
+        return grpc.stream_unary_rpc_method_handler(serve)
 
     def _call(self, context: grpc.ServicerContext) -> Call:
         left = context.time_remaining()
@@ -137,20 +158,22 @@ def start_server(
 
 @dataclass(frozen=True)
 class Listening:
-    """Servers that listen."""
+    """Servers that listen, and what is closed after them."""
 
     servers: tuple[grpc.Server, ...]
+    close: Callable[[], None] = lambda: None
 
     def stop(self, grace_s: float) -> None:
         """Take no further call, let those in hand end within `grace_s`, and close."""
         for event in [server.stop(grace_s) for server in self.servers]:
             event.wait()
+        self.close()
 
 
 def _options() -> list[tuple[str, Any]]:
     return [
         ("grpc.so_reuseport", 0),  # a second server on the same port would take half the calls unnoticed
-        ("grpc.max_receive_message_length", REQUEST_LIMIT),
+        ("grpc.max_receive_message_length", PIECE_LIMIT),
         ("grpc.max_send_message_length", REPLY_LIMIT),
         ("grpc.max_metadata_size", 8 * 1024),
         ("grpc.max_concurrent_streams", 32),
@@ -163,7 +186,31 @@ def _options() -> list[tuple[str, Any]]:
     ]
 
 
-def _read(kind: type[Request], data: bytes) -> Request:
+@contextmanager
+def _answering(kind: type[Message], context: grpc.ServicerContext) -> Iterator[None]:
+    """Whatever a call raises becomes a status, a code and a constant text; a caller that is gone gets nothing."""
+    try:
+        yield
+    except PathfedError as error:
+        _log.info("%s from %s: %s", kind.__name__, _address(context), error.code.value)
+        _abort(context, error.code)
+    except grpc.RpcError:
+        _log.info("%s from %s was cut off", kind.__name__, _address(context))
+        raise
+    except Exception:
+        # The edge: whatever it is, the caller learns a code and nothing else.
+        _log.exception("%s from %s failed", kind.__name__, _address(context))
+        _abort(context, ErrorCode.CONTROL_INTERNAL)
+
+
+def _end(context: grpc.ServicerContext) -> None:
+    """Let a call end that a newer one has taken over: whoever waits for its messages gives up."""
+    context.cancel()
+
+
+def _read(kind: type[Request], data: bytes, most: int = REQUEST_LIMIT) -> Request:
+    if len(data) > most:
+        raise TransportError(ErrorCode.REQUEST_REFUSED, f"a message has at most {most} bytes")
     try:
         return kind.FromString(data)
     except DecodeError:

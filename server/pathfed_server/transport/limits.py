@@ -1,9 +1,12 @@
-"""How many calls one caller may make: a token bucket each, in memory."""
+"""How many calls one caller may make, a token bucket each, and how many long ones at once; in memory."""
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pathfed_common.errors import ErrorCode, TransportError
 
 #: Callers remembered; the one heard of longest ago is forgotten first, and starts with a full bucket when it comes again.
 _MOST_CALLERS = 10_000
@@ -35,3 +38,32 @@ class RateLimit:
             if len(self._buckets) > _MOST_CALLERS:
                 self._buckets.popitem(last=False)
         return allowed
+
+
+class Places:
+    """How many long calls are in hand at once, in all and of one caller. Safe for several threads."""
+
+    def __init__(self, *, most: int, of_one: int) -> None:
+        """Begin with none in hand."""
+        self._most, self._of_one = most, of_one
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, caller: str) -> Iterator[None]:
+        """Hold a place for as long as the context lasts.
+
+        Raises:
+            TransportError: PF417, none is free: ask again later.
+        """
+        with self._lock:
+            if self._taken.total() >= self._most or self._taken[caller] >= self._of_one:
+                raise TransportError(ErrorCode.RATE_LIMITED, "too many transfers at once", value=caller)
+            self._taken[caller] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken[caller] -= 1
+                if not self._taken[caller]:
+                    del self._taken[caller]

@@ -33,8 +33,23 @@ FIELDS = {
     "GetLeavesReply": {"leaves": (1, "bytes*")},
     "CosignRequest": {"size": (1, "uint64"), "line": (2, "bytes")},
     "CosignReply": {},
+    "GetManifestRequest": {"file": (1, "bytes")},
+    "GetManifestReply": {"size": (1, "uint64"), "shards": (2, "bytes*")},
+    "GetShardRequest": {"file": (1, "bytes"), "index": (2, "uint64"), "offset": (3, "uint64")},
+    "GetShardReply": {"piece": (1, "bytes")},
+    "BeginUpdateRequest": {
+        **{"run": (1, "string"), "round_index": (2, "uint64"), "file": (3, "bytes")},
+        **{"size": (4, "uint64"), "shards": (5, "bytes*")},
+    },
+    "BeginUpdateReply": {"here": (1, "uint64")},
+    "PutShardRequest": {
+        **{"run": (1, "string"), "round_index": (2, "uint64"), "file": (3, "bytes")},
+        **{"offset": (4, "uint64"), "piece": (5, "bytes")},
+    },
+    "PutShardReply": {"here": (1, "uint64")},
 }
 METHODS = {
+    "Bulk": {name: name for name in ("GetManifest", "GetShard", "BeginUpdate", "PutShard")},
     "Enrolment": {"Enroll": "Enroll"},
     "Control": {
         name: name
@@ -77,6 +92,14 @@ GOLDEN: dict[str, tuple[str, Message]] = {
     "inclusion reply": ("0805120161", pb.GetInclusionReply(index=5, proof=[b"a"])),
     "leaves request": ("08011002", pb.GetLeavesRequest(start=1, stop=2)),
     "leaves reply": ("0a01610a0162", pb.GetLeavesReply(leaves=[b"a", b"b"])),
+    "manifest request": ("0a0164", pb.GetManifestRequest(file=b"d")),
+    "manifest reply": ("08ac02120161120162", pb.GetManifestReply(size=300, shards=[b"a", b"b"])),
+    "shard request": ("0a016410011802", pb.GetShardRequest(file=b"d", index=1, offset=2)),
+    "shard reply": ("0a0170", pb.GetShardReply(piece=b"p")),
+    "begin": ("0a017210011a016420052a0161", pb.BeginUpdateRequest(run="r", round_index=1, file=b"d", size=5, shards=[b"a"])),
+    "begin reply": ("08ac02", pb.BeginUpdateReply(here=300)),
+    "put": ("0a017210011a016420052a0170", pb.PutShardRequest(run="r", round_index=1, file=b"d", offset=5, piece=b"p")),
+    "put reply": ("08ac02", pb.PutShardReply(here=300)),
     "cosign": ("080512046c696e65", pb.CosignRequest(size=5, line=b"line")),
 }
 

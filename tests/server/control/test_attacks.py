@@ -25,7 +25,7 @@ from pathfed_common.provenance import dsse
 from pathfed_common.provenance.documents import SITE_CARD_TYPE
 from pathfed_server import members
 from pathfed_server.control import Rates, start_control
-from pathfed_server.transport.grpc_service import LONGEST_CALL_S, REQUEST_LIMIT
+from pathfed_server.transport.grpc_service import LONGEST_CALL_S, PIECE_LIMIT, REQUEST_LIMIT
 
 NORTH = SiteName("north")
 CARD = pb.GetServerCardRequest()
@@ -117,8 +117,10 @@ def test_a_number_that_no_database_holds_is_refused(serving, enrolled, refused, 
 def test_a_message_that_is_too_large_is_turned_away_and_the_next_is_served(serving, enrolled, refused):
     north = enrolled("north")
     with control_channel(serving, north) as channel:
-        with refused(None, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        with refused("PF416", grpc.StatusCode.INVALID_ARGUMENT):
             call(channel, "Control", "Decide", pb.DecideRequest(envelope=b"x" * (REQUEST_LIMIT + 1)))
+        with refused(None, grpc.StatusCode.RESOURCE_EXHAUSTED):  # by gRPC, before it is read
+            call(channel, "Control", "Decide", pb.DecideRequest(envelope=b"x" * (PIECE_LIMIT + 1)))
         assert call(channel, "Control", "GetServerCard", CARD).server_card
 
 

@@ -540,3 +540,47 @@ def test_attempts_are_counted_one_by_one(planned: SqlStore) -> None:
     seen: list[int] = []
     assert in_threads(5, lambda _: seen.append(planned.begin_attempt(RUN, at=AT).attempt)) == []
     assert sorted(seen) == [1, 2, 3, 4, 5]
+
+
+# ---- the bulk plane: which states a site may have, and which updates are wanted from it ----
+
+
+def test_a_state_is_for_listed_sites_that_have_approved(running: SqlStore) -> None:
+    state = name_of(0)
+    for asking in (A, B):
+        assert running.base_state(asking, state) == (checkpoint(0).state_path, checkpoint(0).state_bytes)
+    assert running.base_state(C, state) is None, "listed, and has not approved"
+    assert running.base_state(A, digest.of_bytes(b"none")) is None
+    assert running.base_state(A, name_of(1)) is None, "not committed"
+
+
+def test_who_leaves_may_have_nothing(running: SqlStore) -> None:
+    running.add_decision(against(A, approval=approved(A)), at=AT)
+    assert running.base_state(A, name_of(0)) is None
+    running.revoke_site(B, at=AT)
+    assert running.base_state(B, name_of(0)) is None
+
+
+def test_an_update_is_wanted_from_who_is_asked_until_the_outcome_is_known(running: SqlStore) -> None:
+    assert not running.update_wanted(A, RUN, 1), "no round is open"
+    running.open_round(opening())
+    assert running.update_wanted(A, RUN, 1)
+    assert not running.update_wanted(A, RUN, 2)
+    assert not running.update_wanted(B, RUN, 1), "silent"
+    assert not running.update_wanted(C, RUN, 1), "excluded"
+    running.note_participation(RUN, 1, 1, Participation(site=A, state=ParticipationState.SILENT, code="PF515", offered_at=AT))
+    assert not running.update_wanted(A, RUN, 1)
+
+
+def test_a_round_that_failed_takes_none_until_it_is_offered_again(running: SqlStore) -> None:
+    running.open_round(opening())
+    running.fail_round(RUN, 1, 1, opening().participations, code="PF503", at=AT)
+    assert not running.update_wanted(A, RUN, 1)
+    running.open_round(replace(opening(), offered_at=AT + 1))
+    assert running.update_wanted(A, RUN, 1)
+
+
+def test_a_revoked_site_is_asked_for_nothing(running: SqlStore) -> None:
+    running.open_round(opening())
+    running.revoke_site(A, at=AT)
+    assert not running.update_wanted(A, RUN, 1)
