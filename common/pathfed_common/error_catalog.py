@@ -818,13 +818,6 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "No version of pathfed writes such a file. Compare the site's version with yours; then talk to the site.",
         "operator",
     ),
-    Code.FROZEN_CHANGED: CatalogEntry(
-        "A frozen part of an encoder has changed during the run",
-        "The plan freezes parts of the encoder, or trains adapters alone (`encoder.freeze_blocks`, `encoder.adapters`). A state of the "
-        "record has other numbers there than the first state, which the server's step never gives: the record is not that of this plan.",
-        "Do not trust the release. Ask the operator for the server's log of the run, and for the updates, to recompute it with `--replay`.",
-        "both",
-    ),
     Code.UPDATE_STALE: CatalogEntry(
         "An update is for another round or base state",
         "The statement names another round, base state or predecessor than the server expects, or the reply came after the "

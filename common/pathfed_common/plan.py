@@ -70,6 +70,17 @@ class EncoderPlan(_Section):
     #: Adapters; a table of its own, described below.
     adapters: AdaptersPlan = AdaptersPlan()
 
+    @property
+    def part(self) -> str:
+        """What of the encoder is trained, and so travels, in words for people."""
+        blocks = "block" if self.freeze_blocks == 1 else f"{self.freeze_blocks} blocks"
+        if self.adapters.rank:
+            where = f", none in the first {blocks}" if self.freeze_blocks else ""
+            return f"adapters of rank {self.adapters.rank} alone{where}; the encoder's own weights neither change nor travel"
+        if self.freeze_blocks:
+            return f"all but the patch embedding and the first {blocks}, which neither change nor travel"
+        return "all of it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSchedule:

@@ -190,6 +190,7 @@ def test_updates_of_adapters_are_small() -> None:
     shapes = model.update_shapes(Plan.model_validate(raw))
     encoder = sum(prod(shape) for name, shape in shapes.items() if name.startswith("encoder."))
     assert encoder == 24 * 8 * ((1024 + 3072) + (1024 + 1024) + (1024 + 4096) + (4096 + 1024))
+    assert Plan.model_validate(raw).encoder.part.startswith("adapters of rank 8 alone;")
     assert encoder < 0.011 * model.encoder_spec(Plan.model_validate(raw)).parameters
 
 

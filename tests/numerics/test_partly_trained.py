@@ -1,6 +1,7 @@
 """Encoders that are trained in part: every engine gives each patient's gradient of what is trained, and of nothing else."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pathfed_client.training.local_round import try_base_state
 from pathfed_common import model
 from pathfed_common.encoder.adapters import Adapters, attach, is_adapter
 from pathfed_common.encoder.spec import EncoderSpec
+from pathfed_common.encoder.vit import VisionTransformer
 from pathfed_common.objectives.dino import SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
 from pathfed_common.objectives.objective import ObjectiveModule
@@ -35,7 +37,8 @@ def made(objective: str, way: str) -> ObjectiveModule:
     built = OBJECTIVES[objective]()
     adapters = WAYS[way].adapters
     if adapters.rank:
-        for encoder in [built.encoder, *([built.teacher.encoder] if objective == "dino" else [])]:
+        for path in ["encoder", *(["teacher.encoder"] if objective == "dino" else [])]:
+            encoder = cast(VisionTransformer, built.get_submodule(path))
             attach(encoder, Adapters(rank=adapters.rank, scale=adapters.scale, first_block=1), torch.Generator().manual_seed(1))
     unlike_its_start(built)  # B is not zero any more
     plan = Plan.model_validate(
@@ -117,7 +120,7 @@ def test_adapters_gradients_are_those_of_opacus() -> None:
             self.inner = objective
 
         def forward(self, tiles: Tensor) -> Tensor:
-            return self.inner.tile_losses(tiles, {"keep": keep})
+            return cast(MaskedAutoencoder, self.inner).tile_losses(tiles, {"keep": keep})
 
     # Opacus has no rule for parameters of the top modules of encoder and head; the adapters' layers are plain ones.
     for name, parameter in objective.named_parameters():

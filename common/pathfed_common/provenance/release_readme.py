@@ -94,6 +94,7 @@ def _training(card: Card) -> str:
     lines = [
         "## Training",
         "",
+        f"- trained of the encoder: {card.part}",
         f"- objective: {card.objective}",
         f"- {card.rounds} rounds of {card.steps} private step(s) at each hospital",
         f"- updates travelled as {card.wire}: {_rounding(card)}",

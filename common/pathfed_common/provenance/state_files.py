@@ -56,7 +56,7 @@ def frozen_faults(folder: Path, contents: Contents, rounds: range | tuple[int, .
         here = weights.reader(folder / path)
         changed = next((name for name in kept if not torch.equal(here(name).view(torch.uint8), first(name).view(torch.uint8))), None)
         if changed is not None:
-            yield ProvenanceError(ErrorCode.FROZEN_CHANGED, "a tensor that the plan does not train has changed", where=path, value=changed)
+            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "a tensor that the plan does not train has changed", where=path, value=changed)
 
 
 def exported_faults(folder: Path, contents: Contents) -> Faults:

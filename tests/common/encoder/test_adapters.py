@@ -48,10 +48,12 @@ def test_the_merged_encoder_computes_what_the_adapted_one_does() -> None:
                 parameter.normal_(std=0.1, generator=generator)
     state = adapted.state_dict()
     pairs = {name: matrices_of(name, ADAPTERS) for name in SPEC.shapes()}
-    whole = {
-        name: merged(state[name].flatten(), *(state[each] for each in pair), 0.75).view(SPEC.shapes()[name]) if pair else state[name]
-        for name, pair in pairs.items()
-    }
+    whole = dict(state)
+    for name, pair in pairs.items():
+        if pair is not None:
+            a, b = (state[each] for each in pair)
+            whole[name] = merged(state[name].flatten(), a, b, 0.75).view(SPEC.shapes()[name])
+    whole = {name: whole[name] for name in SPEC.shapes()}
     plain.load_state_dict(whole, strict=True)
     assert not torch.allclose(encoder()(images()), adapted(images()), atol=1e-3)
     torch.testing.assert_close(plain(images()), adapted(images()), rtol=1e-4, atol=1e-5)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_fixtures import ROUNDS, Scene
+from torch import Tensor
 
-from pathfed_common import digest
+from pathfed_common import digest, model
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import SiteName
-from pathfed_common.plan import DinoPlan, Plan
+from pathfed_common.plan import AdaptersPlan, DinoPlan, EncoderPlan, Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
@@ -490,20 +492,20 @@ def adapted(scene: Scene) -> Scene:
     return Scene(scene.plan.model_copy(update={"encoder": encoder}))
 
 
-def test_a_run_of_adapters_verifies_with_the_merged_encoder(adapted: Scene, write: Any) -> None:
+def test_a_run_of_adapters_verifies_with_the_merged_encoder(adapted: Scene, write: Write) -> None:
     verdict = verify_record(write(adapted.files()), adapted.trusted)
     verdict.require(identities=True)
     assert verdict.first_state_proven
 
 
-def test_a_frozen_tensor_that_changed_is_found_in_whatever_state(adapted: Scene, write: Any) -> None:
+def test_a_frozen_tensor_that_changed_is_found_in_whatever_state(adapted: Scene, write: Write) -> None:
     def changed(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         return tensors if index != 2 else {**tensors, "encoder.norm.bias": tensors["encoder.norm.bias"] + 1e-6}
 
-    _refused(verify_record(write(adapted.files(state=changed))), ErrorCode.FROZEN_CHANGED, record.state_path(2))
+    _refused(verify_record(write(adapted.files(state=changed))), ErrorCode.RECORD_CHANGED, record.state_path(2))
 
 
-def test_an_encoder_without_its_adapters_is_not_the_released_one(adapted: Scene, write: Any) -> None:
+def test_an_encoder_without_its_adapters_is_not_the_released_one(adapted: Scene, write: Write) -> None:
     def unmerged(files: dict[str, bytes]) -> dict[str, bytes]:
         names = model.encoder_spec(adapted.plan).shapes()
         last = weights.load(files[record.state_path(ROUNDS)])
@@ -512,7 +514,7 @@ def test_an_encoder_without_its_adapters_is_not_the_released_one(adapted: Scene,
     _refused(verify_record(write(adapted.files(files=unmerged))), ErrorCode.RECORD_CHANGED, record.ENCODER)
 
 
-def test_adapters_of_the_first_state_are_drawn_from_the_seed(adapted: Scene, write: Any) -> None:
+def test_adapters_of_the_first_state_are_drawn_from_the_seed(adapted: Scene, write: Write) -> None:
     def other(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         name = "encoder.blocks.0.attn.qkv.lora_a.weight"
         return tensors if index else {**tensors, name: tensors[name] * 1.5}
