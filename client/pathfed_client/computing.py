@@ -142,7 +142,9 @@ class RoundComputer:
         """The engine, and how many tiles it takes at once, by trying passes over public tiles."""
         model = build_model(plan)
         # Weights and sum come first; what they leave is for activations.
-        room = None if self._most is None else max(1, self._most - 2 * devices.parameter_bytes(model))
+        room = (
+            None if self._most is None else max(1, self._most - sum(devices.parameter_bytes(model, trained=part) for part in (False, True)))
+        )
         asked = Compute(**plan.compute.model_dump(), memory_bytes=room)
         px, k, alone = plan.cohort.tile_px, plan.cohort.tiles_per_patient, len(places) == 1
         if alone:
@@ -245,8 +247,8 @@ class RoundComputer:
     def _mode(self, plan: Plan) -> Mode:
         if self._policy.sharding != "auto":
             return self._policy.sharding
-        numbers = sum(prod(shape) for shape in update_shapes(plan).values())
-        return "replicated" if devices.fits_one(4 * numbers, self._look(), self._most) else "sharded"
+        whole, trained = (sum(map(prod, shapes.values())) for shapes in (state_shapes(plan), update_shapes(plan)))
+        return "replicated" if devices.fits_one(4 * (whole + devices.BESIDE * trained), self._look(), self._most) else "sharded"
 
     def _look(self) -> tuple[torch.device, ...]:
         return devices.resolve_all(self._policy.device, self._policy.devices)

@@ -82,6 +82,7 @@ def _trained(plan: Plan) -> dict[str, Any]:
         "encoder": plan.encoder.preset,
         "parameters": preset(plan.encoder.preset, img_size=plan.cohort.tile_px).parameters,
         "starts_from": plan.encoder.init_from or "random weights",
+        "what_of_it": plan.encoder.part,
         "objective": plan.objective.name,
         "rounds": plan.rounds.count,
         "private_steps_a_round": plan.rounds.steps,

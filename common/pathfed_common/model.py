@@ -1,18 +1,24 @@
 """What a plan trains: the model, its first weights, and the encoder that comes out of it.
 
 A *base state* is all that a round starts from, float32: tensors named ``encoder.<timm name>`` and ``head.<name>``, and where the objective
-has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An *update* holds the trained tensors alone (`trained`).
+has a teacher its tensors, ``teacher.<name of the tensor that it follows>``. An encoder's adapters are beside the layers that they belong
+to, ``encoder.<layer>.lora_a.weight`` and ``lora_b``. An *update* holds the trained tensors alone (`trained`); the *released encoder* is
+the encoder, or the teacher's, with its adapters merged into the weights (`released_encoder`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pathfed_common import digest
+from pathfed_common.encoder import adapters as lora
+from pathfed_common.encoder.adapters import Adapters
 from pathfed_common.encoder.spec import PIXEL_MEAN, PIXEL_STD, EncoderSpec, Shape, preset
+from pathfed_common.encoder.vit import VisionTransformer
 from pathfed_common.objectives import dino, mae
 from pathfed_common.objectives.objective import ObjectiveModule
 from pathfed_common.plan import Plan
@@ -21,6 +27,8 @@ from pathfed_common.plan import Plan
 ENCODER_PREFIX = "encoder."
 #: What a teacher's tensor's name starts with; it is never trained, but follows the trained tensor that the rest of the name names.
 TEACHER_PREFIX = "teacher."
+#: What an encoder has before its first block, as its names begin.
+_BEFORE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.")
 
 
 def encoder_spec(plan: Plan) -> EncoderSpec:
@@ -47,9 +55,34 @@ _OBJECTIVES = {
 
 
 def build_model(plan: Plan) -> ObjectiveModule:
-    """The plan's model with its first weights, on the CPU. Never touches torch's global generator."""
+    """The plan's model with its first weights, on the CPU; what the plan does not train asks for no gradient.
+
+    Never touches torch's global generator. Adapters are drawn from a generator of their own, so that all else is drawn as without them.
+    """
     objective = plan.objective
-    return _OBJECTIVES[objective.name].build(encoder_spec(plan), objective.settings(), plan.encoder.init_seed)
+    built = _OBJECTIVES[objective.name].build(encoder_spec(plan), objective.settings(), plan.encoder.init_seed)
+    adapters = adapters_of(plan)
+    if adapters is not None:
+        for prefix in encoder_prefixes(plan):  # a teacher begins as a copy
+            encoder = cast(VisionTransformer, built.get_submodule(prefix.removesuffix(".")))
+            lora.attach(encoder, adapters, torch.Generator().manual_seed(_adapter_seed(plan)))
+    is_trained = trained(plan)
+    for name, parameter in built.named_parameters():
+        parameter.requires_grad_(is_trained(name))
+    return built
+
+
+def _adapter_seed(plan: Plan) -> int:
+    """Another public seed than the one that all else is drawn from."""
+    return int(digest.of_value(["adapters", plan.encoder.init_seed])[-15:], 16)
+
+
+def adapters_of(plan: Plan) -> Adapters | None:
+    """The plan's adapters, or None without."""
+    encoder = plan.encoder
+    if not encoder.adapters.rank:
+        return None
+    return Adapters(rank=encoder.adapters.rank, scale=encoder.adapters.scale, first_block=encoder.freeze_blocks)
 
 
 def initial_state(plan: Plan, encoder: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -76,19 +109,41 @@ def initial_state(plan: Plan, encoder: Mapping[str, Tensor] | None = None) -> di
         tensor = encoder[name]
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise ValueError(f"weights {name!r} must be float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        for prefix in {ENCODER_PREFIX, released_prefix(plan)}:  # a teacher begins as a copy
+        for prefix in encoder_prefixes(plan):  # a teacher begins as a copy
             state[prefix + name].copy_(tensor)
     return state
 
 
 def state_shapes(plan: Plan) -> dict[str, Shape]:
     """Shape of every tensor of the plan's base states, by name."""
-    return _OBJECTIVES[plan.objective.name].shapes(encoder_spec(plan), plan.objective.settings())
+    spec, adapters = encoder_spec(plan), adapters_of(plan)
+    shapes = _OBJECTIVES[plan.objective.name].shapes(spec, plan.objective.settings())
+    beside = {} if adapters is None else lora.adapter_shapes(spec, adapters)
+    return shapes | {prefix + name: shape for prefix in encoder_prefixes(plan) for name, shape in beside.items()}
 
 
 def trained(plan: Plan) -> Callable[[str], bool]:
-    """Whether the plan trains a base state's tensor of that name, so that it is in every update; else it is a teacher's."""
-    return lambda name: not name.startswith(TEACHER_PREFIX)
+    """Whether the plan trains a base state's tensor of that name, so that it is in every update. It gives a function of the name.
+
+    | tensor | is trained |
+    | --- | --- |
+    | of the head | always |
+    | of a teacher | never; it follows what is trained, and keeps every bit of what is not |
+    | of an adapter | always |
+    | of the encoder | not with adapters; else unless `encoder.freeze_blocks` counts it among what keeps its weights |
+    """
+    encoder = plan.encoder
+    first = tuple(f"blocks.{index}." for index in range(encoder.freeze_blocks))
+    kept = (*_BEFORE_BLOCKS, *first) if encoder.freeze_blocks else ()
+
+    def is_trained(name: str) -> bool:
+        if not name.startswith(ENCODER_PREFIX):
+            return not name.startswith(TEACHER_PREFIX)
+        if encoder.adapters.rank:
+            return lora.is_adapter(name)
+        return not name.removeprefix(ENCODER_PREFIX).startswith(kept)
+
+    return is_trained
 
 
 def update_shapes(plan: Plan) -> dict[str, Shape]:
@@ -106,6 +161,11 @@ def noise_norm(plan: Plan) -> float:
 def released_prefix(plan: Plan) -> str:
     """What the names of the released encoder's tensors start with in a base state: the teacher's where there is one, as DINOv2 does."""
     return TEACHER_PREFIX + ENCODER_PREFIX if plan.objective.teacher else ENCODER_PREFIX
+
+
+def encoder_prefixes(plan: Plan) -> tuple[str, ...]:
+    """What the names of each encoder in a base state start with."""
+    return tuple(sorted({ENCODER_PREFIX, released_prefix(plan)}))
 
 
 def timm_config(plan: Plan) -> dict[str, object]:

@@ -36,6 +36,15 @@ class _Section(BaseModel):
         return 0.0 if isinstance(value, float) and value == 0 else value
 
 
+class AdaptersPlan(_Section):
+    """Adapters of low rank beside an encoder that keeps its weights (LoRA, Hu et al. 2021): they and the objective's head are trained."""
+
+    #: Rank of the matrices beside each linear layer of attention and MLP; 0: no adapters, the encoder itself is trained.
+    rank: Annotated[int, Field(ge=0, le=256)] = 0
+    #: What their product is multiplied by where it is added: W + scale * B A.
+    scale: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+
+
 class EncoderPlan(_Section):
     """Which encoder is trained, and from what."""
 
@@ -55,6 +64,22 @@ class EncoderPlan(_Section):
     init_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     #: Digest of the imported checkpoint (`pathfed-server encoder import`) that the encoder starts from; empty: from random weights.
     init_from: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    #: The patch embedding, the tokens, the positions and the first so many blocks keep their weights; 0: all are trained. What keeps its
+    #: weights carries no noise, and is not sent. With adapters: the blocks without one.
+    freeze_blocks: Annotated[int, Field(ge=0, le=100)] = 0
+    #: Adapters; a table of its own, described below.
+    adapters: AdaptersPlan = AdaptersPlan()
+
+    @property
+    def part(self) -> str:
+        """What of the encoder is trained, and so travels, in words for people."""
+        blocks = "block" if self.freeze_blocks == 1 else f"{self.freeze_blocks} blocks"
+        if self.adapters.rank:
+            where = f", none in the first {blocks}" if self.freeze_blocks else ""
+            return f"adapters of rank {self.adapters.rank} alone{where}; the encoder's own weights neither change nor travel"
+        if self.freeze_blocks:
+            return f"all but the patch embedding and the first {blocks}, which neither change nor travel"
+        return "all of it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,7 +463,14 @@ class Plan(_Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        patch_px = preset(self.encoder.preset).patch_size
+        spec = preset(self.encoder.preset)
+        patch_px = spec.patch_size
+        if self.encoder.freeze_blocks >= spec.depth:
+            raise ValueError(
+                f"encoder.freeze_blocks must leave one of the encoder's {spec.depth} blocks to train, got {self.encoder.freeze_blocks}"
+            )
+        if self.encoder.adapters.rank >= spec.embed_dim:
+            raise ValueError(f"encoder.adapters.rank must be below the encoder's width {spec.embed_dim}, got {self.encoder.adapters.rank}")
         if self.cohort.tile_px % patch_px:
             raise ValueError(f"cohort.tile_px must be a multiple of the encoder's patch size {patch_px}, got {self.cohort.tile_px}")
         self.objective.check(tile_px=self.cohort.tile_px, patch_px=patch_px)

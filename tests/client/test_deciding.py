@@ -93,6 +93,7 @@ def test_the_summary_says_what_is_trained_what_leaves_and_what_it_costs(world, s
     found = site_cli("show", "tiny", "--home", home.root, "--json").json
     assert (found["trained"]["encoder"], found["trained"]["rounds"]) == ("vit_tiny_patch16_224", 3)
     assert found["trained"]["parameters"] > 5e6
+    assert found["trained"]["what_of_it"] == "all of it"
     assert found["cohort"]["patients_here"] == 5
     leaves = found["leaves"]
     assert leaves["update_bytes_a_round"] == wire_format.file_bytes(update_shapes(world.plan), "bfloat16")

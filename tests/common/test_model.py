@@ -5,12 +5,14 @@ from math import prod
 
 import pytest
 import torch
+from record_fixtures import Held
 
 from pathfed_common import digest, model
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.vit import VisionTransformer
 from pathfed_common.objectives.mae import MaskedAutoencoder
-from pathfed_common.plan import EncoderPlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import AdaptersPlan, EncoderPlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.released_encoder import ReleasedEncoder
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,104 @@ def test_size_of_the_smallest_presets_base_state_is_known(plan: Plan) -> None:
     assert sum(size for name, size in sizes.items() if name.startswith("encoder.")) == 5_524_416
     block = 12 * 128**2 + 13 * 128
     assert sum(size for name, size in sizes.items() if name.startswith("head.")) == 2 * block + 128 + 193 * 128 + 2 * 128 + 129 * 768
+
+
+PARTS = {
+    "freeze": EncoderPlan(init_seed=11, freeze_blocks=3),
+    "adapters": EncoderPlan(init_seed=11, adapters=AdaptersPlan(rank=2)),
+    "last adapters": EncoderPlan(init_seed=11, freeze_blocks=10, adapters=AdaptersPlan(rank=2, scale=0.5)),
+}
+
+
+@pytest.fixture(params=[(part, objective) for part in PARTS for objective in ("mae", "dino")], ids="-".join)
+def partly(request: pytest.FixtureRequest, plan: Plan) -> Plan:
+    """A plan that trains a part of the encoder."""
+    part, objective = request.param
+    small = {"name": "dino", "local_crop_px": 32, "head_dim": 16, "bottleneck_dim": 8, "prototypes": 16}
+    raw = plan.model_dump(mode="json") | ({"objective": small} if objective == "dino" else {})
+    return Plan.model_validate(raw).model_copy(update={"encoder": PARTS[part]})
+
+
+def test_a_partly_trained_model_asks_for_gradients_of_exactly_what_updates_hold(partly: Plan) -> None:
+    built = model.build_model(partly)
+    shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    assert shapes == model.state_shapes(partly)
+    asked = {name: tuple(parameter.shape) for name, parameter in built.named_parameters() if parameter.requires_grad}
+    assert asked == model.update_shapes(partly)
+    encoder = {name.removeprefix("encoder.") for name in asked if name.startswith("encoder.")}
+    if partly.encoder.adapters.rank:
+        assert len(encoder) == 8 * (12 - partly.encoder.freeze_blocks)
+        assert all(".lora_" in name for name in encoder)
+    else:
+        assert encoder == {name for name in model.encoder_spec(partly).shapes() if name.startswith(("blocks.", "norm."))} - {
+            f"blocks.{index}.{name}" for index in range(3) for name in model.encoder_spec(partly).block_shapes()
+        }
+    assert {name for name in asked if name.startswith("head.")} == {name for name in shapes if name.startswith("head.")}
+
+
+def test_a_partly_trained_start_is_that_of_the_whole_and_releases_the_same_encoder(partly: Plan) -> None:
+    whole = partly.model_copy(update={"encoder": EncoderPlan(init_seed=11)})
+    start, plain = model.initial_state(partly), model.initial_state(whole)
+    assert all(torch.equal(start[name], tensor) for name, tensor in plain.items())
+    prefix = model.released_prefix(partly)
+    released = ReleasedEncoder(partly, Held(start))
+    for name, shape in released.shapes.items():
+        assert torch.equal(released.read(name, 0, prod(shape)).view(shape), plain[prefix + name])
+    for name in start.keys() - plain.keys():
+        assert start[name].any() == ("lora_a" in name)
+        if name.startswith("teacher."):
+            assert torch.equal(start[name], start[name.removeprefix("teacher.")])
+
+
+def test_weights_to_start_from_stand_under_adapters(partly: Plan) -> None:
+    named = partly.model_copy(update={"encoder": partly.encoder.model_copy(update={"init_from": "sha256:" + "0" * 64})})
+    given = dict(VisionTransformer(model.encoder_spec(plan=partly), generator=torch.Generator().manual_seed(99)).state_dict())
+    state, drawn = model.initial_state(named, given), model.initial_state(partly)
+    for prefix in model.encoder_prefixes(partly):
+        assert all(torch.equal(state[prefix + name], tensor) for name, tensor in given.items())
+    assert all(torch.equal(state[name], drawn[name]) for name in state if ".lora_" in name or name.startswith("head."))
+
+
+def test_an_adapter_moves_the_weight_beside_it_in_the_release_and_no_other(partly: Plan) -> None:
+    state = model.initial_state(partly)
+    prefix = model.released_prefix(partly)
+    b = f"{prefix}blocks.11.mlp.fc1.lora_b.weight"
+    if not partly.encoder.adapters.rank:
+        assert b not in state
+        return
+    state[b] += 0.5
+    released = ReleasedEncoder(partly, Held(state))
+    moved = [
+        name
+        for name, shape in released.shapes.items()
+        if not torch.equal(released.read(name, 0, prod(shape)), state[prefix + name].flatten())
+    ]
+    assert moved == ["blocks.11.mlp.fc1.weight"]
+    whole = released.read(moved[0], 0, 768 * 192)
+    assert torch.equal(released.read(moved[0], 5, 1000), whole[5:1000])
+
+
+def test_updates_of_adapters_are_small() -> None:
+    raw = {
+        "name": "x",
+        "privacy": {"expected_patients": 4.0, "noise_multiplier": 1.0, "clip_norm": 1.0, "epsilon_limit": 8.0},
+        "rounds": {"count": 2},
+        "encoder": {"preset": "vit_large_patch16_224", "adapters": {"rank": 8}},
+    }
+    shapes = model.update_shapes(Plan.model_validate(raw))
+    encoder = sum(prod(shape) for name, shape in shapes.items() if name.startswith("encoder."))
+    assert encoder == 24 * 8 * ((1024 + 3072) + (1024 + 1024) + (1024 + 4096) + (4096 + 1024))
+    assert Plan.model_validate(raw).encoder.part.startswith("adapters of rank 8 alone;")
+    assert encoder < 0.011 * model.encoder_spec(Plan.model_validate(raw)).parameters
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        ({"freeze_blocks": 12}, "must leave one of the encoder's 12 blocks"),
+        ({"adapters": {"rank": 192}}, "must be below the encoder's width 192"),
+    ],
+)
+def test_an_encoder_with_nothing_to_train_and_adapters_as_wide_as_it_are_refused(plan: Plan, encoder: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan.model_validate(plan.model_dump(mode="json") | {"encoder": encoder})

@@ -202,6 +202,9 @@ OTHER = {
     "compute__precision": "bfloat16",
     "compute__activation_checkpointing": True,
     "compute__compile": True,
+    "encoder__freeze_blocks": 2,
+    "encoder__adapters__rank": 4,
+    "encoder__adapters__scale": 2.0,
     "wire__dtype": "bfloat16",
     "site_weights__site-a": 2.0,
 }
@@ -217,7 +220,20 @@ def test_every_key_changed_changes_the_digest():
 
 @pytest.mark.parametrize(
     "section",
-    ["", "encoder", "objective", "cohort", "cohort__quality", "privacy", "compute", "rounds", "aggregation", "server_optimiser", "wire"],
+    [
+        "",
+        "encoder",
+        "encoder__adapters",
+        "objective",
+        "cohort",
+        "cohort__quality",
+        "privacy",
+        "compute",
+        "rounds",
+        "aggregation",
+        "server_optimiser",
+        "wire",
+    ],
 )
 def test_an_unknown_key_is_named(section):
     error = refusal(toml(**{f"{section}__sigma" if section else "sigma": 3}))
@@ -279,6 +295,9 @@ def test_a_missing_key_is_named(key):
         ("privacy__clip_norm", float("inf"), "finite"),
         ("privacy__epsilon_limit", float("inf"), "finite"),
         ("privacy__epsilon_limit", 0.0, "greater than 0"),
+        ("encoder__freeze_blocks", -1, "greater than or equal to 0"),
+        ("encoder__adapters__rank", 257, "256"),
+        ("encoder__adapters__scale", 0.0, "0.001"),
         ("privacy__delta", 0.0, "greater than 0"),
         ("privacy__delta", 0.5, "0.001"),
         ("privacy__expected_patients", 0.5, "1"),

@@ -21,6 +21,7 @@ from pathfed_client.training.joint_sum import JointSum, release
 from pathfed_client.training.ranks import program, replicated, sharded, shards
 from pathfed_client.training.ranks.group import Ranks
 from pathfed_client.training.ranks.tasks import Done, Outcome
+from pathfed_common.encoder.adapters import Adapters, attach, is_adapter
 from pathfed_common.encoder.spec import EncoderSpec
 from pathfed_common.objectives.dino import DinoSettings, SelfDistillation
 from pathfed_common.objectives.mae import MaskedAutoencoder
@@ -69,6 +70,18 @@ class Brittle(MaskedAutoencoder):
     def loss(self, tiles_NCHW: Tensor, draws: Draws) -> Tensor:
         white = tiles_NCHW[:, 0, 0, 0].amax() > 2.24
         return super().loss(tiles_NCHW, draws) * torch.where(white, torch.nan, 1.0)
+
+
+class Adapted(MaskedAutoencoder):
+    """Adapters beside an encoder that is frozen: they and the head are trained."""
+
+    def __init__(self, spec: EncoderSpec, **options: Any) -> None:
+        super().__init__(spec, **options)
+        attach(self.encoder, Adapters(rank=3, scale=0.5), torch.Generator().manual_seed(1))
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
+            if "lora_b" in name:
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
 
 
 #: Small crops, a small head, and no colour jitter or dropped branch.

@@ -1,8 +1,9 @@
 """An honest record with real keys and small tensors, built step by step so that a test can lie at any step and sign the lie."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
 from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
+from pathfed_common.released_encoder import ReleasedEncoder
 from pathfed_common.units import UtcSeconds
 
 RUN = RunName("run-1")
@@ -42,6 +44,20 @@ def small_plan() -> Plan:
         rounds=RoundsPlan(count=ROUNDS, quorum=2),
         site_weights={"b": 2.0},
     )
+
+
+class Held:
+    """A state in memory, read by blocks."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._state[name].flatten()[start:stop].clone()
 
 
 @contextmanager
@@ -132,9 +148,9 @@ class Scene:
             made[record.round_path(index)] = entry.to_bytes(self.server)
             previous = digest.of_bytes(made[record.round_path(index)])
         last_state = weights.load(states[-1])
-        prefix = model.released_prefix(self.plan)
-        encoder = {name.removeprefix(prefix): tensor for name, tensor in last_state.items() if name.startswith(prefix)}
-        made[record.ENCODER] = self._average(ROUNDS) if self.plan.server_optimiser.ema else weights.dump(encoder, {"format": "pt"})
+        encoder = ReleasedEncoder(self.plan, Held(last_state))
+        released = {name: encoder.read(name, 0, prod(shape)).view(shape) for name, shape in encoder.shapes.items()}
+        made[record.ENCODER] = self._average(ROUNDS) if self.plan.server_optimiser.ema else weights.dump(released, {"format": "pt"})
         made[record.ENCODER_CONFIG] = digest.canonical(model.timm_config(self.plan))
         made = files(made)
         entries = [FileEntry(path=path, digest=digest.of_bytes(data), size=len(data)) for path, data in sorted(made.items())]
@@ -157,8 +173,10 @@ class Scene:
             return self.states[index]
         if index == 0:
             return model.initial_state(self.plan, self.start)
-        generator = torch.Generator().manual_seed(index)
-        return {name: torch.randn(shape, generator=generator) for name, shape in model.state_shapes(self.plan).items()}
+        generator, is_trained = torch.Generator().manual_seed(index), model.trained(self.plan)
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in model.state_shapes(self.plan).items()}
+        kept = {name for name in drawn if not is_trained(name.removeprefix(model.TEACHER_PREFIX))}
+        return drawn | {name: tensor for name, tensor in (self._state(0) if kept else {}).items() if name in kept}
 
     def _average(self, index: int) -> bytes:
         if index in self.averages:

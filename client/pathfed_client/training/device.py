@@ -11,9 +11,9 @@ from torch import nn
 from pathfed_common.errors import ErrorCode, HostError
 
 _GB = 10**9
-#: What training holds beside the activations, in copies of the model: weights, gradient, and the sum.
-COPIES = 3
-#: A copy of the model that takes more than this share of a device's memory leaves too little for activations.
+#: What training holds of a trained parameter beside its weight: gradient and sum.
+BESIDE = 2
+#: A model that takes more than this share of a device's memory with gradients and sums leaves too little for activations.
 _SHARE = 0.5
 
 
@@ -68,20 +68,30 @@ def memory_bytes(device_memory_gb: float | None) -> int | None:
     return None if device_memory_gb is None else int(device_memory_gb * _GB)
 
 
-def fits_one(parameter_bytes: int, devices: Sequence[torch.device], most: int | None) -> bool:
-    """Whether each device has room for a whole copy: weights, gradient and sum in half of what may be taken of the smallest of them.
+def fits_one(held_bytes: int, devices: Sequence[torch.device], most: int | None) -> bool:
+    """Whether each device has room for a whole copy, in half of what may be taken of the smallest of them.
 
     On the CPU without a limit every model fits: processes of one machine have the same memory either way.
+
+    Args:
+        held_bytes: weights, and gradients and sums of those that are trained.
+        devices: one for each process.
+        most: bytes that may be taken of each.
     """
     rooms = [torch.cuda.get_device_properties(device).total_memory for device in devices if device.type == "cuda"]
     if most is not None:
         rooms.append(most)
-    return not rooms or COPIES * parameter_bytes <= _SHARE * min(rooms)
+    return not rooms or held_bytes <= _SHARE * min(rooms)
 
 
-def parameter_bytes(objective: nn.Module) -> int:
-    """Bytes of a model's parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in objective.parameters())
+def parameter_bytes(objective: nn.Module, *, trained: bool = False) -> int:
+    """Bytes of a model's parameters, or of the trained ones alone."""
+    return sum(each.numel() * each.element_size() for each in objective.parameters() if each.requires_grad or not trained)
+
+
+def held_bytes(objective: nn.Module) -> int:
+    """Bytes that training holds beside the activations: weights, and gradients and sums of those that are trained."""
+    return parameter_bytes(objective) + BESIDE * parameter_bytes(objective, trained=True)
 
 
 def _missing(what: str, value: str) -> HostError:

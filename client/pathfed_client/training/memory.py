@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pathfed_client.training.compute import Compute
-from pathfed_client.training.device import COPIES, parameter_bytes
+from pathfed_client.training.device import held_bytes
 from pathfed_client.training.engines.passes import Passes
 from pathfed_client.training.engines.serial import clear_gradients, out_of_memory
 from pathfed_client.training.local_round import synthetic_patients
@@ -80,5 +80,5 @@ def tiles_within(objective: nn.Module, compute: Compute, tile_px: int, most: int
         most: bytes.
         shared_by: processes among which weights, gradient and sum are cut; each has `most`.
     """
-    room = most - COPIES * parameter_bytes(objective) // shared_by
+    room = most - held_bytes(objective) // shared_by
     return max(0, room // max(1, activation_bytes(objective, compute, tile_px)))

@@ -79,7 +79,7 @@ def _imported_faults(state: Path, plan: Plan) -> Iterator[ProvenanceError]:
     wanted = plan.encoder.init_from
     if not wanted:
         return
-    for prefix in _encoder_prefixes(plan):
+    for prefix in model.encoder_prefixes(plan):
         found = _encoder_digest(state, plan, prefix)
         if not digest.equal(found, wanted):
             yield ProvenanceError(
@@ -99,12 +99,10 @@ def _encoder_digest(state: Path, plan: Plan, prefix: str) -> digest.Digest:
 def _drawn(plan: Plan) -> dict[str, Tensor]:
     """The tensors of the first state that the seed gives, by name."""
     seeded = plan.model_copy(update={"encoder": plan.encoder.model_copy(update={"init_from": ""})})
-    given = _encoder_prefixes(plan) if plan.encoder.init_from else ()
-    return {name: tensor for name, tensor in model.initial_state(seeded).items() if not name.startswith(given)}
-
-
-def _encoder_prefixes(plan: Plan) -> tuple[str, ...]:
-    return tuple(sorted({model.ENCODER_PREFIX, model.released_prefix(plan)}))
+    names = model.encoder_spec(plan).shapes() if plan.encoder.init_from else {}
+    # Adapters are drawn, whatever the encoder starts from.
+    given = {prefix + name for prefix in model.encoder_prefixes(plan) for name in names}
+    return {name: tensor for name, tensor in model.initial_state(seeded).items() if name not in given}
 
 
 def _agree(found: Tensor, drawn: Tensor) -> bool:

@@ -84,7 +84,8 @@ class Card(Value):
         encoder: digest of the encoder's weights.
         preset: shape of the encoder.
         init_from: digest of the checkpoint that it started from; empty for random weights.
-        objective: what was trained.
+        part: what of the encoder was trained.
+        objective: how.
         data: sentences about the data, in the plan's public terms.
         rounds: rounds.
         steps: private steps of a site in a round.
@@ -111,6 +112,7 @@ class Card(Value):
     encoder: Digest
     preset: str
     init_from: str
+    part: str
     objective: str
     data: tuple[str, ...]
     rounds: int
@@ -179,6 +181,7 @@ def make_card(contents: Contents, evaluation: tuple[Figure, ...] = ()) -> Card:
         encoder=encoder.digest,
         preset=plan.encoder.preset,
         init_from=plan.encoder.init_from,
+        part=plan.encoder.part,
         objective=f"{plan.objective.name}: {plan.objective.summary}",
         data=_data(plan.cohort),
         rounds=manifest.rounds,

@@ -100,6 +100,7 @@ def _training(card: Card) -> str:
     lines = [
         "## Training",
         "",
+        f"- trained of the encoder: {card.part}",
         f"- objective: {card.objective}",
         f"- {card.rounds} rounds of {card.steps} private step(s) at each hospital",
         f"- updates of a round: {_RULES[card.rule].format(trim=card.trim)}",

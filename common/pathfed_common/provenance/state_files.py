@@ -3,7 +3,7 @@
 Reads files, through `encoder.weights`; the documents were checked before.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pathfed_common.encoder.blocks import FileBlocks, spans
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
+from pathfed_common.released_encoder import ReleasedEncoder
 
 Faults = Iterator[ProvenanceError]
 
@@ -37,6 +38,27 @@ def shape_faults(folder: Path, contents: Contents, rounds: range | tuple[int, ..
             yield ProvenanceError(ErrorCode.RECORD_CHANGED, "the state's tensors are not those of the plan's model", where=path)
 
 
+def frozen_faults(folder: Path, contents: Contents, rounds: range | tuple[int, ...]) -> Faults:
+    """States in which a tensor that the plan does not train, or a teacher's copy of one, is not the first state's, bit for bit.
+
+    Args:
+        folder: the record; its states have the plan's tensors.
+        contents: its documents.
+        rounds: rounds whose states are looked at.
+    """
+    is_trained = model.trained(contents.plan)
+    kept = [name for name in model.state_shapes(contents.plan) if not is_trained(name.removeprefix(model.TEACHER_PREFIX))]
+    if not kept:
+        return
+    first = weights.reader(folder / record.state_path(0))
+    for index in rounds:
+        path = record.state_path(index)
+        here = weights.reader(folder / path)
+        changed = next((name for name in kept if not torch.equal(here(name).view(torch.uint8), first(name).view(torch.uint8))), None)
+        if changed is not None:
+            yield ProvenanceError(ErrorCode.RECORD_CHANGED, "a tensor that the plan does not train has changed", where=path, value=changed)
+
+
 def exported_faults(folder: Path, contents: Contents) -> Faults:
     """An exported encoder that is half there, or not the last state's bit for bit (with a running average: not the last round's).
 
@@ -51,10 +73,8 @@ def exported_faults(folder: Path, contents: Contents) -> Faults:
 
 def _encoder_faults(folder: Path, contents: Contents) -> Faults:
     state, encoder = folder / record.state_path(contents.manifest.rounds), folder / record.ENCODER
-    prefix = model.released_prefix(contents.plan)
-    names = {name.removeprefix(prefix): name for name in model.state_shapes(contents.plan) if name.startswith(prefix)}
-    header, base = _header(encoder), _header(state)
-    if header is None or base is None or header != {name: base.get(names[name]) for name in sorted(names)}:
+    shapes = model.encoder_spec(contents.plan).shapes()
+    if _header(encoder) != {name: (torch.float32, shape) for name, shape in sorted(shapes.items())} or _header(state) is None:
         yield ProvenanceError(
             ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
         )
@@ -62,7 +82,7 @@ def _encoder_faults(folder: Path, contents: Contents) -> Faults:
     if contents.plan.server_optimiser.ema:
         yield from _average_faults(contents)
     else:
-        yield from _state_faults(FileBlocks(encoder), FileBlocks(state), names)
+        yield from _state_faults(FileBlocks(encoder), ReleasedEncoder(contents.plan, FileBlocks(state)))
     if (folder / record.ENCODER_CONFIG).read_bytes() != digest.canonical(model.timm_config(contents.plan)):
         yield ProvenanceError(
             ErrorCode.RECORD_CHANGED, "the exported encoder's configuration is not the plan's", where=record.ENCODER_CONFIG
@@ -77,10 +97,10 @@ def _average_faults(contents: Contents) -> Faults:
         )
 
 
-def _state_faults(encoder: FileBlocks, state: FileBlocks, names: Mapping[str, str]) -> Faults:
-    for name, full in names.items():
+def _state_faults(encoder: FileBlocks, due: ReleasedEncoder) -> Faults:
+    for name, shape in due.shapes.items():
         # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
-        pairs = ((encoder.read(name, *span), state.read(full, *span)) for span in spans(prod(encoder.shapes[name])))
+        pairs = ((encoder.read(name, *span), due.read(name, *span)) for span in spans(prod(shape)))
         if not all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs):
             yield ProvenanceError(
                 ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name

@@ -9,8 +9,9 @@ What holds when a record verifies:
     - The first state is the plan's: the encoder that `encoder.init_from` names, by its digest, and all else drawn from the plan's seed
       (`first_state`; the drawing can be left out, which the verdict then notes).
     - No site states a smaller epsilon for the plan than its recorded releases cost.
-    - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one. Where the plan releases a running
-      average, it is the one that the last round's record names by its digest.
+    - What the plan does not train has in every state the bits of the first.
+    - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one, and with its adapters merged. Where
+      the plan releases a running average, it is the one that the last round's record names by its digest.
 
 What does not follow:
     - Without trusted keys, whose keys these are: anyone can make a consistent record with keys of their own. The verdict then says
@@ -38,7 +39,7 @@ from pathfed_common.provenance.first_state import FirstState, check_first_state
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.record import Manifest
 from pathfed_common.provenance.record_reader import RecordReader, TrustedKeys, check_trusted, file_faults, read
-from pathfed_common.provenance.state_files import exported_faults, shape_faults
+from pathfed_common.provenance.state_files import exported_faults, frozen_faults, shape_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,7 @@ def examine_record(
         *_content_faults(contents),
         *misshaped,
         *first.faults,
+        *(() if misshaped else frozen_faults(folder, contents, states)),
         *exported_faults(folder, contents),
         *_retained_faults(contents),
     )

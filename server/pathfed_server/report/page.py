@@ -199,6 +199,7 @@ def plan_summary(data: ReportData) -> list[tuple[str, str]]:
         ),
         ("Tiles", f"{cohort.tile_px} px at {cohort.mpp:g} µm/px, at least {cohort.tissue_share:.0%} tissue"),
         ("Objective", f"{plan.objective.name}, {plan.objective.summary}"),
+        ("Trained of the encoder", plan.encoder.part),
         ("Server optimiser", f"{plan.server_optimiser.name}, step size {plan.server_optimiser.learning_rate:g}"),
         ("Wire", f"{plan.wire.dtype}, {rounding_words(data)}"),
     ]

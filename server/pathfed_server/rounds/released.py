@@ -1,20 +1,22 @@
 """The encoder that a run releases, as its one canonical file, block by block: the last state's, its teacher's, or the running average.
 
 A plan with `server_optimiser.ema` releases the average, which lies in the optimiser's file (`server_step`). What is not trained is its own
-average. Every round's record names the digest of the average's file, so that a released one is bound to its run; who has the updates
-computes it again (`replay`).
+average; of adapters each matrix is averaged by itself, and then they are merged. Every round's record names the digest of the average's
+file, so that a released one is bound to its run; who has the updates computes it again (`replay`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pathfed_common import digest, model
+from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.encoder.blocks import FileBlocks, block_chunks
+from pathfed_common.encoder.blocks import BlockReader, FileBlocks, block_chunks
 from pathfed_common.plan import Plan
+from pathfed_common.released_encoder import ReleasedEncoder
 from pathfed_server.rounds.server_step import AVERAGE
 
 
@@ -29,17 +31,27 @@ def released_chunks(plan: Plan, *, state: Path, optimiser: Path) -> Iterator[byt
     Raises:
         ValueError: the files are not those of the plan.
     """
-    prefix = model.released_prefix(plan)
-    states, averages = FileBlocks(state), FileBlocks(optimiser) if plan.server_optimiser.ema else None
-    shapes = {name.removeprefix(prefix): shape for name, shape in states.shapes.items() if name.startswith(prefix)}
+    states: BlockReader = FileBlocks(state)
+    encoder = ReleasedEncoder(plan, _Averages(states, FileBlocks(optimiser)) if plan.server_optimiser.ema else states)
+    return block_chunks({name: (torch.float32, shape) for name, shape in encoder.shapes.items()}, encoder.read, {"format": "pt"})
 
-    def block(name: str, start: int, stop: int) -> Tensor:
-        averaged = f"{AVERAGE}.{prefix}{name}"
-        if averages is not None and averaged in averages.shapes:
-            return averages.read(averaged, start, stop)
-        return states.read(prefix + name, start, stop)
 
-    return block_chunks({name: (torch.float32, shape) for name, shape in shapes.items()}, block, {"format": "pt"})
+@dataclass(frozen=True)
+class _Averages:
+    """Implements `BlockReader`: a state's tensors, the averages in the place of those that have one."""
+
+    states: BlockReader
+    averages: BlockReader
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.states.shapes
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        averaged = f"{AVERAGE}.{name}"
+        if averaged in self.averages.shapes:
+            return self.averages.read(averaged, start, stop)
+        return self.states.read(name, start, stop)
 
 
 def average_digest(plan: Plan, *, state: Path, optimiser: Path) -> Digest | None:

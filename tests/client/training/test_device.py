@@ -56,7 +56,7 @@ def test_other_words_are_misuse(device) -> None:
 
 
 def test_a_copy_fits_where_three_of_it_take_half_of_the_memory() -> None:
-    assert fits_one(10**9, [CPU], None)
-    assert fits_one(10**9, [CPU, CPU], memory_bytes(6.0))
-    assert not fits_one(10**9, [CPU, CPU], memory_bytes(5.9))
+    assert fits_one(3 * 10**9, [CPU], None)
+    assert fits_one(3 * 10**9, [CPU, CPU], memory_bytes(6.0))
+    assert not fits_one(3 * 10**9, [CPU, CPU], memory_bytes(5.9))
     assert memory_bytes(None) is None

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_fixtures import ROUNDS, Scene
+from torch import Tensor
 
-from pathfed_common import digest
+from pathfed_common import digest, model
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import SiteName
-from pathfed_common.plan import AggregationPlan, DinoPlan, Plan
+from pathfed_common.plan import AdaptersPlan, AggregationPlan, DinoPlan, EncoderPlan, Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
@@ -542,3 +544,40 @@ def test_trusted_keys_are_read_strictly() -> None:
         with pytest.raises(ProvenanceError) as caught:
             read_trust(bad, where="t")
         assert caught.value.code == ErrorCode.IDENTITY_UNPROVEN
+
+
+@pytest.fixture
+def adapted(scene: Scene) -> Scene:
+    """A run that trained adapters beside an encoder that kept its weights."""
+    encoder = EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))
+    return Scene(scene.plan.model_copy(update={"encoder": encoder}))
+
+
+def test_a_run_of_adapters_verifies_with_the_merged_encoder(adapted: Scene, write: Write) -> None:
+    verdict = verify_record(write(adapted.files()), adapted.trusted)
+    verdict.require(identities=True)
+    assert verdict.first_state_proven
+
+
+def test_a_frozen_tensor_that_changed_is_found_in_whatever_state(adapted: Scene, write: Write) -> None:
+    def changed(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        return tensors if index != 2 else {**tensors, "encoder.norm.bias": tensors["encoder.norm.bias"] + 1e-6}
+
+    _refused(verify_record(write(adapted.files(state=changed))), ErrorCode.RECORD_CHANGED, record.state_path(2))
+
+
+def test_an_encoder_without_its_adapters_is_not_the_released_one(adapted: Scene, write: Write) -> None:
+    def unmerged(files: dict[str, bytes]) -> dict[str, bytes]:
+        names = model.encoder_spec(adapted.plan).shapes()
+        last = weights.load(files[record.state_path(ROUNDS)])
+        return files | {record.ENCODER: weights.dump({name: last[f"encoder.{name}"] for name in names}, {"format": "pt"})}
+
+    _refused(verify_record(write(adapted.files(files=unmerged))), ErrorCode.RECORD_CHANGED, record.ENCODER)
+
+
+def test_adapters_of_the_first_state_are_drawn_from_the_seed(adapted: Scene, write: Write) -> None:
+    def other(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        name = "encoder.blocks.0.attn.qkv.lora_a.weight"
+        return tensors if index else {**tensors, name: tensors[name] * 1.5}
+
+    _refused(verify_record(write(adapted.files(state=other))), ErrorCode.FIRST_STATE, record.state_path(0))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty_ranks import Brittle, build
+from faulty_ranks import Adapted, Brittle, build
 from scipy.stats import kstest
 from training_fixtures import Colours
 
@@ -82,6 +82,14 @@ def test_an_objective_that_compares_a_patients_tiles_is_shared_all_the_same(same
     pair = same(mode, ranks, group={"kind": SelfDistillation}, kind=SelfDistillation, steps=2, near=10 * NEAR)
     assert pair[0].notes.failures == []
     assert not any(name.startswith("teacher.") for name in pair[0].update), "a teacher is no part of an update"
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("sharded", 2), ("replicated", 2)])
+def test_an_encoder_that_is_frozen_but_for_adapters_is_shared_all_the_same(same, mode, ranks) -> None:
+    pair = same(mode, ranks, group={"kind": Adapted}, kind=Adapted, steps=2)
+    assert pair[0].notes.failures == []
+    assert {name.split(".")[-2] for name in pair[0].update if name.startswith("encoder.")} == {"lora_a", "lora_b"}
+    assert len(pair[0].update) == 8 + sum(name.startswith("head.") for name in build()().state_dict())
 
 
 @pytest.mark.parametrize(("mode", "ranks"), [("sharded", 2), ("replicated", 2)])
