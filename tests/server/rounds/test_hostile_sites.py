@@ -238,7 +238,7 @@ def test_update_of_another_site_sent_again_as_ones_own_is_refused(consortium: Ma
     assert made.store.checkpoints(RUN)[-1].state == calm_end
 
 
-def test_second_reply_of_a_site_is_set_aside_and_the_first_counts(consortium: Make) -> None:
+def test_another_reply_of_a_site_is_set_aside_and_the_first_counts(consortium: Make) -> None:
     calm = consortium(PLAN)
     calm.drive()
 
@@ -246,7 +246,8 @@ def test_second_reply_of_a_site_is_set_aside_and_the_first_counts(consortium: Ma
         one = answer.reply(folder, at)
         assert one.update is not None
         kept = one.update.rename(folder / "first.part")
-        return [replace(one, update=kept), answer.reply(folder, at)]
+        (other,) = altered(put("head.bias", (0,), 0.5))(answer, folder, at)
+        return [replace(one, update=kept), other]
 
     made = consortium(PLAN)
     made.sites.conduct[B] = twice

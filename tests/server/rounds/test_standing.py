@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.server.rounds.consortium import NAMES, RUN, Answer, Consortium, Make, make_plan, send
+from tests.server.rounds.consortium import DECLARED, KEYS, NAMES, RUN, SHAPES, Answer, Consortium, Make, honest_answer, make_plan, send
 from torch import Tensor
 
+from pathfed_common import digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import SiteName
 from pathfed_common.plan import Plan
+from pathfed_common.protocol.messages import RoundOffer
+from pathfed_server.rounds.admission import Refused, RoundTerms, admit
+from pathfed_server.rounds.participants import Participant
 from pathfed_server.rounds.ports import Reply
 from pathfed_server.rounds.progress import Progress, Stage
 from pathfed_server.rounds.state import ParticipationState, RunState
@@ -47,6 +51,18 @@ def with_nan(answer: Answer, folder: Path, at: float) -> list[Reply]:
     tensors: dict[str, Tensor] = weights.load(answer.update)
     tensors["encoder.norm"][3] = float("nan")
     return [answer.signed_again(weights.dump(tensors, {"kind": "pathfed-update"})).reply(folder, at)]
+
+
+def unsigned(answer: Answer, folder: Path, at: float) -> list[Reply]:
+    return [replace(answer, key=KEYS[SiteName("stranger")]).reply(folder, at)]
+
+
+def flipped(answer: Answer, folder: Path, at: float) -> list[Reply]:
+    return [replace(answer, update=answer.update[:-1] + bytes([answer.update[-1] ^ 1])).reply(folder, at)]
+
+
+def of_another_round(answer: Answer, folder: Path, at: float) -> list[Reply]:
+    return [replace(answer, statement=replace(answer.statement, round_index=2)).reply(folder, at)]
 
 
 def when(made: Consortium, wanted: tuple[Stage, int], work: Callable[[], object], *, site: SiteName | None = None) -> None:
@@ -321,22 +337,40 @@ def test_late_update_is_released_with_every_check_again(consortium: Make) -> Non
     assert made.store.participations(RUN, 1)[1].released == "PF561"
 
 
-def test_release_of_a_late_update_waives_no_norm(consortium: Make) -> None:
+@pytest.mark.parametrize("conduct", [too_long, with_nan])
+def test_release_of_a_late_update_waives_nothing_else(consortium: Make, conduct: Callable[..., list[Reply]]) -> None:
     made = consortium(plan_of(quorum=3))
-    made.sites.conduct[B] = lambda answer, folder, at: too_long(answer, folder, at + 61.0)
+    made.sites.conduct[B] = lambda answer, folder, at: conduct(answer, folder, at + 61.0)
     when(made, (Stage.FAILED, 1), lambda: release(made))
     with pytest.raises(RoundError, match="PF503"):
         made.drive()
     assert made.store.participations(RUN, 1)[1].state is ParticipationState.REFUSED
 
 
-def test_release_of_the_norm_waives_no_finiteness(consortium: Make) -> None:
+def test_update_that_is_not_finite_is_never_released(consortium: Make) -> None:
     made = consortium(plan_of(quorum=3))
     made.sites.conduct[B] = with_nan
     with pytest.raises(RoundError):
         made.drive()
     with pytest.raises(RoundError, match="PF566"):
         release(made)
+
+
+@pytest.mark.parametrize(
+    ("conduct", "code"), [(with_nan, "PF507"), (unsigned, "PF504"), (flipped, "PF505"), (of_another_round, "PF509"), (too_long, None)]
+)
+def test_whatever_is_overruled_nothing_but_the_norm_is(tmp_path: Path, conduct: Callable[..., list[Reply]], code: str | None) -> None:
+    """Were every code released, as no store would: admission itself still looks at everything else."""
+    plan = plan_of()
+    base = digest.of_bytes(b"base")
+    offer = RoundOffer(run=RUN, site=A, round_index=1, plan=plan.digest, base_state=base, base_state_bytes=1, offered_at=1.0, deadline=2.0)
+    terms = RoundTerms(run=RUN, round_index=1, plan=plan, plan_digest=plan.digest, base_state=base, base_norm=0.0, shapes=SHAPES)
+    participant = Participant(site=A, key=KEYS[A].public, mechanism=plan.mechanism(DECLARED), approval=b"", weight=1.0)
+    (reply,) = conduct(honest_answer(plan, offer), tmp_path, 1.0)
+    assert reply.statement is not None
+    assert reply.update is not None
+    verdict = admit(terms, participant, envelope=reply.statement, update=reply.update, waived=frozenset(ErrorCode))
+    assert (verdict.code.value if isinstance(verdict, Refused) else None) == code
 
 
 # ---- joining and leaving
