@@ -71,7 +71,7 @@ def test_one_hostile_site_within_the_admitted_norm_moves_the_trimmed_mean_by_the
     mechanism = PatientMechanism(
         sampling_rate=0.1, noise_multiplier=1.0, clip_norm=1.0, expected_patients=8.0, figure_share=0.3, loss_bound=2.0
     )
-    bounds = norm_bounds(mechanism, steps=1, dimension=dimension, bfloat16=False)
+    bounds = norm_bounds(mechanism, steps=1, dimension=dimension, wire="float32")
     random = torch.Generator().manual_seed(3)
     honest = {f"site-{index}": {"w": torch.randn(dimension, generator=random) * mechanism.gradient_std} for index in range(sites - 1)}
     moved = {}
