@@ -353,8 +353,24 @@ class RoundsPlan(_Section):
     deadline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 600
     #: Fewest admitted updates with which a round counts.
     quorum: Annotated[int, Field(ge=1, le=10_000)] = 2
+    #: Most sites asked in a round; they take turns by a public rule (`pathfed_common.turns`). 0: all that may take part.
+    ask_at_most: Annotated[int, Field(ge=0, le=10_000)] = 0
+    #: A round is closed once this many updates are admitted. 0: it waits for every site that was asked, or for the deadline.
+    enough: Annotated[int, Field(ge=0, le=10_000)] = 0
+    #: What becomes of an update that comes after the deadline. `same_base`: it is kept, and counts where the round fails and is offered
+    #: again on the same base state; it has been charged for already.
+    late: Literal["discard", "same_base"] = "discard"
     #: Replies leave at whole multiples of this time after the offer, seconds, so that their time tells nothing of the patients drawn.
     reply_slot_s: Annotated[float, Field(ge=0.5, le=86400)] = 5.0
+
+    @model_validator(mode="after")
+    def _round_can_count(self) -> Self:
+        for key, most in (("ask_at_most", self.ask_at_most), ("enough", self.enough)):
+            if most and most < self.quorum:
+                raise ValueError(f"rounds.{key} must be 0 or at least rounds.quorum, got {most} and {self.quorum}")
+        if self.ask_at_most and self.enough > self.ask_at_most:
+            raise ValueError(f"rounds.enough must be at most rounds.ask_at_most, got {self.enough} and {self.ask_at_most}")
+        return self
 
 
 class ServerOptimiserPlan(_Section):

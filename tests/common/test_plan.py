@@ -185,6 +185,9 @@ OTHER = {
     "rounds__local_learning_rate": 0.2,
     "rounds__deadline_s": 601,
     "rounds__quorum": 3,
+    "rounds__ask_at_most": 5,
+    "rounds__enough": 4,
+    "rounds__late": "same_base",
     "rounds__reply_slot_s": 6,
     "server_optimiser__name": "sgd",
     "server_optimiser__learning_rate": 2e-3,
@@ -246,6 +249,18 @@ def test_a_wrong_type_is_named_with_its_value(key, value):
     assert error.value == repr(value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"rounds__ask_at_most": 1}, "rounds.ask_at_most must be 0 or at least rounds.quorum, got 1 and 2"),
+        ({"rounds__enough": 1}, "rounds.enough must be 0 or at least rounds.quorum, got 1 and 2"),
+        ({"rounds__ask_at_most": 3, "rounds__enough": 4}, "rounds.enough must be at most rounds.ask_at_most, got 4 and 3"),
+    ],
+)
+def test_a_round_that_could_never_count_is_refused(keys, named):
+    assert named in refusal(toml(**keys)).what
+
+
 @pytest.mark.parametrize("key", ["name", "privacy", "rounds"])
 def test_a_missing_key_is_named(key):
     raw = {name: value for name, value in tomllib.loads(LEAST).items() if name != key}
@@ -281,6 +296,9 @@ def test_a_missing_key_is_named(key):
         ("rounds__count", 0, "1"),
         ("rounds__quorum", 0, "1"),
         ("rounds__deadline_s", 1.0, "5"),
+        ("rounds__ask_at_most", -1, "0"),
+        ("rounds__enough", 10_001, "10000"),
+        ("rounds__late", "always", "discard"),
         ("server_optimiser__momentum", 1.0, "less than 1"),
         ("server_optimiser__ema", 1.0, "less than 1"),
         ("aggregation__rule", "median", "trimmed_mean"),

@@ -165,6 +165,7 @@ class AdmittedSite(Value):
         factor: what the aggregation rule multiplied that by, within [0, 1]; 1 but for "norm_weighted".
         rounding: bound on the L2 norm of what the wire format's rounding added to the update (`wire_format.UpdateNumbers.rounding`), as
             the server found it; whoever has the update can find it again.
+        released: the code for which the update was refused before an operator let it count all the same, or None.
     """
 
     site: SiteName
@@ -173,6 +174,7 @@ class AdmittedSite(Value):
     statement: Digest
     weight: float
     rounding: float
+    released: str | None = None
     factor: float = 1.0
 
     def _check(self) -> None:
@@ -182,6 +184,8 @@ class AdmittedSite(Value):
             raise ValueError(f"factor must be within [0, 1], got {self.factor}")
         if self.rounding < 0:
             raise ValueError(f"rounding must be at least 0, got {self.rounding}")
+        if self.released is not None and _CODE.fullmatch(self.released) is None:
+            raise ValueError(f"not an error code: {self.released[:20]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,6 +264,8 @@ def _notes(folder: Path, contents: Contents) -> Iterator[str]:
         yield "no encoder is exported: the run is not finished"
     for site, index in consistency.chain_gaps(contents):
         yield f"{site}: the statement of round {index} follows one that did not count and is not in the record"
+    for site, index, code in consistency.released(contents):
+        yield f"{site}: the update of round {index} was refused ({code}), and an operator let it count"
     for site, rounds in consistency.without_slots(contents).items():
         yield f"{site}: replies did not wait for the plan's time slots in {rounds} round(s)"
     retained = sum(entry.path.startswith("updates/") for entry in contents.manifest.files)

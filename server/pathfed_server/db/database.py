@@ -4,7 +4,8 @@ SQLite is used with write-ahead logging, a full flush at each commit, foreign ke
 it begins, so that writers wait for each other (30 s at most) and never fail half-way for want of the lock.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +21,13 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_common.errors import ErrorCode, HostError, RoundError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 30_000
+#: Below this, bytes, an SQLite file's disk counts as full.
+_LEAST_FREE = 64 * 1024
+_POSTGRES_DISK_FULL = "53100"
 _ADVISORY_LOCK = 0x70617468666564  # "pathfed": one migration at a time on PostgreSQL
 
 
@@ -59,7 +63,7 @@ class Database:
                 "the database is not at the schema of this version of pathfed",
                 where=self.address,
                 value=f"found {', '.join(found) or 'none'}, wanted {wanted}",
-                remedy="migrate it with the pathfed version to be used (pathfed-server init), or use the version it was migrated with",
+                remedy="start the server with the pathfed version to be used, which migrates it, or use the version it was migrated with",
             )
         return self
 
@@ -76,19 +80,19 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
         """A transaction for reading that sees one state of the database, however long it takes."""
-        with _told(self.address), self._engine.connect() as connection:
+        with _told(self._url), self._engine.connect() as connection:
             # SQLite's transactions see one state by themselves, from their first read on.
             options = {"isolation_level": "REPEATABLE READ"} if connection.dialect.name == "postgresql" else {}
             yield connection.execution_options(pathfed_reads=True, **options)
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with _told(self.address), self._engine.connect().execution_options(pathfed_reads=True) as connection:
+        with _told(self._url), self._engine.connect().execution_options(pathfed_reads=True) as connection:
             yield connection
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with _told(self.address), self._engine.begin() as connection:
+        with _told(self._url), self._engine.begin() as connection:
             yield connection
 
 
@@ -98,14 +102,36 @@ def migrate(url: str) -> None:
     Raises:
         RoundError: PF512, it cannot be reached; PF513, it is newer than this version, or a step failed (nothing is changed then).
     """
+    _in_one_step(_parse(url), _upgrade)
+
+
+def migrate_existing(url: str) -> None:
+    """Bring a database of ours to this version's schema. One that holds nothing of ours is left as it is: opening it says so.
+
+    A server that starts on an empty database would take itself for a new consortium.
+
+    Raises:
+        RoundError: PF512, it cannot be reached, or its file is missing; PF513, as for `migrate`.
+    """
     parsed = _parse(url)
-    engine = _engine(parsed)
-    address = parsed.render_as_string(hide_password=True)
+    _demand_file(parsed)
+
+    def upgrade(connection: Connection, address: str) -> None:
+        if MigrationContext.configure(connection).get_current_heads():
+            _upgrade(connection, address)
+
+    _in_one_step(parsed, upgrade)
+
+
+def _in_one_step(url: URL, step: Callable[[Connection, str], None]) -> None:
+    """Run a step on the schema in a transaction that no other process's step runs beside."""
+    engine = _engine(url)
+    address = url.render_as_string(hide_password=True)
     try:
-        with _told(address), engine.begin() as connection:
+        with _told(url), engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-            _upgrade(connection, address)
+            step(connection, address)
     finally:
         engine.dispose()
 
@@ -187,11 +213,17 @@ def _demand_file(url: URL) -> None:
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
+def _told(url: URL) -> Iterator[None]:
     """Turn the driver's connection errors into ours, without the password."""
+    address = url.render_as_string(hide_password=True)
     try:
         yield
     except DatabaseError as error:
+        if _is_full(error, url):
+            remedy = "free space there; what waits for it goes on by itself"
+            raise HostError(
+                ErrorCode.DISK_FULL, "the database's disk is full; nothing was half-written", where=address, remedy=remedy
+            ) from error
         # A damaged SQLite file raises the base class itself; the other subclasses are ours to answer for, or a trigger's refusal.
         if type(error) is not DatabaseError and not isinstance(error, OperationalError):
             raise
@@ -201,6 +233,14 @@ def _told(address: str) -> Iterator[None]:
             where=address,
             remedy="check that it runs, that the address is right, and that this user may read and write it",
         ) from error
+
+
+def _is_full(error: DBAPIError, url: URL) -> bool:
+    """Whether a database error says that the disk is full; SQLite calls it an I/O error where its shared-memory file cannot grow."""
+    text = str(error.orig)
+    if "disk is full" in text or getattr(error.orig, "sqlstate", None) == _POSTGRES_DISK_FULL:
+        return True
+    return "disk I/O error" in text and bool(url.database) and shutil.disk_usage(Path(str(url.database)).parent).free < _LEAST_FREE
 
 
 def _first_line(error: DBAPIError) -> str:

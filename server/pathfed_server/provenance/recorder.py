@@ -40,10 +40,10 @@ class Recorder:
         Args:
             folder: where the record goes; made when it is not there.
             key: the server's evidence key.
-            cards: the signed card of every site listed in the run.
+            cards: the signed card of every site in the run; looked at when it is needed, as sites may join.
             retain_updates: also keep the admitted updates.
         """
-        self._folder, self._key, self._cards, self._retain = folder, key, dict(cards), retain_updates
+        self._folder, self._key, self._cards, self._retain = folder, key, cards, retain_updates
         self._manifest: Manifest | None = None
 
     def begin(self, *, run: RunName, plan: Plan, candidates: Sequence[Candidate], initial_state: Path) -> None:
@@ -212,7 +212,7 @@ class Recorder:
     def _made(self, place: str) -> Path:
         path = self._folder / place
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
         except OSError as error:
             raise files.disk_error(error, path) from error
         return path
@@ -261,6 +261,7 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
         weight=result.weights[part.site],
         factor=result.factors.get(part.site, 1.0),
         rounding=part.rounding,
+        released=part.released,
     )
 
 

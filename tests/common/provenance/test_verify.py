@@ -272,6 +272,30 @@ def test_a_statement_that_came_too_late_leaves_a_gap_that_is_told(scene: Any, wr
     _refused(verify_record(write(denied)), ErrorCode.STATEMENT_CHAIN, record.statement_path(3, "c"))
 
 
+@pytest.mark.parametrize("code", ["PF564", "PF565"])
+def test_a_site_asked_by_an_attempt_that_failed_and_left_out_of_the_next_leaves_a_gap(code: str, scene: Any, write: Write) -> None:
+    """It chained a statement then, which is in no record: the round counted without it."""
+    left = _rounds(2, lambda value: {"silent": (), "excluded": (AbsentSite(site=SiteName("c"), code=code),)})
+    verdict = verify_record(write(scene.files(statement=_in_round(3, "c", previous=OTHER), round_record=left)))
+    assert verdict.findings == ()
+    assert "c: the statement of round 3 follows one that did not count and is not in the record" in verdict.notes
+
+
+def test_an_update_that_an_operator_released_is_told(scene: Any, write: Write) -> None:
+    released = _rounds(1, lambda value: {"admitted": (replace(value.admitted[0], released="PF508"), *value.admitted[1:])})
+    verdict = verify_record(write(scene.files(round_record=released)))
+    assert verdict.findings == ()
+    assert "a: the update of round 1 was refused (PF508), and an operator let it count" in verdict.notes
+
+
+@pytest.mark.parametrize("at_most", [0, 2, 3])
+def test_a_round_that_passed_over_a_site_whose_turn_it_was_is_found(at_most: int, scene: Any, write: Write) -> None:
+    scene.plan = scene.plan.model_copy(update={"rounds": scene.plan.rounds.model_copy(update={"ask_at_most": at_most})})
+    passed = {"silent": (), "excluded": (AbsentSite(site=SiteName("c"), code="PF562"),)}
+    verdict = verify_record(write(scene.files(round_record=_rounds(2, lambda value: passed if at_most != 2 else {}))))
+    _refused(verdict, ErrorCode.RECORD_CHANGED, record.round_path(2))
+
+
 def _rounds(index: int, change: Callable[[RoundRecord], dict[str, Any]]) -> Callable[[RoundRecord], RoundRecord]:
     return lambda value: replace(value, **change(value)) if value.round_index == index else value
 
