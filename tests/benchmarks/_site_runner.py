@@ -1,7 +1,8 @@
 """A site's resident runner, real in all but the training itself: that sleeps, then draws noise of the plan's size.
 
-Run as `python _site_runner.py HOME SUPERNODE_ADDRESS TUNNEL_PORT`. Gate, trial on synthetic tiles, ledger, sealing, statement, site database
-and transport are pathfed's own. Real training would make three sites fight for two cores, in a pattern that the other side does not have.
+Run as `python _site_runner.py HOME SUPERNODE_ADDRESS TUNNEL_PORT`. Gate, trial on synthetic tiles, ledger, sealing, statement, site
+database and transport are pathfed's own. Real training would make three sites fight for two cores, in a pattern that the other side does
+not have.
 """
 
 import json
