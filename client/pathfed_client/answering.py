@@ -196,6 +196,7 @@ class SiteAnswerer:
             sealed = self._train(self._task(offer, plan, approval), base_state)
         else:
             _log.info("round %d of run %s: resending the sealed answer", offer.round_index, offer.run)
+            self._secrets.settle(offer.run, offer.round_index)
         path = self._home.root / sealed.update_path
         manifest = _manifest(path, sealed.update)
         self._wait_for_slot(offer, plan)

@@ -3,6 +3,7 @@
 Heavy libraries (torch, Flower, the accountants) are imported by the function that needs them, so that light commands start at once.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -288,6 +289,7 @@ def status(home: SiteHome) -> dict[str, Any]:
         alarms = store.alarms()
         spent = open_ledger(home, store).spent().epsilon
         control = _control_state(home, store)
+        rounds = json.loads(store.facts().get("outcomes", "[]"))
     policy, stopped = home.policy, home.stop_switch.stop()
     return {
         "site": home.name,
@@ -301,6 +303,7 @@ def status(home: SiteHome) -> dict[str, Any]:
         "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
         "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
         "control": control,
+        "rounds": rounds,
         "alarms": [{"at": alarm.at, "code": alarm.code.value, "about": alarm.subject, "what": alarm.detail} for alarm in alarms],
         "plans": plans,
     }
@@ -319,6 +322,7 @@ def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
         "certificate_until_at": certificate_times(home.certificate_file.read_bytes())[1],
         "answered_at": float(facts["agent_at"]) if "agent_at" in facts else None,
         "code": facts.get("agent_code") or None,
+        "suspended": bool(facts.get("suspended")),
         "words_waiting": len(store.words(waiting=True)),
         "plans_received": len(store.received_plans()),
         "log_cosigned": 0 if head is None else head.size,

@@ -197,7 +197,7 @@ def _approved_plan(root: Path, server: Path, home: Path, plan_file: Path) -> str
 
 
 def _state(server: Path) -> str:
-    return str(run(BIN / "pathfed-server", "run", "status", "one", "--home", server)[0]["state"])
+    return str(run(BIN / "pathfed-server", "run", "status", "one", "--home", server)["state"])
 
 
 def _until(look: Callable[[], bool], logs: Sequence[Path]) -> None:

@@ -116,7 +116,7 @@ class Run:
     def decided(self, site: str) -> None:
         """The outcome for a site is no longer open."""
         row = Participation(site=SiteName(site), state=ParticipationState.SILENT, code="PF515", offered_at=1.0)
-        self.server.store.note_participation(self.name, 1, 1, row)
+        self.server.store.note_participation(self.name, 1, 1, row, at=1.0)
 
 
 def bulk_of(site: Site, **options: object) -> SiteBulk:

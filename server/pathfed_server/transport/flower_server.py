@@ -27,7 +27,7 @@ from flwr.serverapp import Grid, ServerApp
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
 from pathfed_server.rounds.uploads import arrived, transfer_seconds
 
 RUN_KEY = "pathfed-run"
@@ -63,7 +63,7 @@ class FlowerSites:
         self._grid = grid
         self._sites = {key: site for site, key in node_keys.items()}
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         """Send offers, yield replies as they come; see `SitePort`."""
         outbox = _Outbox(offers)
         waiting = outbox.waiting
@@ -73,7 +73,7 @@ class FlowerSites:
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
                 due = time.monotonic() - asked > _ASK_S
-                for site, sent in self._send_to_online(outbox, inbox, withheld) if waiting or due else ():
+                for site, sent in self._send_to_online(outbox, inbox, withheld, sending) if waiting or due else ():
                     if isinstance(sent, Reply):
                         inbox.forget(site)
                         yield sent
@@ -95,7 +95,9 @@ class FlowerSites:
         for site in {*inbox.expected, *waiting}:
             yield _without_update(site, ErrorCode.SITE_SILENT.value)
 
-    def _send_to_online(self, outbox: "_Outbox", inbox: "_Inbox", withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
+    def _send_to_online(
+        self, outbox: "_Outbox", inbox: "_Inbox", withheld: Consent, sending: Sending
+    ) -> Iterator[tuple[SiteName, str | Reply]]:
         """Send the offers of sites whose node is connected now and who consent, and note them as sent.
 
         With each site comes the id of the message, or the reply that says why none was sent.
@@ -113,6 +115,7 @@ class FlowerSites:
                 del outbox.waiting[site]
                 yield site, _without_update(site, code)
                 continue
+            sending(site)
             (message_id,) = self._grid.push_messages([_message(outbox.waiting[site], node.node_id)])
             if message_id:
                 outbox.note_sent(site, node.last_activated_at)

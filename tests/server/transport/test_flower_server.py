@@ -99,7 +99,9 @@ def exchange(tmp_path):
         deadline = time.time() + within_s
         offers = [Offer(site=SiteName(name), envelope=f"offer to {name}".encode(), deadline=deadline) for name in asked]
         keys = {SiteName(name): key(name) for name in (enrolled or grid.answers)}
-        replies = list(FlowerSites(grid, keys).exchange(offers, spool, withheld=withheld))
+        announced: list[SiteName] = []
+        replies = list(FlowerSites(grid, keys).exchange(offers, spool, withheld=withheld, sending=announced.append))
+        assert set(announced) == {name for name, _ in grid.sent}, "each is announced before it is sent, and no other"
         assert len({reply.site for reply in replies}) == len(replies), "one reply a site"
         return {reply.site: reply for reply in replies}
 
