@@ -22,7 +22,6 @@ from pathfed_common.digest import Digest
 from pathfed_common.files import make_folder, sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.part_file import file_digest
-from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
 from pathfed_server.rounds.state import Quarantined
 
@@ -138,7 +137,7 @@ class RunFiles:
         copy = self.spool(aside.round_index) / "incoming" / f"{aside.site}.released"
         try:
             envelope = kept.with_suffix(".dsse").read_bytes()
-            if digest.of_chunks(read_chunks(kept)) != aside.update:
+            if file_digest(kept) != aside.update:
                 return None
         except OSError:
             return None
