@@ -12,10 +12,11 @@ Both sides receive in this way (the second place of `common` that touches a disk
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pathfed_common import shards
+from pathfed_common import digest, shards
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.files import disk_error, sync_folder
@@ -191,11 +192,18 @@ def file_digest(path: Path) -> Digest:
     Raises:
         OSError: it cannot be read.
     """
-    whole = hashlib.sha256()
+    return digest.of_chunks(file_pieces(path))
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, in pieces.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb", buffering=0) as file:
         while piece := file.read(shards.PIECE_BYTES):
-            whole.update(piece)
-    return _digest(whole)
+            yield piece
 
 
 def read_piece(file: int, start: int, end: int) -> bytes:

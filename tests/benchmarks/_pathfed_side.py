@@ -11,14 +11,20 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from tests.benchmarks._round_times import RoundTimes, wait_until
 from tests.benchmarks._site_runner import TIMES, TRAIN_S
 
 from pathfed_client import app as client
+from pathfed_client import deciding
+from pathfed_client.control.enrolling import enroll
+from pathfed_client.control.supervising import start_agent
+from pathfed_client.egress.outlet import Outlet
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings
 from pathfed_client.transport.relay_certificate import make_certificate
@@ -27,6 +33,7 @@ from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connections
 from pathfed_local.generator import generate_hospitals
 from pathfed_server import app as server
+from pathfed_server import members
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import ParticipationState, RunState
 from pathfed_server.transport.engine import flower_command
@@ -84,10 +91,10 @@ class PathfedSide:
         plan_file, signed = self.root / "plan.toml", self.root / "plan.dsse"
         plan_file.write_text(_PLAN.format(rounds=self.rounds, sites=self.sites), encoding="utf-8")
         self.plan = server.publish_plan(home.root, plan_file, signed)
-        self.site_homes = [self._site(hospital.slides_folder, hospital.patient_list, signed) for hospital in self._hospitals()]
         argv = [str(Path(sys.executable).parent / "pathfed-server"), "start", "--home", str(home.root), "--json"]
         ready = lambda: home.ports_file.exists() and accepts_connections("127.0.0.1", home.settings.fleet_port)  # noqa: E731
         self._owner(Supervisor).start(ProcessSpec(name="pathfed-server", argv=argv, log=self.root / "server.log", ready=ready))
+        self.site_homes = [self._site(hospital.slides_folder, hospital.patient_list, signed) for hospital in self._hospitals()]
         runner = [sys.executable, str(Path(__file__).with_name("_site_runner.py"))]
         for site in self.site_homes:
             flower = site.root / "flower"
@@ -104,7 +111,10 @@ class PathfedSide:
                 supernode_lock=site.lock("supernode"),
             )
             supervisor = self._owner(_StockSuperNode if self.stock_supernode else Supervisor)
-            start_site(supervisor, files, start_relay(supervisor, files))
+            ports = start_relay(supervisor, files)
+            with closing(client.open_store(site)) as store:
+                start_agent(site, store, supervisor, ports.tunnel)
+            start_site(supervisor, files, ports)
 
     def _owner(self, kind: type[Supervisor]) -> Supervisor:
         """One for the server and one for each site, as each would have."""
@@ -118,13 +128,21 @@ class PathfedSide:
         name = slides.parent.name
         settings = SiteSettings(name=name, slides=(str(slides),), patients=str(patients))
         policy = SitePolicy(max_epsilon=100.0, delta=1e-5, reply_slots=False, threads=1)
-        home = client.init(self.root / "sites" / name, settings, policy, self.home.card_file)
-        server.add_site(self.home.root, home.card_file)
+        home = self._enrolled(client.init(self.root / "sites" / name, settings, policy))
         client.scan(home, self.plan.cohort, lambda done, total: None)
         approval = self.root / f"approval-{name}.dsse"
-        client.approve(home, signed_plan, _PATIENTS, approval)
+        deciding.approve(home, signed_plan, _PATIENTS, approval)
         server.add_word(self.home.root, approval)
         return home
+
+    def _enrolled(self, home: SiteHome) -> SiteHome:
+        """Invited, asked, admitted: a site answers rounds with a certificate alone."""
+        invitation = members.invite(self.home.root, home.name, hours=1).text
+        with client.open_egress(home) as record:
+            ask = partial(enroll, text=invitation, outlet=Outlet(record), wait=False, tell=lambda line: None)
+            members.admit(self.home.root, home.name, ask(SiteHome(home.root)).fingerprint)
+            assert ask(SiteHome(home.root)).admitted
+        return SiteHome(home.root)
 
     def measure(self, block: int) -> list[RoundTimes]:
         """One run of `rounds` rounds."""

@@ -31,7 +31,7 @@ from pathfed_client.training.local_round import run_round
 from pathfed_common import digest, files
 from pathfed_common.code_digest import code_digest
 from pathfed_common.encoder import weights
-from pathfed_common.errors import HostError, PrivacyError, ProvenanceError
+from pathfed_common.errors import ErrorCode, HostError, PrivacyError, ProvenanceError, TransportError
 from pathfed_common.ids import run_name
 from pathfed_common.model import state_shapes
 from pathfed_common.plan import Plan
@@ -727,11 +727,28 @@ def test_answers_leave_at_the_next_whole_slot_after_the_offer(world, copy_home, 
         seal(site, world)
         site.clock.time = OFFERED_AT + after_s
         site.clock.slept.clear()
+        left: list[float] = []
+        site.answer.bulk.before_delivery = lambda: left.append(site.clock.time)
         assert site.answer(world.offer(), world.base_state).code is None
         assert len(site.clock.slept) == 1
+        assert left == [site.clock.time], "no byte of the update before the slot"
         slots = (site.clock.time - OFFERED_AT) / 5.0
         assert slots == pytest.approx(max(1, round(slots)))
         assert 0 <= site.clock.time - OFFERED_AT - after_s <= 5.0
+
+
+def test_an_update_that_cannot_be_delivered_is_a_code_and_the_same_bytes_leave_with_the_next_offer(world, site):
+    seal(site, world)
+
+    def cut() -> None:
+        raise TransportError(ErrorCode.TRANSFER_UNFINISHED, "the deadline came first")
+
+    site.answer.bulk.before_delivery = cut
+    assert site.answer(world.offer(), world.base_state) == Answer(code="PF465")
+    assert site.answer.bulk.delivered == {}
+    site.answer.bulk.before_delivery = lambda: None
+    assert bytes_of(site.answer(world.offer(), world.base_state)) == b"update"
+    assert (site.charges(), site.answer.bulk.fetched) == (1, 0), "a resend needs no base state"
 
 
 def seal(site: Site, world) -> None:

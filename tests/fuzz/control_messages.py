@@ -32,6 +32,7 @@ FREE = Rates(strangers=(1e6, 10**6), addresses=(1e6, 10**6), sites=(1e6, 10**6))
 METHODS = (
     ("Enrolment", "Enroll"),
     *(("Control", name) for name in ("Renew", "RotateKey", "Decide", "Report", "GetCheckpoint", "GetInclusion", "GetLeaves", "Cosign")),
+    *(("Bulk", name) for name in ("GetManifest", "BeginUpdate")),
 )
 #: A failure inside, or a database that does not answer.
 FORBIDDEN = {"PF419", "PF512"}
@@ -49,6 +50,8 @@ def seeds(peer: Peer, invitation: str) -> dict[str, bytes]:
         pb.GetInclusionRequest(leaf_hash=bytes(32), size=1),
         pb.GetLeavesRequest(start=0, stop=5),
         pb.CosignRequest(size=1, line=b"x"),
+        pb.GetManifestRequest(file=bytes(32)),
+        pb.BeginUpdateRequest(run="one", round_index=1, file=bytes(32), size=5, shards=[bytes(32)]),
     )
     return {name: bytes([at]) + made.SerializeToString() for at, ((_, name), made) in enumerate(zip(METHODS, messages, strict=True))}
 
@@ -72,7 +75,7 @@ def main() -> None:
                 def send(data: bytes) -> None:
                     service, method = METHODS[data[0] % len(METHODS)] if data else METHODS[0]
                     try:
-                        call(inside if service == "Control" else outside, service, method, data[1:])
+                        call(outside if service == "Enrolment" else inside, service, method, data[1:])
                     except grpc.RpcError as error:
                         code = code_of(error)
                         if code in FORBIDDEN or (code and error.details() != CATALOG[ErrorCode(code)].title):

@@ -21,8 +21,7 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.files import make_folder, sync_folder, told, write_atomic
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.part_file import file_digest
-from pathfed_server.rounds.admission import read_chunks
+from pathfed_common.part_file import file_digest, file_pieces
 from pathfed_server.rounds.ports import Reply
 from pathfed_server.rounds.state import Quarantined
 
@@ -145,11 +144,11 @@ class RunFiles:
         copy = self.spool(aside.round_index) / "incoming" / f"{aside.site}.released"
         try:
             envelope = kept.with_suffix(".dsse").read_bytes()
-            if digest.of_chunks(read_chunks(kept)) != aside.update:
+            if file_digest(kept) != aside.update:
                 return None
         except OSError:
             return None
-        write_atomic(copy, read_chunks(kept))
+        write_atomic(copy, file_pieces(kept))
         return Reply(site=aside.site, code=None, statement=envelope, update=copy, received_at=aside.at, transfer_s=0.0)
 
     def _folder(self, kind: str) -> Path:

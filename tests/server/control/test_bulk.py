@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -282,3 +284,9 @@ def test_a_state_is_for_the_sites_of_its_run_alone(serving, run, enrolled):
         with control_channel(serving, peer) as opened:
             assert answer(call, opened, "Bulk", "GetManifest", asked) == code
     assert digest.of_bytes(run.state) == run.digest
+
+
+def test_the_control_process_does_without_torch():
+    """Its memory stays that of a small service: it moves bytes, and looks into none of them."""
+    seen = "import sys, pathfed_server.control; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", seen], check=False).returncode == 0
