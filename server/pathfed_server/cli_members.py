@@ -132,10 +132,11 @@ def sites_list(home: Home = HOME, as_json: Json = False) -> None:
 
 def _site_line(row: dict[str, Any]) -> dict[str, object]:
     """What fits a line; the keys and the rest are in the JSON."""
-    refused, reports = row["last_refusal"], row["reports"]
+    refused, reports = row["last_refusal"], row["reports"] if row["state"] == "enrolled" else None
+    state = row["state"] if row["suspended_at"] is None else "suspended"
     return {
         "site": row["site"],
-        "state": row["state"] + (f", {reports}" if reports and row["state"] == "enrolled" else ""),
+        "state": state + (f", {reports}" if reports else ""),
         "last_seen_at": row["last_seen_at"],
         "software": row["software"],
         "rounds": row["rounds"],

@@ -120,16 +120,17 @@ def serve(home: ServerHome, tell: Tell) -> None:
     Raises:
         RoundError: the database cannot be reached, or is not at this version's schema.
         HostError: PF902, one of the ports for sites is taken; PF903, a process does not start or will not stay up; PF906, others may
-            read a key file.
+            read a key file; PF904 to PF906, `notify.toml`, or a file that it names, cannot be used.
     """
     for key in (home.tls_key, home.superexec_secret, home.authority_files.key):
         files.read_secret(key)
+    notifiers = notifier_processes(home)
     supervisor = Supervisor()
     with SqlStore(home.database_url) as store:
         try:
             port = start_engine(supervisor, _engine_files(home))
             supervisor.start(control_process(home))
-            for notifier in notifier_processes(home):
+            for notifier in notifiers:
                 supervisor.start(notifier)
             files.write_atomic(
                 home.ports_file, json.dumps({"superlink": port, "fleet": home.settings.fleet_port, "pid": os.getpid()}).encode()

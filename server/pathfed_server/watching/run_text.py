@@ -16,7 +16,9 @@ _STATES = {
     "finished": "finished: every round of the plan is committed",
     "stopped": "stopped; `run resume` lets it go on from its last committed round",
     "failed": "failed; `run resume` lets it go on from its last committed round",
+    "pausing": "pausing: it pauses after the round under way",
     "paused": "paused; `run resume` lets it go on",
+    "draining": "draining: it stops after the round under way",
 }
 
 
