@@ -140,8 +140,8 @@ def test_a_line_that_fails_in_mid_shard_costs_what_was_on_the_way(fault, way, be
 
 @long
 @pytest.mark.parametrize("way", ["up", "down"])
-def test_a_connection_that_is_half_open_for_good_is_noticed_within_a_minute_and_a_half(way, begin, site, line, tmp_path) -> None:
-    """A ping after a minute, and 20 s for its answer; then another connection."""
+def test_a_connection_that_is_half_open_for_good_is_given_up_within_two_minutes(way, begin, site, line, tmp_path) -> None:
+    """By gRPC's ping after a minute, or at the latest when the stream's time is up; then another connection goes on."""
     size = 6 * SHARD
     run, update = begin(os.urandom(size)), random_file(tmp_path / "update", size)
     line.bytes_per_s = 200_000.0
@@ -149,7 +149,7 @@ def test_a_connection_that_is_half_open_for_good_is_noticed_within_a_minute_and_
     until(lambda: carried(line)[way == "down"] > 2.5 * SHARD)
     line.strand()
     line.bytes_per_s = None
-    moving.done(120)
+    moving.done(150)
     assert arrived(way, site, run, update)
 
 
