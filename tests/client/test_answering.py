@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
+from answering_site import OFFERED_AT, Clock, Site, bytes_of, file_of, opened
 
 from pathfed_client import answering, app, computing, deciding
 from pathfed_client.cohort.patient_list import pseudonym
@@ -151,8 +151,7 @@ def test_another_process_resends_the_sealed_bytes(world, copy_home):
     with opened(SiteHome(home.root)) as site:
         assert site.answer(world.offer(), world.base_state) == first
         assert site.charges() == 1
-        first_update = first.update
-        assert first_update is not None
+        first_update = file_of(first)
         first_update.write_bytes(first_update.read_bytes()[:-1] + b"x")
         assert site.answer(world.offer(), world.base_state) == Answer(code="PF410")
 
@@ -325,6 +324,23 @@ def test_a_crash_after_the_charge_ends_with_the_bytes_of_an_undisturbed_run_char
         assert site.charges() == 1
         assert site.statement(answer).ledger_head == app.open_ledger(site.home, site.store).head
         assert site.answer(world.offer(), world.base_state) == answer
+
+
+def test_a_sealed_rounds_secret_that_a_crash_left_is_erased_when_any_round_is_offered(world, copy_home, monkeypatch):
+    home = copy_home()
+
+    def crash(*_):
+        raise Crash
+
+    with opened(home) as site, monkeypatch.context() as patch:
+        patch.setattr(RunSecrets, "advance", crash)
+        with pytest.raises(Crash):
+            site.answer(world.offer(), world.base_state)
+    left = (home.run_secrets / "run-run-1.secret").read_bytes()
+    with opened(SiteHome(home.root)) as site:
+        assert site.answer(world.offer(run="run-2"), world.base_state).code is None
+    assert (home.run_secrets / "run-run-1.secret").read_bytes() != left
+    assert json.loads((home.run_secrets / "run-run-1.secret").read_bytes())["round"] == 2
 
 
 def test_a_failure_after_the_charge_is_a_code_at_a_time_slot_and_the_round_can_still_be_answered(
@@ -566,7 +582,7 @@ def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world
 
         def end_all() -> None:
             withdraw(site, OYELARAN)
-            site.answer._end_processes()
+            site.answer.answerer._end_processes()
 
         rounds = watch(monkeypatch, end_all)
         assert site.answer(world.offer(), world.base_state).code is None
@@ -723,7 +739,7 @@ def seal(site: Site, world) -> None:
     data = b"update"
     path = site.home.updates / "run-1-000001.safetensors"
     path.write_bytes(data)
-    ledger = site.answer._ledger
+    ledger = site.answer.answerer._ledger
     mechanism = world.plan.mechanism(4)  # the patients that the fixture declares
     ledger.charge(
         release_id=digest.of_bytes(b"a release"),

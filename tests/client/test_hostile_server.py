@@ -191,6 +191,8 @@ def test_every_attack_is_refused_with_its_code_and_nothing_is_spent(world, site,
     assert {what: answer.code for what, answer in found.items()} == {what: code for what, (code, _) in NOTHING_SPENT.items()}
     assert all(answer == Answer(code=answer.code) for answer in found.values()), "a refusal is a code and nothing else"
     assert site.charges() == 0
+    of_states = [code for code, _ in NOTHING_SPENT.values() if code in ("PF306", "PF408")]
+    assert site.answer.bulk.fetched <= len(of_states), "what the gate refuses is not even asked for"
     assert site.released() == []
     assert site.clock.slept == [], "no time is given away, and the site is not held"
     assert site.answer(*server.offer()).code is None, "none of it is in the way of the honest offer"

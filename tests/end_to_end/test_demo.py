@@ -1,7 +1,12 @@
-"""`pathfed demo`, as a person runs it: on painted slides, then everything a newcomer would look at."""
+"""`pathfed demo`, as a person runs it: on painted slides, then everything a newcomer would look at.
+
+While it runs, processes of it are killed: it survives that. More of them, at other moments, are killed by `make chaos`.
+"""
 
 import csv
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser_fixtures import chromium
+from demo_kills import killed_while_it_runs
 from planted import found_in, mark, planted_words
 
 from pathfed_common.encoder import weights
@@ -19,6 +25,8 @@ from pathfed_common.plan import load_plan
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
+#: Killed while the rounds run, in this order. The others are killed, each by its name, in test_faults.
+KILLED = {"control plane": "control", "fleet door": "fleet-door", "agent": "agent"}
 #: A demo, and the fixture's, at a tenth of the usual speed.
 pytestmark = pytest.mark.timeout(1300)
 
@@ -33,11 +41,25 @@ def _demo(out: Path, plan: Path, slides: Path, *more: str) -> subprocess.Complet
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, plan_file, hospitals):
+def demo(tmp_path_factory, plan_file, hospitals, processes_of):
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = _demo(out, plan_file, hospitals)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        try:
+            killed = killed_while_it_runs(running, out, processes_of, list(KILLED), random.Random(0), between_s=(0.0, 1.0))
+            printed, _ = running.communicate(timeout=600)
+        finally:
+            running.kill()
+    assert running.returncode == 0, printed
+    assert killed == list(KILLED), "the demo had ended before"
+    return out, printed
+
+
+def test_it_names_what_was_killed_while_it_ran(demo) -> None:
+    _, printed = demo
+    said = re.sub(r"\s+", " ", printed)  # a terminal's lines are broken anywhere
+    for name in KILLED.values():
+        assert re.search(rf"PF\d+ {name} ended \(-9\) and is started again", said), printed
 
 
 def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -> None:
@@ -150,7 +172,7 @@ def test_rounds_and_participants_are_in_the_database(demo) -> None:
     rows = json.loads(_run("pathfed-server", "rounds", "demo", "--home", out / "server", "--json").stdout)
     assert [row["state"] for row in rows] == ["committed"] * ROUNDS
     assert all(len(row["sites"]) == SITES for row in rows)
-    (run,) = json.loads(_run("pathfed-server", "run", "status", "demo", "--home", out / "server", "--json").stdout)
+    run = json.loads(_run("pathfed-server", "run", "status", "demo", "--home", out / "server", "--json").stdout)
     assert run["state"] == "finished"
 
 

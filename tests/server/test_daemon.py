@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from pathfed_common import digest
+from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName
-from pathfed_common.processes import ProcessEnd, accepts_connections
+from pathfed_common.processes import ProcessEnd, ProcessSpec, Supervisor, accepts_connections
 from pathfed_server import daemon
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -65,13 +66,20 @@ def started(home: ServerHome, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def test_a_server_serves_alone_and_ends_all_it_started(server_home, tmp_path):
+    """Also where Flower's own database was damaged."""
     log = tmp_path / "server.log"
+    secret = server_home.root / "keys" / "pager.secret"
+    files.write_atomic(secret, b"0123456789abcdef", secret=True)
+    (server_home.root / "notify.toml").write_text(f'[webhook.pager]\nurl = "http://127.0.0.1/"\nsecret_file = "{secret}"\n')
+    (server_home.flower / "superlink.db").write_bytes(b"this is no database " * 500)
     with started(server_home, log) as process:
         ports = json.loads(server_home.ports_file.read_text())
         assert ports["pid"] == process.pid
         assert accepts_connections("127.0.0.1", server_home.settings.fleet_port)
         children = descendants(process.pid)
         assert len(children) >= 3
+        assert any(b"notifying.notifier" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+        assert (server_home.flower / "superlink.db.damaged").exists()
 
         second = subprocess.run(command(server_home), capture_output=True, text=True, timeout=60, check=False)
         assert (second.returncode, json.loads(second.stdout.splitlines()[-1])["error"]["code"]) == (19, "PF902")
@@ -172,3 +180,82 @@ def test_what_the_database_refuses_is_told_once_while_it_lasts(server_home, monk
         assert daemon._reconciled(watched, trouble) == ""
     assert len(told) == 1
     assert "PF512" in told[0]
+
+
+class RunningEngine(FailingEngine):
+    """Every run of its runs until it is stopped."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.stopped: list[int] = []
+
+    def start_run(self, config: dict[str, str]) -> int:
+        self.started.append(config["pathfed-run"])
+        return len(self.started)
+
+    def run_status(self, run: int) -> tuple[str, str]:
+        return ("finished", "stopped") if run in self.stopped else ("running", "")
+
+    def stop_run(self, run: int) -> None:
+        self.stopped.append(run)
+
+
+def test_a_paused_run_is_ended_in_flower_and_opened_again_only_when_resumed(server_home):
+    with SqlStore(server_home.database_url) as store:
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
+        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        engine = RunningEngine()
+        flower: Any = engine
+        daemon_of = daemon._Daemon(server_home, store, flower, lambda line: None)
+        daemon_of.reconcile()
+        store.begin_attempt(RUN, at=2.0)
+        daemon.note_server_app(server_home, RUN)
+        assert store.pause_run(RUN, at=3.0) is RunState.PAUSING
+        daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN], []), "its round goes on"
+        assert store.pause_run(RUN, now=True, at=4.0) is RunState.PAUSED
+        for _ in range(3):
+            daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN], [1])
+        again = daemon._Daemon(server_home, store, flower, lambda line: None)
+        again.reconcile()
+        assert engine.started == [RUN], "nor does a server that starts anew open it"
+        store.reopen_run(RUN, at=5.0)
+        daemon_of.reconcile()
+        assert engine.started == [RUN, RUN]
+
+
+def test_a_superlink_that_lives_and_does_not_answer_is_ended_and_started_again(server_home, tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "_HUNG_S", 0.2)
+    told: list[str] = []
+    supervisor = Supervisor()
+    supervisor.start(ProcessSpec(name="superlink", argv=["sleep", "60"], log=tmp_path / "log", restarts=1, restart_delay_s=0.0))
+    hung = supervisor.pids()["superlink"]
+
+    def no_answer() -> None:
+        raise httpx.ReadTimeout("hung")
+
+    try:
+        with SqlStore(server_home.database_url) as store:
+            engine: Any = FailingEngine()
+            watched = daemon._Daemon(server_home, store, engine, told.append)
+            assert daemon._reconciled(watched, "") == ""
+            daemon._end_hung(watched, supervisor)
+            assert alive(hung), "it has just answered"
+            monkeypatch.setattr(watched, "reconcile", no_answer)
+            time.sleep(0.3)
+            daemon._reconciled(watched, "")
+            daemon._end_hung(watched, supervisor)
+        ends: list[ProcessEnd] = []
+
+        def is_back() -> bool:
+            ends.extend(supervisor.poll())
+            return bool(ends) and "superlink" in supervisor.pids()
+
+        assert eventually(is_back, 20)
+        assert [(end.status, end.restarted) for end in ends] == [(-9, True)]
+        assert supervisor.pids()["superlink"] != hung
+        assert any("has not answered" in line for line in told)
+    finally:
+        supervisor.stop(grace_s=0.5)

@@ -5,7 +5,8 @@ Three things are changed, and nothing else:
     - A SuperNode whose connection loop has died can go on serving its health and runtime ports (a zombie). The launcher ends the whole
       process when the loop returns or raises, so that the supervisor sees it and starts it again.
     - So can one whose heartbeat has died, of an answer that Flower does not expect (a server in trouble: HTTP 500): it goes on asking for
-      messages, but the server counts it as gone and sends it none. An exception that ends any thread ends the process.
+      messages, but the server counts it as gone and sends it none. An exception that ends any thread ends the process. So does a loop that
+      has not come round for `STUCK_S`: it waits for something that does not come, such as a server that has been away for as long.
     - A SuperNode with nothing to do asks SuperLink for a message, and sleeps three seconds, hard-coded. A round waits for the slowest of
       its sites, so with three sites it stood still for 2.25 s on average before the last one had even seen the offer. The launcher shortens
       that one sleep to `IDLE_POLL_S`; the loop's other sleeps, which wait for the site's own runner, stay as they are.
@@ -36,21 +37,31 @@ _LOOK_AGAIN_S = 0.2
 #: of sixty idle sites is kept busy by them, one of twenty is not.
 IDLE_POLL_S = 1.0
 _FLOWERS_IDLE_S = 3
+#: Seconds in which the loop comes round at least once, however long a round takes: while the site works it looks twice a second.
+STUCK_S = 900.0
 _LOOP = "flwr.supernode.start_client_internal"
 
 
 class _Time:
-    """The module `time` as the SuperNode's loop sees it: the idle sleep is shorter, all else is the same."""
+    """The module `time` as the SuperNode's loop sees it: the idle sleep is shorter, and that the loop came round is noted.
+
+    Attributes:
+        came_round: when the loop slept last, monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        self.came_round = time.monotonic()
 
     def sleep(self, seconds: float) -> None:
+        self.came_round = time.monotonic()
         time.sleep(IDLE_POLL_S if seconds == _FLOWERS_IDLE_S else seconds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
 
 
-def shorten_idle_sleep() -> None:
-    """Make the SuperNode's loop in this process ask for messages every `IDLE_POLL_S`.
+def shorten_idle_sleep() -> _Time:
+    """Make the SuperNode's loop in this process ask for messages every `IDLE_POLL_S`; the clock that it sleeps by.
 
     Raises:
         RuntimeError: the loop no longer uses the module `time`; look at it again before raising flwr's pin.
@@ -58,7 +69,21 @@ def shorten_idle_sleep() -> None:
     loop = importlib.import_module(_LOOP)
     if getattr(loop, "time", None) is not time:
         raise RuntimeError(f"{_LOOP} no longer sleeps by `time.sleep`: look again before raising the pin")
-    loop.time = _Time()  # type: ignore[attr-defined]
+    loop.time = clock = _Time()  # type: ignore[attr-defined]
+    return clock
+
+
+def end_when_stuck(clock: _Time, within_s: float = STUCK_S) -> None:
+    """Let the process end when the loop has not come round for so long."""
+
+    def watch() -> None:
+        while time.monotonic() - clock.came_round < within_s:
+            time.sleep(min(_LOOK_AGAIN_S * 10, within_s))
+        print(f"the loop has not come round for {within_s:g} s; the SuperNode ends, to be started again", file=sys.stderr)  # noqa: T201
+        sys.stderr.flush()
+        os._exit(ENDED)
+
+    threading.Thread(target=watch, name="end-when-stuck", daemon=True).start()
 
 
 def end_with_any_thread() -> None:
@@ -88,7 +113,7 @@ def main() -> None:
     """Run the SuperNode; end the process with it."""
     lock = hold_lock()  # until the process ends
     end_with_any_thread()
-    shorten_idle_sleep()
+    end_when_stuck(shorten_idle_sleep())
     try:
         flower_supernode()
     finally:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import sync_folder, told, write_atomic
+from pathfed_common.files import make_folder, sync_folder, told, write_atomic
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
+from pathfed_server.rounds.state import Quarantined
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,15 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the folder for incoming files, empty.
+        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round.
 
         Raises:
             HostError: the disk is full (PF901) or cannot be written (PF904).
         """
-        incoming = self.spool(round_index) / "incoming"
+        incoming = self.incoming(round_index)
         with told(incoming):
-            for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-                folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(incoming, ignore_errors=True)
-            incoming.mkdir(parents=True)
+            for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted", incoming):
+                make_folder(folder)
         return incoming
 
     def sweep(self, committed: int) -> None:
@@ -124,16 +124,33 @@ class RunFiles:
         """
         if reply.update is None:
             raise ValueError("there is nothing to set aside")
-        found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
+        found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
         with told(place):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if reply.statement is not None:
                 write_atomic(place.with_suffix(".dsse"), reply.statement)
             os.replace(reply.update, place)
             sync_folder(folder)
         return place, found, size
+
+    def released(self, aside: Quarantined) -> Reply | None:
+        """A quarantined update that counts all the same, as a reply whose file is a copy; None where it is not whole any more.
+
+        Raises:
+            HostError: the disk is full (PF901) or cannot be written (PF904).
+        """
+        kept = self.home / aside.path
+        copy = self.spool(aside.round_index) / "incoming" / f"{aside.site}.released"
+        try:
+            envelope = kept.with_suffix(".dsse").read_bytes()
+            if digest.of_chunks(read_chunks(kept)) != aside.update:
+                return None
+        except OSError:
+            return None
+        write_atomic(copy, read_chunks(kept))
+        return Reply(site=aside.site, code=None, statement=envelope, update=copy, received_at=aside.at, transfer_s=0.0)
 
     def _folder(self, kind: str) -> Path:
         return self.home / "runs" / self.run / kind

@@ -91,6 +91,18 @@ def test_advancing_again_or_for_a_past_round_is_harmless(chain: RunSecrets) -> N
     assert chain.current(A, 2) == second
 
 
+def test_a_sealed_rounds_secret_is_erased_where_a_crash_came_before_that(chain: RunSecrets, folder: Path) -> None:
+    secret = chain.current(A, 1)
+    after = RunSecrets(folder)
+    after.settle(A, 1)
+    assert not on_disk(secret, folder)
+    second = after.current(A, 2)
+    after.settle(A, 1)
+    assert after.current(A, 2) == second
+    after.settle(B, 7)
+    assert sorted(path.name for path in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
+
+
 def test_a_fixed_root_gives_fixed_secrets_and_a_random_one_does_not(chain: RunSecrets, tmp_path: Path) -> None:
     assert RunSecrets.create(tmp_path / "b", root=ROOT).current(A, 1) == chain.current(A, 1)
     assert RunSecrets.create(tmp_path / "c").current(A, 1) != RunSecrets.create(tmp_path / "d").current(A, 1)
@@ -108,12 +120,10 @@ def test_files_are_readable_by_their_owner_only(chain: RunSecrets, folder: Path)
 
 
 @pytest.mark.parametrize("write", [1, 2], ids=["before the run's file", "before the root moves on"])
-def test_a_crash_inside_a_fork_changes_no_secret_and_leaves_the_root_behind(
+def test_a_crash_inside_a_fork_changes_no_secret_and_leaves_no_root(
     write: int, chain: RunSecrets, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = files.write_atomic, []
-    calm = RunSecrets.create(tmp_path / "calm", root=ROOT)
-    undisturbed = calm.current(A, 1), calm.current(B, 1)
 
     def crash(path, data, *, secret):
         calls.append(path)
@@ -125,24 +135,10 @@ def test_a_crash_inside_a_fork_changes_no_secret_and_leaves_the_root_behind(
         patch.setattr(files, "write_atomic", crash)
         with pytest.raises(KeyboardInterrupt):
             chain.current(A, 1)
-    after = RunSecrets(folder)
-    assert (after.current(A, 1), after.current(B, 1)) == undisturbed
-    assert not on_disk(ROOT, folder), "the root has moved on before the secret was given out"
-
-
-def test_a_fork_cut_short_and_another_run_first_still_have_secrets_of_their_own(
-    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(RunSecrets, "_leave_root", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            chain.current(A, 1)
-    first = chain.current(B, 1)
+    after, undisturbed = RunSecrets(folder), RunSecrets.create(tmp_path / "undisturbed", root=ROOT)
+    assert after.current(A, 1) == after.current(A, 1) == undisturbed.current(A, 1)
     assert not on_disk(ROOT, folder)
-    assert chain.current(A, 1) != first
-    root = (folder / "root.secret").read_bytes()
-    assert chain.current(A, 1) == chain.current(A, 1)
-    assert (folder / "root.secret").read_bytes() == root, "the root moves on once for a fork"
+    assert after.current(B, 1) == undisturbed.current(B, 1)
 
 
 def test_a_crash_before_an_advance_keeps_the_secret_and_one_after_has_advanced(
@@ -164,6 +160,46 @@ def test_a_crash_before_an_advance_keeps_the_secret_and_one_after_has_advanced(
             chain.advance(A, 1)
     with pytest.raises(TransportError):
         RunSecrets(folder).current(A, 1)
+
+
+def test_a_crash_between_replacing_and_overwriting_leaves_no_old_secret_once_the_folder_is_opened(
+    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "run-run-a.secret"
+    chain.current(A, 1)
+    before = path.read_bytes()
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with path.open("rb") as old:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_overwrite", crash)
+            with pytest.raises(KeyboardInterrupt):
+                chain.advance(A, 1)
+        assert old.read() == before
+        RunSecrets(folder)
+        old.seek(0)
+        assert old.read() == bytes(len(before))
+    assert sorted(each.name for each in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
+
+
+def test_a_crash_before_the_replacement_does_not_overwrite_the_secret_that_counts(
+    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has two names then."""
+    secret = chain.current(A, 1)
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", crash)
+        with pytest.raises(KeyboardInterrupt):
+            chain.advance(A, 1)
+    assert len(list(folder.iterdir())) == 3
+    assert RunSecrets(folder).current(A, 1) == secret
+    assert sorted(each.name for each in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
 
 
 def test_what_a_crash_left_half_written_is_erased(chain: RunSecrets, folder: Path) -> None:
@@ -227,4 +263,4 @@ def test_misuse_is_refused(chain: RunSecrets, tmp_path: Path) -> None:
 def test_repr_shows_the_place_and_no_secret(chain: RunSecrets, folder: Path) -> None:
     secret = chain.current(A, 1)
     assert repr(chain) == f"RunSecrets({str(folder)!r})"
-    assert secret.hex() not in repr(module._Link(1, secret, secret_id(ROOT)))
+    assert secret.hex() not in repr(module._Link(1, secret))

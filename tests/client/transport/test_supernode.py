@@ -77,3 +77,22 @@ time.sleep(0.5)
     assert {how: done.returncode for how, done in ended.items()} == {"watched": supernode.ENDED, "left alone": 0}
     assert "has died" in ended["watched"].stderr
     assert "HTTPStatusError" in ended["watched"].stderr
+
+
+def test_a_loop_that_is_stuck_ends_the_process_and_one_that_comes_round_does_not() -> None:
+    script = """
+import sys, time
+from pathfed_client.transport import supernode
+clock = supernode.shorten_idle_sleep()
+supernode.end_when_stuck(clock, within_s=1.0)
+for _ in range(20):
+    clock.sleep(0.1)
+if sys.argv[1] == "stuck":
+    time.sleep(60)
+"""
+    ended = {
+        how: subprocess.run([sys.executable, "-W", "ignore", "-c", script, how], capture_output=True, text=True, check=False)
+        for how in ("stuck", "well")
+    }
+    assert {how: done.returncode for how, done in ended.items()} == {"stuck": supernode.ENDED, "well": 0}
+    assert "has not come round" in ended["stuck"].stderr

@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import CohortPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import CohortPlan, DinoPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -24,7 +24,8 @@ from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
 from pathfed_common.provenance.verify import Verdict, verify_record
 from pathfed_common.units import UtcSeconds
-from pathfed_server.provenance.recorder import Recorder, _encoder_bytes
+from pathfed_server.provenance.recorder import Recorder
+from pathfed_server.rounds.released import average_digest, released_chunks
 from pathfed_server.rounds.state import Candidate, Checkpoint, Participation, ParticipationState, RoundResult, RoundTimes, SiteState
 
 RUN = RunName("run-1")
@@ -68,6 +69,7 @@ class World:
     server: SigningKey = field(default_factory=SigningKey.generate)
     keys: dict[SiteName, SigningKey] = field(default_factory=lambda: {SiteName(name): SigningKey.generate() for name in ("a", "b")})
     statements: dict[tuple[int, SiteName], bytes] = field(default_factory=dict)
+    average: Digest | None = None
 
     def recorder(self, *, retain: bool = False) -> Recorder:
         cards = {site: SiteCard(site=site, evidence_key=key.public, flower_key="ssh").to_bytes(key) for site, key in self.keys.items()}
@@ -98,8 +100,8 @@ class World:
             state=self.states[index],
         )
 
-    def finish(self, recorder: Recorder) -> None:
-        recorder.finish(run=RUN, rounds=ROUNDS, state=self.states[ROUNDS], state_digest=self.digest(ROUNDS))
+    def finish(self, recorder: Recorder, optimiser: Path = Path("not-read")) -> None:
+        recorder.finish(run=RUN, rounds=ROUNDS, state=self.states[ROUNDS], state_digest=self.digest(ROUNDS), optimiser=optimiser)
 
     def verify(self) -> Verdict:
         return verify_record(
@@ -185,6 +187,7 @@ class World:
             deadline=1.7e9 + 600,
             committed_at=1.7e9 + 5,
             times=RoundTimes(exchange_s=4.0),
+            average=self.average,
         )
 
 
@@ -228,13 +231,38 @@ def test_a_run_goes_on_after_a_site_changed_its_flower_node_key_and_not_after_an
     world.verify().require()
 
 
-def test_the_released_encoder_is_that_of_the_prefix_bit_for_bit(tmp_path: Path) -> None:
-    numbers = {"encoder.a": torch.tensor([1.0]), "head.a": torch.tensor([2.0]), "teacher.encoder.a": torch.tensor([3.0])}
-    state = tmp_path / "state"
-    state.write_bytes(weights.dump(numbers, {}))
-    for prefix, value in (("encoder.", 1.0), ("teacher.encoder.", 3.0)):
-        exported = weights.load(b"".join(_encoder_bytes(state, prefix)))
-        assert {name: tensor.tolist() for name, tensor in exported.items()} == {"a": [value]}
+@pytest.mark.parametrize(("change", "value"), [({}, 1.0), ({"objective": DinoPlan()}, 3.0), ({"server_optimiser": {"ema": 0.9}}, 4.0)])
+def test_the_released_encoder_is_the_plans_bit_for_bit(change: dict[str, Any], value: float, plan: Plan, tmp_path: Path) -> None:
+    """The state's; the teacher's where there is one; the running average where the plan has one, but for what is not averaged."""
+    made = Plan.model_validate({**plan.model_dump(), "cohort": {"tile_px": 112}, **change})
+    state, optimiser = tmp_path / "state", tmp_path / "optimiser"
+    numbers = {"encoder.a": 1.0, "encoder.frozen": 5.0, "head.a": 2.0, "teacher.encoder.a": 3.0, "teacher.encoder.frozen": 5.0}
+    state.write_bytes(weights.dump({name: torch.tensor([number]) for name, number in numbers.items()}, {}))
+    optimiser.write_bytes(weights.dump({"ema.encoder.a": torch.tensor([4.0]), "first.encoder.a": torch.tensor([6.0])}, {}))
+    data = b"".join(released_chunks(made, state=state, optimiser=optimiser))
+    assert {name: tensor.tolist() for name, tensor in weights.load(data).items()} == {"a": [value], "frozen": [5.0]}
+    assert average_digest(made, state=state, optimiser=optimiser) == (digest.of_bytes(data) if made.server_optimiser.ema else None)
+
+
+def test_finish_wants_the_average_that_the_last_round_names(plan: Plan, states: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "updates").mkdir()
+    averaged = Plan.model_validate({**plan.model_dump(), "server_optimiser": {"ema": 0.9}})
+    held = weights.load(states[1].read_bytes())
+    optimiser, other = tmp_path / "optimiser", tmp_path / "other"
+    slots = {f"ema.{name}": tensor for name, tensor in held.items() if name.startswith("encoder.")}
+    optimiser.write_bytes(weights.dump(slots, {}))
+    other.write_bytes(weights.dump({name: tensor + 1 for name, tensor in slots.items()}, {}))
+    world = World(averaged, states, tmp_path / "record", tmp_path / "updates")
+    world.average = average_digest(averaged, state=states[ROUNDS], optimiser=optimiser)
+    recorder = world.recorder()
+    world.begin(recorder)
+    for index in (1, 2):
+        world.record_round(recorder, index)
+    with pytest.raises(ProvenanceError, match="PF601"):
+        world.finish(recorder, other)
+    world.finish(recorder, optimiser)
+    world.verify().require()
+    assert digest.of_bytes((world.folder / record.ENCODER).read_bytes()) == world.average
 
 
 class _KilledError(BaseException):
@@ -349,9 +377,9 @@ def test_finish_demands_every_round_and_the_last_state(world: World) -> None:
         world.finish(recorder)
     world.record_round(recorder, 2)
     with pytest.raises(ProvenanceError, match="PF601"):
-        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(1))
+        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(1), optimiser=world.states[1])
     with pytest.raises(ProvenanceError, match="PF601"):
-        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(2))
+        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(2), optimiser=world.states[1])
 
 
 def test_a_site_without_a_card_is_refused_by_name(world: World) -> None:

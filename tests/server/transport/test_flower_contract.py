@@ -1,7 +1,9 @@
 """What we use of Flower's private parts is still there and still does what we rely on. Look here first when flwr's pin moves."""
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from flwr.supercore import sql_mixin
@@ -70,3 +72,27 @@ def test_node_keys_are_registered_once_and_removed_when_no_longer_wanted(engine,
 def test_a_node_key_that_is_not_one_is_refused_with_its_code(text: str) -> None:
     with pytest.raises(TransportError, match="PF402"):
         node_key(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "aside"),
+    [(None, False), ("whole", False), (b"", False), (b"this is no database " * 500, True), ("torn", True)],
+    ids=["none", "whole", "empty", "no database", "torn"],
+)
+def test_a_database_that_cannot_be_read_is_set_aside_and_no_other(tmp_path, content, aside):
+    database = tmp_path / "superlink.db"
+    if isinstance(content, bytes):
+        database.write_bytes(content)
+    elif content is not None:
+        with closing(sqlite3.connect(database)) as made:
+            made.execute("CREATE TABLE node (id INTEGER PRIMARY KEY, key BLOB)").close()
+            made.executemany("INSERT INTO node (key) VALUES (?)", [(bytes(3000),)] * 20).close()
+            made.commit()
+    if content == "torn":
+        data = bytearray(database.read_bytes())
+        data[4096:12288] = b"\xff" * 8192
+        database.write_bytes(bytes(data))
+    found = superlink.set_aside_damaged(database)
+    assert (found is not None) is aside
+    assert database.exists() is (content is not None and not aside)
+    assert (tmp_path / "superlink.db.damaged").exists() is aside

@@ -14,6 +14,7 @@ from pathfed_client.io.site_records import SealedUpdate, WithdrawnMeanwhileError
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError, ProvenanceError, TransportError
+from pathfed_common.ids import RunName
 from pathfed_common.provenance import dsse
 
 
@@ -114,6 +115,12 @@ class LedgerPart(SiteDatabase):
         with self._transaction(write=False) as connection:
             row = connection.execute(_one_sealed(run, round_index)).one_or_none()
         return None if row is None else _sealed(row)
+
+    def sealed_rounds(self) -> dict[RunName, int]:
+        """The latest answered round of each run."""
+        query = sa.select(SEALED.c.run, sa.func.max(SEALED.c.round_index)).group_by(SEALED.c.run)
+        with self._transaction(write=False) as connection:
+            return {RunName(run): index for run, index in connection.execute(query)}
 
     def last_sealed(self, run: str) -> SealedUpdate | None:
         """The answer to the latest answered round of a run, or None."""
