@@ -17,7 +17,6 @@ from fault_proxy import FaultProxy, fault_proxy
 from real_control import RealServer, Site, serving_in
 
 from pathfed_client.bulk import SiteBulk
-from pathfed_client.transport import channel
 from pathfed_common import digest, shards
 from pathfed_common.errors import TransportError
 from pathfed_common.ids import SiteName
@@ -28,15 +27,15 @@ SHARD, PIECE = 64 * 1024, 8 * 1024
 #: Of a handshake and the calls of one connection, bytes, either way.
 _TALK = 12_000
 NORTH = SiteName("north")
+#: Connections of a transfer that nothing disturbs: the list of a state's shards has one of its own.
+UNDISTURBED = {"up": 1, "down": 2}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shards, so that a file of many is small, and a stalled connection is noticed in seconds, not in a minute."""
+    """Small shards, so that a file of many is small."""
     monkeypatch.setattr(shards, "SHARD_BYTES", SHARD)
     monkeypatch.setattr(shards, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(channel, "_KEEPALIVE_MS", 1_000)
-    monkeypatch.setattr(channel, "_KEEPALIVE_TIMEOUT_MS", 1_000)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +117,9 @@ def arrived(way: str, site: Site, run: Run, update: Path) -> bool:
 FAULTS: dict[str, Callable[[FaultProxy], None]] = {
     "cut": FaultProxy.cut,
     "reset": FaultProxy.reset_open,
-    "half-open for good, new connections work": FaultProxy.strand,
-    "half-open for everyone, for a while": FaultProxy.silence,
+    "half-open for a while": FaultProxy.silence,
 }
+long = pytest.mark.skipif(not os.environ.get("CHAOS"), reason="waits for minutes: runs with `make chaos`")
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
@@ -139,17 +138,32 @@ def test_a_line_that_fails_in_mid_shard_costs_what_was_on_the_way(fault, way, be
     assert carried(line)[way == "down"] < size + 2 * SHARD + _TALK * sum(line.opened.values())
 
 
+@long
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_connection_that_is_half_open_for_good_is_given_up_within_two_minutes(way, begin, site, line, tmp_path) -> None:
+    """By gRPC's ping after a minute, or at the latest when the stream's time is up; then another connection goes on."""
+    size = 6 * SHARD
+    run, update = begin(os.urandom(size)), random_file(tmp_path / "update", size)
+    line.bytes_per_s = 200_000.0
+    moving = Transfer(way, patient(site, line), run, update)
+    until(lambda: carried(line)[way == "down"] > 2.5 * SHARD)
+    line.strand()
+    line.bytes_per_s = None
+    moving.done(150)
+    assert arrived(way, site, run, update)
+
+
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_half_a_second_of_latency_costs_round_trips_and_no_more(way, begin, site, line, tmp_path) -> None:
-    size = 20 * SHARD
+    size = 8 * SHARD
     run, update = begin(os.urandom(size)), random_file(tmp_path / "update", size)
     line.latency_s = 0.25
     begun = time.monotonic()
     Transfer(way, patient(site, line), run, update).done(120)
     assert arrived(way, site, run, update)
-    assert sum(line.opened.values()) == 1, "nobody gave up"
+    assert sum(line.opened.values()) == UNDISTURBED[way], "nobody gave up"
     # A round trip for each shard here, of 64 kB; of real ones, of 64 MB, for each of those.
-    assert time.monotonic() - begun < 0.5 * (20 + 12) + 20
+    assert time.monotonic() - begun < 0.5 * (8 + 12) + 20
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
@@ -161,10 +175,11 @@ def test_a_line_of_one_megabit_is_used_and_not_given_up(way, begin, site, line, 
     Transfer(way, patient(site, line), run, update).done(120)
     assert arrived(way, site, run, update)
     assert time.monotonic() - begun > size / 125_000.0 * 0.9
-    assert sum(line.opened.values()) == 1
+    assert sum(line.opened.values()) == UNDISTURBED[way]
     assert carried(line)[way == "down"] < size * 1.05 + _TALK
 
 
+@long
 def test_a_line_that_accepts_and_never_answers_is_given_up_at_the_deadline(begin, site, line) -> None:
     run = begin(os.urandom(SHARD))
     line.silence()
