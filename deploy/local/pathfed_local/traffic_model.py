@@ -42,7 +42,7 @@ class Load:
         up: bytes from each site.
         state_numbers: of the state.
         trained_numbers: of it, those that an update has.
-        slots: that the server optimiser keeps of every trained number.
+        slots: that the server keeps of every trained number: the optimiser's, and a running average.
     """
 
     down: float
@@ -71,7 +71,7 @@ class Load:
             up=trained * WIRE_BYTES[plan.wire.dtype],
             state_numbers=numbers,
             trained_numbers=trained,
-            slots=len(SLOTS[plan.server_optimiser.name]),
+            slots=len(SLOTS[plan.server_optimiser.name]) + (plan.server_optimiser.ema > 0),
         )
 
 
