@@ -160,6 +160,15 @@ def test_a_plans_own_model_slot_and_rounds_are_taken(pathfed, plan_file) -> None
     assert [one["update"] for one in said["alternatives"]] == [one.name for one in traffic_model.variants(1.0)]
 
 
+def test_the_optimisers_slots_and_the_running_average_are_the_plans() -> None:
+    plan = load_plan(TEXT, where="x")
+    found = {}
+    for name, ema in (("sgd", 0.0), ("adamw", 0.0), ("adamw", 0.999)):
+        optimiser = plan.server_optimiser.model_copy(update={"name": name, "ema": ema})
+        found[name, ema] = Load.of_plan(plan.model_copy(update={"server_optimiser": optimiser})).slots
+    assert list(found.values()) == [1, 2, 3]
+
+
 def test_a_signed_plan_is_read_too(pathfed, tmp_path) -> None:
     signed = tmp_path / "lung.dsse"
     signed.write_bytes(seal_plan(load_plan(TEXT, where="x"), SigningKey.generate()))

@@ -74,14 +74,15 @@ def plan_of(rounds: int) -> Plan:
     return plan.model_copy(update={"rounds": plan.rounds.model_copy(update={"count": rounds})})
 
 
-def simulated(out: Path, port: Callable[[Fleet, Path], SitePort] = AnsweredHere) -> Simulation:
-    """Two rounds of three virtual sites through the real loop."""
-    plan = plan_of(2)
+def simulated(out: Path, port: Callable[[Fleet, Path], SitePort] = AnsweredHere, wire: str = "bfloat16", rounds: int = 2) -> Simulation:
+    """Rounds of three virtual sites through the real loop."""
+    plan = plan_of(rounds)
+    plan = plan.model_copy(update={"wire": plan.wire.model_copy(update={"dtype": wire})})
     home = server.init(out / "server", consortium="simulation", host="127.0.0.1", listen="127.0.0.1", database="")
     fleet = Fleet(plan=plan.canonical_bytes(), server_key=home.evidence_key.public.to_text(), secret=SECRET)
     enrol(home, plan, fleet, SITES)
     (out / "virtual-sites").mkdir()
-    made = Simulation(SimulationOptions(out=out, plan=simulation_plan(), sites=3, rounds=2, processes=1), lambda line: None)
+    made = Simulation(SimulationOptions(out=out, plan=simulation_plan(), sites=3, rounds=rounds, processes=1), lambda line: None)
     made.drive(home, plan, port(fleet, out / "virtual-sites"))
     return made
 
@@ -104,6 +105,13 @@ def test_virtual_sites_are_admitted_in_every_round_and_their_record_verifies(tmp
     assert figures["parameters"] > 5_000_000
     assert figures["server_ms_per_site"] == pytest.approx(figures["admission_ms_per_site"] + figures["aggregation_ms_per_site"], abs=0.02)
     assert min(figures["rounds_per_minute"], figures["step_s"], figures["round_s"]) > 0
+
+
+def test_virtual_sites_round_to_int8_as_real_ones_do(tmp_path: Path) -> None:
+    made = simulated(tmp_path, wire="int8", rounds=1)
+    figures = made.figures(ServerHome(tmp_path / "server"))
+    assert figures["admitted"] == 3
+    assert figures["update_mb"] == pytest.approx((1 + 4 / 256) * figures["parameters"] / 1e6, rel=0.01)
 
 
 def test_the_keys_of_virtual_sites_are_their_own_and_follow_from_the_secret() -> None:

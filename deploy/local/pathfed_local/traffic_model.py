@@ -22,10 +22,11 @@ from typing import Final
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.model import state_shapes, update_shapes
 from pathfed_common.plan import Plan
+from pathfed_common.wire_format import BLOCK
 from pathfed_server.rounds.server_step import SLOTS
 
-#: Bytes of one number of an update on the way. int8 carries a float32 scale for each block of 256.
-WIRE_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}
+#: Bytes of one number of an update on the way. int8 carries a float32 scale for each block.
+WIRE_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / BLOCK}
 #: Base states travel as the server has them.
 STATE_BYTES: Final = 4.0
 #: Share of a line's bits that are ours: Ethernet, IP, TCP and TLS take the rest (1,448 of 1,538 bytes of a full frame).
@@ -41,7 +42,7 @@ class Load:
         up: bytes from each site.
         state_numbers: of the state.
         trained_numbers: of it, those that an update has.
-        slots: that the server optimiser keeps of every trained number.
+        slots: that the server keeps of every trained number: the optimiser's, and a running average.
     """
 
     down: float
@@ -70,7 +71,7 @@ class Load:
             up=trained * WIRE_BYTES[plan.wire.dtype],
             state_numbers=numbers,
             trained_numbers=trained,
-            slots=len(SLOTS[plan.server_optimiser.name]),
+            slots=len(SLOTS[plan.server_optimiser.name]) + (plan.server_optimiser.ema > 0),
         )
 
 

@@ -19,13 +19,13 @@ from pathfed_client.cohort.cohort import Cohort, Patient, Pseudonym, SlideId, Sl
 from pathfed_client.computing import RoundComputer
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.training.local_round import RoundOutcome
-from pathfed_common import digest, files
+from pathfed_common import digest, files, wire_format
 from pathfed_common.code_digest import SITE_PACKAGES, code_digest
 from pathfed_common.encoder import weights
 from pathfed_common.ids import SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
 from pathfed_common.privacy.accounting import epsilon
-from pathfed_common.privacy.randomness import hkdf
+from pathfed_common.privacy.randomness import KeyedRandom, hkdf
 from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
 from pathfed_common.provenance import dsse
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
@@ -92,8 +92,8 @@ def answer(fleet: Fleet, envelope: bytes, states: Path, folder: Path) -> Answere
     world = _world(fleet.plan)
     before = states / f"round-{offer.round_index - 1:06d}.safetensors"
     outcome = world.round(fleet, offer, world.state(before, offer.base_state))
-    dtype = getattr(torch, world.plan.wire.dtype)
-    data = weights.dump({name: tensor.to(dtype) for name, tensor in outcome.update.items()}, {"kind": "pathfed-update"})
+    coins = KeyedRandom(fleet.secret, {"site": offer.site, "run": offer.run, "round": offer.round_index})
+    data = b"".join(wire_format.chunks(outcome.update, world.plan.wire.dtype, coins))
     update, kept = folder / f"{offer.site}.update", folder / f"{offer.site}-{offer.round_index:06d}.dsse"
     files.write_atomic(update, data)
     earlier = sorted(path for path in folder.glob(f"{offer.site}-*.dsse") if path.name < kept.name)
