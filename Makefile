@@ -3,6 +3,7 @@
 #   make demo                 a consortium of one server and three hospital sites on this machine
 #   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
 #   make test                 every test
+#   make chaos                kills at every phase of a round, three quarters of an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
 #   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 # A test file runs in one process from its first test to its last; two files run beside each other (tests/conftest.py).
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo bench test lint format docs reference protocol check clean distclean
+.PHONY: help demo bench test chaos lint format docs reference protocol check clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/  \1/p' Makefile
@@ -34,8 +35,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@$(PYTEST) $(T)
 
+# Several times in a row, each with the next seed; the first failure ends it.
+SEED ?= 0
+TIMES ?= 1
+ROUNDS ?= 0
+CHAOS ?= full
+
+chaos: $(VENV)/.installed-dev
+	@for seed in $$(seq $(SEED) $$(($(SEED) + $(TIMES) - 1))); do \
+		echo "chaos, seed $$seed"; \
+		CHAOS=$(CHAOS) SEED=$$seed ROUNDS=$(ROUNDS) $(BIN)/pytest -n 0 -q tests/chaos tests/client/test_power_loss.py; done
+
 bench: $(VENV)/.installed-dev
-	@for script in round_overhead demo_time enrol scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
+	@for script in round_overhead demo_time enrol scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance bulk_transfer simulation; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

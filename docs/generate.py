@@ -25,6 +25,7 @@ from pathfed_common import plan as plan_module
 from pathfed_common.error_catalog import CATALOG
 from pathfed_common.errors import ErrorCode, PathfedError
 from pathfed_server.home import ServerSettings
+from pathfed_server.notifying.settings import MailSettings, NotifySettings, WebhookSettings
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py from {source}. Change that, then run `make reference`. -->\n\n"
@@ -44,6 +45,9 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "[patient_list] of site.toml": PatientListColumns,
     "policy.toml at a site": SitePolicy,
     "server.toml at the server": ServerSettings,
+    "notify.toml at the server": NotifySettings,
+    "[webhook.NAME] of notify.toml": WebhookSettings,
+    "[mail.NAME] of notify.toml": MailSettings,
 }
 _TYPE_WORDS = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "tuple": "list of texts"}
 _PATTERNS = {
@@ -167,6 +171,8 @@ def _type_and_bounds(field: FieldInfo) -> tuple[str, str]:
         bounds.append(_PATTERNS[pattern])
     if _is_table(field.annotation):
         return "table", ""
+    if get_origin(field.annotation) is dict and any(_is_table(kind) for kind in get_args(field.annotation)):
+        return "tables by name", ""
     options = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
     if any(get_origin(option) is tuple for option in options):
         return "list of texts", ", ".join(bounds)
@@ -209,7 +215,7 @@ def _table(model: type[BaseModel], *, leave_out: Collection[str] = ()) -> str:
         if name in leave_out:
             continue
         kind, bounds = _type_and_bounds(field)
-        default = "**required**" if field.is_required() else f"`{toml(field.default)}`"
+        default = "**required**" if field.is_required() else f"`{toml(field.get_default(call_default_factory=True))}`"
         rows.append(f"| `{name}` | {kind} | {bounds} | {default} | {comments[f'{model.__name__}.{name}']} |\n")
     return "".join(rows)
 

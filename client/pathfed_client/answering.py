@@ -2,19 +2,25 @@
 
 The order of the steps is the privacy argument:
 
-    1. gate       signature, addressee, stop switch, approved plan, round order, base state's digest, policy, hours   public facts only
+    1. gate       signature, addressee, stop switch, approved plan, round order, policy, hours                public facts only
     2. resend     an answer already sealed for this very offer goes out again, byte for byte  nothing new is released
-    3. try        the base state on synthetic tiles, with devices, processes and memory       no patient is touched yet
-    4. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
-    5. train      the private steps, with randomness keyed by all that the release depends on
-    6. seal       unless something was withdrawn since the cohort was read (then 4 again, without it); update and statement are on the
+    3. fetch      the base state, only now; its file has the length and digest that the offer names
+    4. try        the base state on synthetic tiles, with devices, processes and memory       no patient is touched yet
+    5. charge     the ledger, before anything that depends on patients exists                 a crash later costs budget, never privacy
+    6. train      the private steps, with randomness keyed by all that the release depends on
+    7. seal       unless something was withdrawn since the cohort was read (then 5 again, without it); update and statement are on the
                   disk before they are sent; then the round's secret is erased
-    7. wait       until the next public time slot; a failure after the charge waits too
-    8. write down what leaves, in the egress record, before it leaves; where that cannot be written, it does not
+    8. wait       until the next public time slot; a failure after the charge waits too
+    9. write down what leaves, in the egress record, before it leaves; where that cannot be written, it does not
+   10. deliver    the update, through every cut until the deadline; then the statement is handed over
 
-Before steps 4 and 6, and before an answer leaves, the stop switch and the approval are looked at again (`gating`).
+Before steps 5 and 7, and before an answer leaves, the stop switch and the approval are looked at again (`gating`).
 
-Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 5).
+What the line shows of steps 3 and 10. A base state is asked for, or not, by public facts and by what the site has fetched before. The first
+byte of an update leaves at a public time slot; how many follow, the plan says; when they follow, and which are sent again, the line and
+the server decide, and nothing here that patients have shaped. The statement leaves when the last byte has arrived.
+
+Whatever goes wrong becomes a code; a code is decided by public facts (see training.private_step for what happens inside step 6).
 
 Withdrawals. A sealed answer holds nobody who was withdrawn before it was sealed: the number of withdrawn names is compared and the seal
 written in one transaction. Where the number has moved, the draw is discarded, its charge stays, and the round is drawn again. Why that
@@ -36,9 +42,10 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +58,8 @@ from pathfed_client.cohort.withdrawal import Withdrawn
 from pathfed_client.computing import RoundComputer
 from pathfed_client.egress.entry import EgressKind, Outgoing
 from pathfed_client.egress.outlet import Outlet
-from pathfed_client.gate.offer import check_base_state, check_bounds, check_deadline, check_order, open_offer, reply_time
-from pathfed_client.gate.ports import Answer
+from pathfed_client.gate.offer import check_bounds, check_deadline, check_order, open_offer, reply_time
+from pathfed_client.gate.ports import Answer, BulkPort
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.gating import SiteGate
 from pathfed_client.home import SiteHome
@@ -71,12 +78,14 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, PathfedError, SiteDataError, TransportError
 from pathfed_common.model import state_shapes
+from pathfed_common.part_file import file_digest, manifest_of
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.mechanism import PatientMechanism
 from pathfed_common.privacy.randomness import KeyedRandom
 from pathfed_common.protocol.messages import RoundOffer
 from pathfed_common.provenance.documents import open_plan
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
+from pathfed_common.shards import Manifest
 from pathfed_common.units import UtcSeconds
 
 _log = logging.getLogger(__name__)
@@ -119,7 +128,13 @@ class SiteAnswerer:
     """Answers round offers for one site. Keeps the model of the last plan, and its processes, warm between rounds."""
 
     def __init__(
-        self, home: SiteHome, store: SiteStore, *, now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+        self,
+        home: SiteHome,
+        store: SiteStore,
+        bulk: Callable[[Outlet], BulkPort],
+        *,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._home = home
         self._store = store
@@ -127,18 +142,19 @@ class SiteAnswerer:
         self._sleep = sleep
         self._record = EgressLog(home.egress)
         self._outlet = Outlet(self._record)
+        self._bulk = bulk(self._outlet)
         self._gate = SiteGate(home, store, now)
         self._readers: TileWorkers | None = None
         self._take_policy(home.policy)
 
-    def __call__(self, envelope: bytes, base_state: bytes) -> Answer:
+    def __call__(self, envelope: bytes) -> Answer:
         """Answer one offer; see `gate.ports.Answerer`. The log gets our own words and types, no text that could name a slide or a path.
 
         Raises:
             HostError: PF901, PF904, PF913: not even a code can be written down, so none may leave.
         """
         try:
-            return self._answer(envelope, base_state)
+            return self._answer(envelope)
         except PathfedError as error:
             # What is wrong with site data is said in words that name slides; where and which value may be a path.
             _log.error("%s: %s", error.code.value, type(error).__name__ if isinstance(error, SiteDataError) else error.what)
@@ -164,35 +180,40 @@ class SiteAnswerer:
             self.__dict__.pop("_ledger", None)
             self._take_policy(policy)
 
-    def _answer(self, envelope: bytes, base_state: bytes) -> Answer:
+    def _answer(self, envelope: bytes) -> Answer:
         offer = open_offer(envelope, self._home.server_card.evidence_key, self._home.name)
         approval = self._gate.standing(offer.plan)
         plan = open_plan(approval.signed_plan, self._home.server_card.evidence_key)
         check_bounds(offer, plan.rounds, self._now())
-        check_base_state(offer, base_state)
         sealed = self._sealed_before(offer)
         if sealed is None:
             check_deadline(offer, self._now())
             self._read_policy()
             self._gate.check_begin(self._policy, plan, approval)
             _log.info("round %d of run %s: training", offer.round_index, offer.run)
+            base_state = self._bulk.fetch(offer)
+            check_deadline(offer, self._now())
             sealed = self._train(self._task(offer, plan, approval), base_state)
         else:
             _log.info("round %d of run %s: resending the sealed answer", offer.round_index, offer.run)
+            self._secrets.settle(offer.run, offer.round_index)
+        path = self._home.root / sealed.update_path
+        manifest = _manifest(path, sealed.update)
         self._wait_for_slot(offer, plan)
         self._gate.standing(offer.plan)
-        path = self._home.root / sealed.update_path
-        if not path.exists() or digest.of_bytes(path.read_bytes()) != sealed.update:
-            raise TransportError(ErrorCode.SITE_INTERNAL, "the sealed update's file is missing or changed", where=path)
-        self._write_down(offer, sealed, path.stat().st_size)
-        return Answer(code=None, statement=sealed.statement, update=path)
+        self._write_down(offer, sealed, manifest.size)
+        self._bulk.deliver(path, manifest, offer)
+        return Answer(code=None, statement=sealed.statement)
 
     def _write_down(self, offer: RoundOffer, sealed: SealedUpdate, size: int) -> None:
-        """Enter an answer in the egress record. The round's price stands where its update left first; a resend is charged nothing."""
+        """Enter an answer in the egress record. The round's price stands where its update left first; a resend is charged nothing.
+
+        The update goes to the control plane's address, the statement to the fleet's.
+        """
         resent = self._outlet.left_before(offer.run, offer.round_index)
         charged = 0.0 if resent else charged_for(self._ledger.entries(), offer.run, offer.round_index)
         shared = Outgoing(
-            destination=self._home.server_card.fleet_address,
+            destination=self._home.server_card.control_address,
             kind=EgressKind.UPDATE,
             size=size,
             digest=sealed.update,
@@ -202,7 +223,14 @@ class SiteAnswerer:
             epsilon_charged=charged,
         )
         told = digest.of_bytes(sealed.statement)
-        statement = replace(shared, kind=EgressKind.STATEMENT, size=len(sealed.statement), digest=told, epsilon_charged=None)
+        statement = replace(
+            shared,
+            destination=self._home.server_card.fleet_address,
+            kind=EgressKind.STATEMENT,
+            size=len(sealed.statement),
+            digest=told,
+            epsilon_charged=None,
+        )
         self._outlet.answer(shared, statement)
 
     def refused(self, code: str) -> None:
@@ -254,7 +282,7 @@ class SiteAnswerer:
     def _secrets(self) -> RunSecrets:
         return RunSecrets(self._home.run_secrets)
 
-    def _train(self, task: _Task, base_state: bytes) -> SealedUpdate:
+    def _train(self, task: _Task, base_state: Path) -> SealedUpdate:
         """Charge, train and seal; again for as long as something is withdrawn meanwhile and the offer's deadline has not passed."""
         offer, plan = task.offer, task.plan
         state = _open_state(base_state, plan)
@@ -294,7 +322,7 @@ class SiteAnswerer:
         """Everything the release depends on: it keys the randomness and names the charge."""
         return {**task.context(), **self._computer.context(task.plan), "secret": secret_id(secret)}
 
-    def _draw(self, task: _Task, state: dict[str, torch.Tensor], secret: bytes, readers: TileWorkers | None) -> RoundOutcome:
+    def _draw(self, task: _Task, state: Mapping[str, torch.Tensor], secret: bytes, readers: TileWorkers | None) -> RoundOutcome:
         if readers is not None and not readers.is_open:
             readers = None  # an earlier draw of this round had to do without; no process is started after the charge
         with TileStream(self._store, self._home.slides, task.plan.cohort, workers=readers) as stream:
@@ -337,13 +365,13 @@ class SiteAnswerer:
         offer = task.offer
         self._gate.standing(offer.plan)
         # Rounded after the noise, by coins of the round's own source: made again after a crash, the bytes are the same.
-        data = b"".join(wire_format.chunks(outcome.update, task.plan.wire.dtype, KeyedRandom(secret, self._context(task, secret))))
+        data = wire_format.chunks(outcome.update, task.plan.wire.dtype, KeyedRandom(secret, self._context(task, secret)))
         name = f"updates/{offer.run}-{offer.round_index:06d}"
         path = self._home.root / f"{name}.safetensors"
         salt = os.urandom(_SALT_BYTES)
         files.write_atomic(path, data)
         files.write_atomic(self._home.root / f"{name}.opening", salt, secret=True)
-        statement = self._statement(task, outcome, entry, data, digest.of_bytes(salt + task.cohort.digest.encode()))
+        statement = self._statement(task, outcome, entry, path, digest.of_bytes(salt + task.cohort.digest.encode()))
         sealed = SealedUpdate(
             run=offer.run,
             round_index=offer.round_index,
@@ -361,7 +389,7 @@ class SiteAnswerer:
         self._secrets.advance(offer.run, offer.round_index)
         return sealed
 
-    def _statement(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, data: bytes, commitment: Digest) -> UpdateStatement:
+    def _statement(self, task: _Task, outcome: RoundOutcome, entry: LedgerEntry, update: Path, commitment: Digest) -> UpdateStatement:
         offer, plan, mechanism, figures = task.offer, task.plan, task.mechanism, outcome.figures
         previous, head = self._store.last_sealed(offer.run), self._ledger.head
         assert head is not None, "the round was charged"  # noqa: S101
@@ -371,8 +399,8 @@ class SiteAnswerer:
             round_index=offer.round_index,
             plan=offer.plan,
             base_state=offer.base_state,
-            update=digest.of_bytes(data),
-            update_bytes=len(data),
+            update=file_digest(update),
+            update_bytes=update.stat().st_size,
             privacy=Privacy(
                 sampling_rate=mechanism.sampling_rate,
                 noise_multiplier=mechanism.noise_multiplier,
@@ -406,18 +434,34 @@ def _place(error: Exception) -> str:
     return ours[-1] if ours else "an unknown place"
 
 
-def _open_state(base_state: bytes, plan: Plan) -> dict[str, torch.Tensor]:
-    """The base state's tensors, refused unless names and shapes are exactly the plan's.
+def _manifest(update: Path, named: Digest) -> Manifest:
+    """What a sealed update consists of.
+
+    Raises:
+        TransportError: PF410, its file is not what was sealed.
+    """
+    try:
+        found = manifest_of(update)
+    except (OSError, ValueError):
+        found = None
+    if found is None or found.file != named:
+        raise TransportError(ErrorCode.SITE_INTERNAL, "the sealed update's file is missing or changed", where=update)
+    return found
+
+
+def _open_state(base_state: Path, plan: Plan) -> Mapping[str, torch.Tensor]:
+    """The base state's tensors, each read from the file when it is used; refused unless names and shapes are exactly the plan's.
 
     Raises:
         TransportError: PF408, not safetensors, or another model's.
     """
     try:
-        state = weights.load(base_state)
+        found = weights.header(base_state)
+        state = weights.FileTensors(base_state)
     except ValueError as error:
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, f"the base state cannot be read: {error}") from None
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != state_shapes(plan):
+    if {name: shape for name, (_, shape) in found.items()} != state_shapes(plan):
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors are not those of the plan's model")
-    if any(tensor.dtype is not torch.float32 for tensor in state.values()):
+    if any(dtype is not torch.float32 for dtype, _ in found.values()):
         raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the base state's tensors must be float32")
     return state

@@ -3,6 +3,7 @@
 Heavy libraries (torch, Flower, the accountants) are imported by the function that needs them, so that light commands start at once.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -288,6 +289,7 @@ def status(home: SiteHome) -> dict[str, Any]:
         alarms = store.alarms()
         spent = open_ledger(home, store).spent().epsilon
         control = _control_state(home, store)
+        rounds = json.loads(store.facts().get("outcomes", "[]"))
     policy, stopped = home.policy, home.stop_switch.stop()
     return {
         "site": home.name,
@@ -301,6 +303,7 @@ def status(home: SiteHome) -> dict[str, Any]:
         "withdrawn_patients": withdrawn.count(WithdrawnKind.PATIENT),
         "withdrawn_slides": withdrawn.count(WithdrawnKind.PATH),
         "control": control,
+        "rounds": rounds,
         "alarms": [{"at": alarm.at, "code": alarm.code.value, "about": alarm.subject, "what": alarm.detail} for alarm in alarms],
         "plans": plans,
     }
@@ -319,6 +322,7 @@ def _control_state(home: SiteHome, store: SiteStore) -> dict[str, Any]:
         "certificate_until_at": certificate_times(home.certificate_file.read_bytes())[1],
         "answered_at": float(facts["agent_at"]) if "agent_at" in facts else None,
         "code": facts.get("agent_code") or None,
+        "suspended": bool(facts.get("suspended")),
         "words_waiting": len(store.words(waiting=True)),
         "plans_received": len(store.received_plans()),
         "log_cosigned": 0 if head is None else head.size,
@@ -534,7 +538,7 @@ def _run_processes(home: SiteHome, store: SiteStore, tell: Callable[[str], None]
         if home.enrolled:
             start_agent(home, store, supervisor, ports.tunnel)
         else:
-            tell("no certificate: plans, approvals and the log go by hand; `pathfed-site enroll` changes that")
+            tell("no certificate: this site can answer no round until it is enrolled (`pathfed-site enroll`)")
         while True:
             answers = _heed_switch(home, supervisor, files_of_site, ports, tell, answers=answers)
             for end in supervisor.poll():
@@ -595,17 +599,24 @@ def _tell_end(end: "ProcessEnd", home: SiteHome, tell: Callable[[str], None]) ->
     tell(f"{error.code.value} {end.name} ended ({end.status}) and is started again: {error.what}; see {end.log}")
 
 
-def make_flower_app(home: SiteHome, store: SiteStore) -> "tuple[ClientApp, Refusals]":
-    """The site's Flower app around its answerer, and who is told of codes that leave in the app's place."""
+def make_flower_app(home: SiteHome, store: SiteStore, tunnel: int | None = None) -> "tuple[ClientApp, Refusals]":
+    """The site's Flower app around its answerer, and who is told of codes that leave in the app's place.
+
+    Args:
+        home: the site.
+        store: its database.
+        tunnel: loopback port of the relay that leads to the control plane, over which bulk files move; None: no relay.
+    """
     from pathfed_client.answering import SiteAnswerer
+    from pathfed_client.bulk import SiteBulk
     from pathfed_client.transport.flower_client import make_app
 
-    answerer = SiteAnswerer(home, store)
+    answerer = SiteAnswerer(home, store, lambda outlet: SiteBulk(home, outlet, tunnel=tunnel))
     return make_app(answerer, answerer.refused), answerer.refused
 
 
-def run_resident(home: SiteHome, address: str) -> None:
-    """The runner's process: answer the SuperNode at `address` until ended.
+def run_resident(home: SiteHome, address: str, tunnel: int | None = None) -> None:
+    """The runner's process: answer the SuperNode at `address` until ended; bulk files move over the relay's port `tunnel`.
 
     Raises:
         HostError: PF904, another runner works in this home and does not end.
@@ -619,7 +630,7 @@ def run_resident(home: SiteHome, address: str) -> None:
         home.stop_switch.check()
         verify_installation(SITE_PACKAGES)
         limit_memory(home.policy.memory_gb)
-        app, refusals = make_flower_app(home, store)
+        app, refusals = make_flower_app(home, store, tunnel)
         warm_up(home)
         resident_runner.run(address, home.superexec_secret, app, refusals)
 
@@ -643,4 +654,4 @@ if __name__ == "__main__":
     from pathfed_common.console import log_to_stderr
 
     log_to_stderr()
-    run_resident(SiteHome(Path(sys.argv[1])), sys.argv[2])
+    run_resident(SiteHome(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -371,11 +371,13 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         show(found, as_json=True)
         return
-    plans, alarms, control = (found.pop(part) for part in ("plans", "alarms", "control"))
+    plans, alarms, control, rounds = (found.pop(part) for part in ("plans", "alarms", "control", "rounds"))
     if alarms:
         show(alarms, as_json=False, title="ALARM: look at these, and at their codes' pages")
     show(found, as_json=False, title=f"site {found['site']}")
     show(control, as_json=False, title="control plane")
+    if rounds:
+        show(rounds, as_json=False, title="last rounds, as the server says; a code's page says what to do")
     for plan in plans:
         show(plan, as_json=False, title=f"plan {plan['plan']}")
 

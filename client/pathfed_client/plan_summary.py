@@ -86,7 +86,12 @@ def _trained(plan: Plan) -> dict[str, Any]:
         "objective": plan.objective.name,
         "rounds": plan.rounds.count,
         "private_steps_a_round": plan.rounds.steps,
+        "updates_become_one_by": plan.aggregation.rule,
         "round_deadline_s": plan.rounds.deadline_s,
+        # What is charged may be left unused: a round that has enough waits for nobody else.
+        "asked_at_most": plan.rounds.ask_at_most or None,
+        "closed_with": plan.rounds.enough or None,
+        "late_updates": plan.rounds.late,
         "precision": plan.compute.precision,
     }
 

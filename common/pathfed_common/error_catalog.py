@@ -820,10 +820,9 @@ _ROUNDS: dict[Code, CatalogEntry] = {
     ),
     Code.UPDATE_STALE: CatalogEntry(
         "An update is for another round or base state",
-        "The statement names another round, base state or predecessor than the server expects, or the reply came after the "
-        "deadline. It is quarantined and does not count.",
-        "Late replies: give the plan a longer `rounds.deadline_s`. Otherwise the site restarted in between, and the next round "
-        "will be in order.",
+        "The statement names another round, base state or predecessor than the server expects, or the site sent a second, different "
+        "update for the round. It is quarantined and does not count.",
+        "The site restarted in between, and the next round will be in order. A site that does it round after round is suspended (PF565).",
         "operator",
     ),
     Code.RUN_UNKNOWN: CatalogEntry(
@@ -943,6 +942,116 @@ _ROUNDS: dict[Code, CatalogEntry] = {
         "The site replaced its evidence key after it approved the plan. A run's record holds one key for each site, and would not verify. "
         "No run was started or resumed.",
         "Publish the plan again under another name and ask the sites to approve that; or name sites without this one.",
+        "operator",
+    ),
+    Code.ROUND_STATE: CatalogEntry(
+        "The round is in another state",
+        "A round was to make a step that its state does not allow, such as a commit before its updates were admitted. Nothing was changed. "
+        "The round loop ends here, and the next attempt begins the round again, with the same index and base state.",
+        "Nothing, where it happens once: another loop had the run. Where it comes again, `pathfed-server audit --subject RUN` shows every "
+        "transition of the run's rounds; send it with `logs/server-app.log` to whoever maintains this software.",
+        "operator",
+    ),
+    Code.UPDATE_LATE: CatalogEntry(
+        "An update came after the round's deadline",
+        "The update came for the right round and base state, but late. It does not count in this attempt at the round; the "
+        "site's budget is spent all the same. Under the plan's `rounds.late = 'same_base'` it is kept, and counts where the "
+        "round fails and is offered again; under `discard` it is in quarantine.",
+        "Give the next plan a longer `rounds.deadline_s`, or find out why the site is slow. While the round is not committed, "
+        "`pathfed-server quarantine release` lets a quarantined update count that is only late.",
+        "operator",
+    ),
+    Code.SITE_NOT_ASKED: CatalogEntry(
+        "It was not the site's turn in this round",
+        "The plan asks at most `rounds.ask_at_most` sites a round. They take turns by a public rule that anyone can compute "
+        "from plan, run and round, and `pathfed verify` checks it. The site spent nothing in this round.",
+        "Nothing: this is as planned.",
+        "both",
+    ),
+    Code.UPDATE_NOT_NEEDED: CatalogEntry(
+        "The round had enough updates before this site answered",
+        "The plan closes a round once `rounds.enough` updates are admitted. This site was asked too and had not answered by "
+        "then. Where it had begun to train, its budget for the round is spent: the charge comes before the training.",
+        "Nothing, where it happens now and then. Where it is always the same site, it is slower than the others: ask fewer "
+        "sites (`rounds.ask_at_most`) or wait for all (`rounds.enough = 0`) in the next plan.",
+        "both",
+    ),
+    Code.SITE_LEFT_RUN: CatalogEntry(
+        "The site was taken out of the run",
+        "The operator took the site out of this run with `run sites --remove`. From the next round on it is not asked. What it "
+        "gave before stays in the encoder and in the record.",
+        "`pathfed-server run sites RUN --add SITE` takes it in again, at the next round.",
+        "operator",
+    ),
+    Code.SITE_SUSPENDED: CatalogEntry(
+        "The site is suspended",
+        "The site's updates were refused in several rounds running, for reasons of its own (`suspend_after` in server.toml, 3 "
+        "if not set). So that it does not cost every round its share, and its own budget, it is asked no more. The site sees "
+        "this with `pathfed-site status`.",
+        "Find out with the site what is wrong: `pathfed-server quarantine list RUN` has the codes. Then `pathfed-server sites "
+        "reinstate SITE`.",
+        "both",
+    ),
+    Code.RELEASE_REFUSED: CatalogEntry(
+        "The quarantined update cannot be released",
+        "Only an update that was refused for its norm (PF508) or for coming late (PF561) may be released, and only while its "
+        "round is not committed. Signature, digest, shapes, finiteness and privacy are never waived. Or the file in quarantine "
+        "is gone or changed.",
+        "Leave it in quarantine. Where the run has stopped for want of updates, mend the site, then `pathfed-server run resume`.",
+        "operator",
+    ),
+    Code.QUARANTINE_UNKNOWN: CatalogEntry(
+        "No such entry is in quarantine",
+        "The number names no update that was set aside.",
+        "`pathfed-server quarantine list` shows the entries with their numbers.",
+        "operator",
+    ),
+    Code.NOTICE_REFUSED: CatalogEntry(
+        "A receiver did not take a notification",
+        "The web server answered with another status than 2xx (a redirect is not followed), or the mail server refused the login, the "
+        "mail or its recipients. The message is sent again, less and less often, until it arrives or is given up. No round waits for "
+        "it.",
+        "The number in the message is the receiver's answer: 401 or 403, and 535 of a mail server, mean the secret or password; 404 "
+        "the URL; 429 and 5xx that the receiver is overloaded or broken. Correct `notify.toml`, then try `pathfed-server notify test "
+        "NAME`.",
+        "operator",
+    ),
+    Code.NOTICE_TIMEOUT: CatalogEntry(
+        "A receiver did not answer in time",
+        "The receiver of a notification was connected to, or was to be, and had not taken the message after 20 seconds. It is sent "
+        "again, so that it may arrive twice, under the same id. No round waits for it.",
+        "Look whether the receiver works, and whether a firewall drops the connection without a word. Then try `pathfed-server notify "
+        "test NAME`.",
+        "operator",
+    ),
+    Code.NOTICE_TLS: CatalogEntry(
+        "No trusted TLS with a receiver",
+        "The receiver's certificate is not trusted, is for another name, or the receiver offers no TLS. Nothing was sent, no password "
+        "either.",
+        "Let `ca_file` in `notify.toml` name the authority, PEM, if it is one of your own. For a mail server check `security` and "
+        '`port`: 587 goes with "starttls", 465 with "tls". Verification cannot be switched off.',
+        "operator",
+    ),
+    Code.NOTICE_UNREACHABLE: CatalogEntry(
+        "A receiver is not reached",
+        "The name of a notification's receiver has no address, nobody listens there, or the connection broke. The message is sent "
+        "again, less and less often, until it arrives or is given up. No round waits for it.",
+        "Check host and port in `notify.toml`, name resolution, and the firewall for outgoing connections. Proxies are not used. Then "
+        "try `pathfed-server notify test NAME`.",
+        "operator",
+    ),
+    Code.RECEIVER_UNKNOWN: CatalogEntry(
+        "No receiver of this name",
+        "`notify.toml` in the server's home has no receiver with the name that was given.",
+        "`pathfed-server notify status` lists the receivers. Each is a table `[webhook.NAME]` or `[mail.NAME]`.",
+        "operator",
+    ),
+    Code.NOTICE_GIVEN_UP: CatalogEntry(
+        "A notification was given up",
+        "A message could not be delivered for as long as `give_up_hours` says. The audit trail has an event `notification.failed` with "
+        "the numbers of the events that it told of; other receivers are told of that. What happens later is tried anew.",
+        "`pathfed-server notify status` says why. Read what was missed with `pathfed-server events --since NUMBER`, mend the receiver, "
+        "and try `pathfed-server notify test NAME`.",
         "operator",
     ),
 }
@@ -1234,6 +1343,14 @@ _HOST: dict[Code, CatalogEntry] = {
         "Give the right `--home`, or make a new home for the other consortium. Budgets of two consortia do not know of each other: a "
         "patient in both spends in both.",
         "site",
+    ),
+    Code.SIMULATION_ENGINE: CatalogEntry(
+        "The simulation engine does not start",
+        "`pathfed simulate` runs its virtual sites in processes of Ray, which did not come up. Ray gives them 30 seconds, and was tried "
+        "five times.",
+        "Look whether the machine is busy, or short of memory or of space under `/tmp`, where Ray keeps its files; then give the command "
+        "again. `simulation.log` in the folder given by `--out` has Ray's own words.",
+        "both",
     ),
 }
 

@@ -79,6 +79,22 @@ def create_folder(root: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(part)
 
 
+def make_folder(folder: Path, *, mode: int = 0o777) -> None:
+    """Make a folder, and those above it that are missing, so that they survive a power cut; one that is there stays as it is.
+
+    Args:
+        folder: the folder.
+        mode: of the folders that are made, before the process's mask.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=mode, exist_ok=True)
+        sync_folder(each.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)

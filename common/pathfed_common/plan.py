@@ -378,15 +378,31 @@ class RoundsPlan(_Section):
     deadline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 600
     #: Fewest admitted updates with which a round counts.
     quorum: Annotated[int, Field(ge=1, le=10_000)] = 2
+    #: Most sites asked in a round; they take turns by a public rule (`pathfed_common.turns`). 0: all that may take part.
+    ask_at_most: Annotated[int, Field(ge=0, le=10_000)] = 0
+    #: A round is closed once this many updates are admitted. 0: it waits for every site that was asked, or for the deadline.
+    enough: Annotated[int, Field(ge=0, le=10_000)] = 0
+    #: What becomes of an update that comes after the deadline. `same_base`: it is kept, and counts where the round fails and is offered
+    #: again on the same base state; it has been charged for already.
+    late: Literal["discard", "same_base"] = "discard"
     #: Replies leave at whole multiples of this time after the offer, seconds, so that their time tells nothing of the patients drawn.
     reply_slot_s: Annotated[float, Field(ge=0.5, le=86400)] = 5.0
+
+    @model_validator(mode="after")
+    def _round_can_count(self) -> Self:
+        for key, most in (("ask_at_most", self.ask_at_most), ("enough", self.enough)):
+            if most and most < self.quorum:
+                raise ValueError(f"rounds.{key} must be 0 or at least rounds.quorum, got {most} and {self.quorum}")
+        if self.ask_at_most and self.enough > self.ask_at_most:
+            raise ValueError(f"rounds.enough must be at most rounds.ask_at_most, got {self.enough} and {self.ask_at_most}")
+        return self
 
 
 class ServerOptimiserPlan(_Section):
     """How the server turns the averaged update into the next encoder."""
 
-    #: Momentum SGD, or Adam with decoupled weight decay.
-    name: Literal["sgd", "adamw"] = "adamw"
+    #: Momentum SGD, SGD with Nesterov's momentum (the outer step of DiLoCo), or Adam with decoupled weight decay.
+    name: Literal["sgd", "nesterov", "adamw"] = "adamw"
     #: Step size of the server.
     learning_rate: Positive = 1e-3
     #: Decay of the running mean of updates (beta1 of AdamW).
@@ -395,8 +411,27 @@ class ServerOptimiserPlan(_Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     #: Added to AdamW's root mean square, so that it is never divided by zero.
     epsilon: Positive = 1e-8
-    #: Decoupled weight decay a round.
+    #: Weight decay a round: decoupled in AdamW, added to the update in SGD.
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: Above 0, a running average of the encoder is released in place of the last round's; it keeps this share of itself in a round. It
+    #: begins as the first encoder, whose share in it is this to the power of the rounds.
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.name == "nesterov" and self.momentum == 0:
+            raise ValueError('server_optimiser.momentum must be above 0 for "nesterov", got 0')
+        return self
+
+
+class AggregationPlan(_Section):
+    """How the updates of a round become one. The rules work on released numbers, so none costs privacy."""
+
+    #: "mean": weighted by `site_weights`. "trimmed_mean": the same, of each number without its `trim` largest and smallest values among
+    #: the sites. "norm_weighted": a site's weight is multiplied by min(1, median / norm) of the norms of the round's updates.
+    rule: Literal["mean", "trimmed_mean", "norm_weighted"] = "mean"
+    #: How many values "trimmed_mean" leaves out at each end, and how many hostile sites it bears; `rounds.quorum` must be above twice this.
+    trim: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
 class WirePlan(_Section):
@@ -420,6 +455,7 @@ class Plan(_Section):
     privacy: PrivacyPlan
     compute: ComputePlan = ComputePlan()
     rounds: RoundsPlan
+    aggregation: AggregationPlan = AggregationPlan()
     server_optimiser: ServerOptimiserPlan = ServerOptimiserPlan()
     wire: WirePlan = WirePlan()
     #: Public weight of each site in the average; sites not named here weigh 1.
@@ -441,6 +477,16 @@ class Plan(_Section):
         if self.rounds.reply_slot_s > self.rounds.deadline_s:
             raise ValueError(
                 f"rounds.reply_slot_s must be at most rounds.deadline_s, got {self.rounds.reply_slot_s} and {self.rounds.deadline_s}"
+            )
+        if self.aggregation.rule == "trimmed_mean" and self.rounds.quorum <= 2 * self.aggregation.trim:
+            raise ValueError(
+                f"rounds.quorum must be above twice aggregation.trim, or nothing may be left, got {self.rounds.quorum} and "
+                f"{self.aggregation.trim}"
+            )
+        if self.server_optimiser.ema and self.objective.teacher is not None:
+            raise ValueError(
+                "server_optimiser.ema must be 0 where the objective has a teacher, which is a running average and is released, got "
+                f"{self.server_optimiser.ema}"
             )
         for name in self.site_weights:
             site_name(name)

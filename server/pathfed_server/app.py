@@ -6,7 +6,7 @@ Heavy libraries (torch, Flower, the accountants) are imported by the function th
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, load_plan, plan_from_bytes
 from pathfed_common.provenance import cosigned
 from pathfed_common.provenance.documents import PLAN_TYPE, SiteCard, seal_plan
-from pathfed_server.db.rows import PlanRow, RoundRow, RunRow
-from pathfed_server.db.sql_store import SqlStore, migrate
+from pathfed_server.db.rows import PlanRow, RunRow
+from pathfed_server.db.sql_store import SqlStore, migrate, migrate_existing
 from pathfed_server.home import ServerHome, create_home
 from pathfed_server.operators import Role, opened_by
-from pathfed_server.rounds.state import Participation, SiteState
-from pathfed_server.words import Word, outdated, record_word
+from pathfed_server.rounds.state import SiteState
+from pathfed_server.words import Word, demand_present_keys, outdated, record_word
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -68,40 +68,17 @@ def init(
     return home
 
 
-def stop_run(root: Path, run: RunName) -> None:
-    """Stop a run before its next round.
-
-    Raises:
-        RoundError: PF510, no such run; PF511, it has finished or failed; PF522, PF523, see `operators.acting`.
-    """
-    with opened_by(root, Role.OPERATOR) as (store, by):
-        store.stop_run(run, at=time.time(), by=by)
-
-
-def resume_run(root: Path, run: RunName) -> None:
-    """Let a failed or stopped run go on from its last committed round.
-
-    Raises:
-        RoundError: PF510, no such run; PF511, it is running or finished; PF532, a site that still takes part has replaced the
-            key it approved with; PF522, PF523,
-            see `operators.acting`.
-    """
-    with opened_by(root, Role.OPERATOR) as (store, by):
-        given = store.run(run)
-        old = outdated(store, given.plan).intersection(given.sites)
-        if store.checkpoints(run):
-            # Sites that take part no more: what the record has of them was written before, and stays.
-            gone = (row.name for row in store.sites() if row.state is not SiteState.ENROLLED)
-            old = old.difference(gone, store.words_against(given.plan))
-        _demand_present_keys(old)
-        store.reopen_run(run, at=time.time(), by=by)
-
-
 def serve(root: Path, tell: Callable[[str], None]) -> None:
-    """`pathfed-server start`; see daemon.serve."""
+    """`pathfed-server start`: bring the database to this version's schema, then serve; see daemon.serve.
+
+    Raises:
+        RoundError: PF512, the database cannot be reached; PF513, it is a newer version's, and nothing was changed, or none of ours.
+    """
     from pathfed_server.daemon import serve as run_daemon
 
-    run_daemon(ServerHome(root), tell)
+    home = ServerHome(root)
+    migrate_existing(home.database_url)
+    run_daemon(home, tell)
 
 
 def add_site(root: Path, card_file: Path) -> SiteCard:
@@ -247,7 +224,7 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
         out = {*store.words_against(row.digest), *old}
         chosen = list(sites) or [given.site for given in store.approvals(row.digest) if given.site not in out]
         quorum = row.plan().rounds.quorum
-        _demand_present_keys(old if len(chosen) < quorum else old.intersection(chosen))
+        demand_present_keys(old if len(chosen) < quorum else old.intersection(chosen))
         if len(chosen) < quorum:
             raise RoundError(
                 ErrorCode.QUORUM_LOST,
@@ -257,13 +234,6 @@ def start_run(root: Path, plan: str, name: RunName, sites: Sequence[SiteName]) -
             )
         store.create_run(name, plan_digest=row.digest, sites=chosen, at=time.time(), by=by)
         return store.run(name)
-
-
-def _demand_present_keys(old: Collection[SiteName]) -> None:
-    if old:
-        raise RoundError(
-            ErrorCode.APPROVAL_OUTDATED, "the approval is signed with a key that the site has replaced", value=", ".join(sorted(old))
-        )
 
 
 def _check_start(root: Path, plan: Plan) -> None:
@@ -305,29 +275,6 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
             remedy="see `pathfed-server plan list`",
         )
     return found[0]
-
-
-def round_rows(root: Path, run: RunName) -> list[dict[str, Any]]:
-    """A run's rounds, with what became of each site."""
-    from pathfed_common.model import noise_norm
-
-    with opened_by(root, Role.AUDITOR) as (store, _):
-        noise = noise_norm(store.plan(store.run(run).plan).plan())
-        return [_round_row(row, store.participations(run, row.round_index), noise) for row in store.rounds(run)]
-
-
-def _round_row(row: RoundRow, sites: Sequence[Participation], noise: float) -> dict[str, Any]:
-    """One round; `wire_rounding` is the largest bound on an update's rounding, as a share of the noise in it (L2 norm `noise`)."""
-    roundings = [one.rounding for one in sites if one.rounding is not None]
-    return {
-        "round": row.round_index,
-        "state": row.state.value,
-        "code": row.code,
-        "sites": {one.site: one.state.value + (f" {one.code}" if one.code else "") for one in sites},
-        "wire_rounding": max(roundings) / noise if roundings else None,
-        "next_state": row.next_state,
-        "committed_at": row.committed_at,
-    }
 
 
 def drive_run(name: str, grid: "Grid") -> None:

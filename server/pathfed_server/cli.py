@@ -9,11 +9,12 @@ import typer
 
 from pathfed_common import console, interrupts
 from pathfed_common.console import Json, show
-from pathfed_common.digest import short
-from pathfed_server import cli_plans
+from pathfed_server import cli_plans, cli_runs, cli_watch
 from pathfed_server.cli_log import lineage, log_app
 from pathfed_server.cli_members import audit, ca_app, invite, operators_app, sites_app
+from pathfed_server.cli_notify import notify_app
 from pathfed_server.cli_options import HOME, Home, run_name, site_name
+from pathfed_server.cli_quarantine import quarantine_app
 from pathfed_server.cli_release import release_app
 from pathfed_server.operators import Role, opened_by
 
@@ -23,18 +24,22 @@ app = typer.Typer(
 plan_app = typer.Typer(no_args_is_help=True, help="Check and publish plans.")
 cli_plans.register(plan_app)
 encoder_app = typer.Typer(no_args_is_help=True, help="Bring in published encoders that plans start from.")
-run_app = typer.Typer(no_args_is_help=True, help="Start, stop and watch runs.")
+run_app = typer.Typer(no_args_is_help=True, help="Start, pause, stop and watch runs.")
+cli_runs.register(run_app)
 app.command()(invite)
 app.add_typer(sites_app, name="sites")
 app.add_typer(plan_app, name="plan")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(run_app, name="run")
+app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(log_app, name="log")
 app.command("lineage")(lineage)
 app.add_typer(release_app, name="release")
 app.add_typer(operators_app, name="operators")
 app.add_typer(ca_app, name="ca")
 app.command()(audit)
+cli_watch.register(app, run_app)
+app.add_typer(notify_app, name="notify")
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port for sites; a free one is chosen if not given.")]
 
@@ -195,47 +200,6 @@ def run_start(
     )
 
 
-@run_app.command("stop")
-def run_stop(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
-    """Stop a run before its next round. What is committed stays."""
-    from pathfed_server import app as server
-
-    server.stop_run(home, run_name(run))
-    show({"run": run, "state": "stopped"}, as_json=as_json)
-
-
-@run_app.command("resume")
-def run_resume(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
-    """Let a failed or stopped run go on from its last committed round."""
-    from pathfed_server import app as server
-
-    server.resume_run(home, run_name(run))
-    show({"run": run, "state": "planned"}, as_json=as_json)
-
-
-@run_app.command("status")
-def run_status(
-    run: Annotated[str | None, typer.Argument(help="The run's name; all runs if not given.")] = None,
-    home: Home = HOME,
-    as_json: Json = False,
-) -> None:
-    """Show where runs stand."""
-    with opened_by(home, Role.AUDITOR) as (store, _):
-        runs = store.runs() if run is None else [store.run(run_name(run))]
-        rows = [
-            {
-                "run": row.name,
-                "state": row.state.value,
-                "code": row.code,
-                "plan": short(row.plan),
-                "rounds": len(store.checkpoints(row.name)) - 1,
-                "sites": list(row.sites),
-            }
-            for row in runs
-        ]
-    show(rows, as_json=as_json, title="runs")
-
-
 @run_app.command("report")
 def run_report(
     run: Annotated[str, typer.Argument(help="The run's name.")],
@@ -250,14 +214,6 @@ def run_report(
     with opened_by(home, Role.AUDITOR):
         reporting.write_report(ServerHome(home), run_name(run), out)
     show({"run": run, "report": str(out)}, as_json=as_json)
-
-
-@app.command()
-def rounds(run: Annotated[str, typer.Argument(help="The run's name.")], home: Home = HOME, as_json: Json = False) -> None:
-    """Show a run's rounds and who took part."""
-    from pathfed_server import app as server
-
-    show(server.round_rows(home, run_name(run)), as_json=as_json, title=f"rounds of {run}")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`pathfed-server` on who takes part: invitations, sites, operators, the certificate authority, the audit trail."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -112,12 +112,35 @@ def sites_revoke(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
     show({name: left[name] for name in ("site", "state", "runs", "states", "releases")}, as_json=as_json, title=title)
 
 
+@sites_app.command("reinstate")
+def sites_reinstate(site: _Site, home: Home = HOME, as_json: Json = False) -> None:
+    """Ask a suspended site again, from the next round on. Its refusals until now count no more."""
+    from pathfed_server import orders
+
+    orders.reinstate_site(home, site_name(site))
+    show({"site": site, "suspended": False}, as_json=as_json)
+
+
 @sites_app.command("list")
 def sites_list(home: Home = HOME, as_json: Json = False) -> None:
-    """List the sites, with what they last reported."""
+    """List the sites: where each stands, when it was last heard of, its software, its rounds, and its last refusal."""
     from pathfed_server import members
 
-    show(members.site_rows(home), as_json=as_json, title="sites")
+    rows = members.site_rows(home)
+    show(rows if as_json else [_site_line(row) for row in rows], as_json=as_json, title="sites")
+
+
+def _site_line(row: dict[str, Any]) -> dict[str, object]:
+    """What fits a line; the keys and the rest are in the JSON."""
+    refused, reports = row["last_refusal"], row["reports"]
+    return {
+        "site": row["site"],
+        "state": row["state"] + (f", {reports}" if reports and row["state"] == "enrolled" else ""),
+        "last_seen_at": row["last_seen_at"],
+        "software": row["software"],
+        "rounds": row["rounds"],
+        "last refusal": f"{refused['code']} in {refused['run']} round {refused['round']}" if refused else None,
+    }
 
 
 @operators_app.command("key")

@@ -1,8 +1,8 @@
 """`pathfed-server start`: owns Flower's processes and opens a Flower run for every run of ours that should go on.
 
 The truth about runs is in the metadata database; Flower is an engine that may be restarted at will. The daemon compares the two once a
-second: a planned or running run without a living Flower run gets one (an attempt), and the round loop inside it goes on from the last
-committed round. A run whose attempts keep ending early is marked failed, visibly.
+second: a run that should go on (`machine.OPEN`) and has no living Flower run gets one (an attempt), and the round loop inside it goes on
+from the last committed round. A run whose attempts keep ending early is marked failed, visibly.
 """
 
 import json
@@ -22,6 +22,8 @@ from pathfed_server.control import control_process
 from pathfed_server.db.rows import RunRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
+from pathfed_server.notifying.notifier import notifier_processes
+from pathfed_server.rounds.machine import OPEN
 from pathfed_server.rounds.state import RunState, SiteState
 from pathfed_server.transport.engine import LOOPBACK, EngineFiles, start_engine
 from pathfed_server.transport.flower_control import FlowerControl, node_key
@@ -31,7 +33,6 @@ HOME_VARIABLE = "PATHFED_SERVER_HOME"
 ATTEMPTS = 3
 _TICK_S = 0.25
 _RECONCILE_S = 1.0  # each asks SuperLink, which has rounds to carry
-_OPEN = (RunState.PLANNED, RunState.RUNNING)
 
 Tell = Callable[[str], None]
 
@@ -56,7 +57,7 @@ class _Daemon:
         enrolled = [site for site in self.store.sites() if site.state is SiteState.ENROLLED]
         self.control.ensure_nodes(node_key(site.flower_key) for site in enrolled)
         for run in self.store.runs():
-            if run.state in _OPEN:
+            if run.state in OPEN:
                 self._keep_going(run)
             elif run.name in self.attempts:
                 self._close(run)
@@ -78,7 +79,7 @@ class _Daemon:
 
     def _again(self, run: RunRow, attempt: _Attempt, why: str) -> None:
         run = self.store.run(run.name)
-        if run.state not in _OPEN:
+        if run.state not in OPEN:
             return
         committed = len(self.store.checkpoints(run.name))
         attempt.opened = 1 if committed > attempt.committed else attempt.opened + 1
@@ -99,8 +100,12 @@ class _Daemon:
 
     def _close(self, run: RunRow) -> None:
         attempt = self.attempts.pop(run.name)
-        if run.state is RunState.STOPPED and self.control.run_status(attempt.flower_run)[0] not in ("finished", "unknown"):
+        if run.state in (RunState.STOPPED, RunState.PAUSED) and self.control.run_status(attempt.flower_run)[0] not in (
+            "finished",
+            "unknown",
+        ):
             self.control.stop_run(attempt.flower_run)
+        forget_server_app(self.home, run.name)
         self.tell(f"run {run.name}: {run.state.value}" + (f" ({run.code})" if run.code else ""))
 
 
@@ -119,6 +124,8 @@ def serve(home: ServerHome, tell: Tell) -> None:
         try:
             port = start_engine(supervisor, _engine_files(home))
             supervisor.start(control_process(home))
+            for notifier in notifier_processes(home):
+                supervisor.start(notifier)
             files.write_atomic(
                 home.ports_file, json.dumps({"superlink": port, "fleet": home.settings.fleet_port, "pid": os.getpid()}).encode()
             )
@@ -203,7 +210,7 @@ def _server_app_file(home: ServerHome, run: RunName) -> Path:
 
 def note_server_app(home: ServerHome, run: RunName) -> None:
     """Write this process's id, so that the daemon notices at once when the round loop's process ends."""
-    home.run_folder(run).mkdir(parents=True, exist_ok=True)
+    files.make_folder(home.run_folder(run))
     files.write_atomic(_server_app_file(home, run), str(os.getpid()).encode())
 
 

@@ -17,10 +17,13 @@ from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
 from pathfed_server.rounds.state import SiteState
 from pathfed_server.transport.authority import IssuedCertificate, request_key
-from pathfed_server.transport.control_service import Caller, Certified, Presented
+from pathfed_server.transport.control_service import Caller, Certified, Outcome, Presented, Told
 from pathfed_server.transport.enrolment_service import Answered, Asked
 from pathfed_server.transport.node_keys import read_node_key
 from pathfed_server.words import record_word
+
+#: Rounds whose outcome a site is told with each report.
+_OUTCOMES = 10
 
 
 class Enrolments:
@@ -131,11 +134,15 @@ class Sites:
         """See `ControlDesk`."""
         record_word(self._store, envelope, by=f"site:{caller.site}", site=caller.site)
 
-    def report(self, caller: Caller, *, software: str, state: str) -> bool:
+    def report(self, caller: Caller, *, software: str, state: str) -> Told:
         """See `ControlDesk`."""
         self._store.note_report(SiteReportRow(site=caller.site, software=software, state=state, reported_at=self.now()))
         authority = self._home.authority()
-        return authority.rotating and self._store.certificate(caller.serial).issuer != authority.pin
+        return Told(
+            renew=authority.rotating and self._store.certificate(caller.serial).issuer != authority.pin,
+            suspended=self._store.site(caller.site).suspended_at is not None,
+            outcomes=[Outcome(**vars(row)) for row in self._store.outcomes(caller.site, most=_OUTCOMES)],
+        )
 
 
 def certificate_row(site: SiteName, issued: IssuedCertificate) -> CertificateRow:

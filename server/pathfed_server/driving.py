@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import stored_encoder
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.recorder import Recorder
-from pathfed_server.rounds.loop import RunSettings, run_rounds
+from pathfed_server.rounds.loop import run_rounds
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
 from pathfed_server.rounds.progress import Progress
+from pathfed_server.rounds.settings import RunSettings
 from pathfed_server.rounds.state import SiteState
 from pathfed_server.transport.flower_control import node_key
 from pathfed_server.transport.flower_server import FlowerSites
@@ -55,8 +58,9 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
     try:
         with SqlStore(home.database_url) as store:
             plan = store.plan(store.run(run).plan).plan()
-            nodes = {site.name: node_key(site.flower_key) for site in store.sites() if site.state is SiteState.ENROLLED}
-            cards = {site: _card(home, store, site) for site in store.run(run).sites}
+            cards = _Cards(home, store)
+            for site in store.run(run).sites:
+                cards[site]  # a card that is missing ends the run here, before any site is asked
             settings = RunSettings(
                 run=run,
                 plan=plan,
@@ -64,10 +68,11 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
                 initial_state=lambda: initial_state(plan, stored_encoder(home, plan)),
                 key=home.evidence_key,
                 home=home.root,
+                suspend_after=home.settings.suspend_after,
             )
             outcome = run_rounds(
                 settings,
-                sites=FlowerSites(grid, nodes),
+                sites=_FlowerSites(grid, store),
                 store=store,
                 recorder=Recorder(home.record(run), home.evidence_key, cards, retain_updates=home.settings.retain_updates),
                 clock=SystemClock(),
@@ -77,6 +82,44 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
     except PathfedError as error:
         _log.error("%s", error)
         raise
+
+
+class _FlowerSites:
+    """Implements `SitePort`: looks up the sites' nodes anew for each exchange, as sites may join between rounds."""
+
+    def __init__(self, grid: Grid, store: SqlStore) -> None:
+        self._grid, self._store = grid, store
+
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
+        """See `SitePort`."""
+        nodes = {site.name: node_key(site.flower_key) for site in self._store.sites() if site.state is SiteState.ENROLLED}
+        return FlowerSites(self._grid, nodes).exchange(offers, spool, withheld=withheld, sending=sending)
+
+
+class _Cards(Mapping[SiteName, bytes]):
+    """The cards of all sites, each read when it is asked for."""
+
+    def __init__(self, home: ServerHome, store: SqlStore) -> None:
+        self._home, self._store = home, store
+
+    def __getitem__(self, site: SiteName) -> bytes:
+        """A site's card.
+
+        Raises:
+            KeyError: no such site.
+            HostError: PF904, its card is not there.
+        """
+        if site not in list(self):
+            raise KeyError(site)
+        return _card(self._home, self._store, site)
+
+    def __iter__(self) -> Iterator[SiteName]:
+        """Every site's name."""
+        return (row.name for row in self._store.sites())
+
+    def __len__(self) -> int:
+        """How many sites there are."""
+        return len(self._store.sites())
 
 
 def _card(home: ServerHome, store: SqlStore, site: SiteName) -> bytes:

@@ -187,7 +187,7 @@ def _stored(home: ServerHome, spec: EncoderSpec, tensor: Callable[[str], Tensor]
             yield chunk
 
     try:
-        home.checkpoints.mkdir(mode=0o700, exist_ok=True)
+        files.make_folder(home.checkpoints, mode=0o700)
     except OSError as error:
         raise files.disk_error(error, home.checkpoints) from error
     # The name is known when the last byte is written.

@@ -52,6 +52,8 @@ class ServerSettings(Settings):
     retain_updates: bool = False
     #: Days that a site's TLS certificate holds; the site renews it by itself when two thirds are over.
     certificate_days: int = Field(default=30, ge=1, le=397)
+    #: A site whose updates are refused in so many rounds running, for reasons of its own, is suspended; 0: never.
+    suspend_after: int = Field(default=3, ge=0, le=1000)
     #: SQLAlchemy URL of the metadata database; empty: a SQLite file in the home.
     database: str = ""
 

@@ -13,9 +13,10 @@ from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
 from pathfed_server.operators import Role, opened_by
 from pathfed_server.provenance.lineage import RunLine, Touched, can_be_undone, cannot_be_undone, sites_in, touched_by
+from pathfed_server.rounds.machine import OPEN
 from pathfed_server.rounds.state import RunState, SiteState
 
-_OPEN = (RunState.PLANNED, RunState.RUNNING, RunState.STOPPED, RunState.FAILED)
+_OPEN = (*sorted(OPEN), RunState.PAUSED, RunState.STOPPED, RunState.FAILED)
 
 
 def overview(home: ServerHome) -> list[dict[str, Any]]:

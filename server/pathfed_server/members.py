@@ -14,8 +14,9 @@ from pathfed_common.ids import SiteName
 from pathfed_common.protocol.enrolment import request_fingerprint, same_fingerprint
 from pathfed_common.protocol.invitation import SECRET_BYTES, Invitation, secret_hash
 from pathfed_common.provenance.documents import SiteCard
-from pathfed_server.db.rows import CertificateRow, EnrolmentRow
+from pathfed_server.db.rows import CertificateRow, EnrolmentRow, SiteReportRow
 from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.db.watch_rows import SiteFacts
 from pathfed_server.desks import certificate_row
 from pathfed_server.home import ServerHome
 from pathfed_server.operators import Role, opened_by
@@ -111,7 +112,7 @@ def revoke(root: Path, site: SiteName) -> None:
 
 
 def site_rows(root: Path) -> list[dict[str, Any]]:
-    """Every site, with what it last reported and until when its certificate holds.
+    """Every site, with what it last reported, until when its certificate holds, and what it has done in rounds.
 
     Raises:
         RoundError: PF522, see `operators.acting`.
@@ -119,10 +120,14 @@ def site_rows(root: Path) -> list[dict[str, Any]]:
     now = time.time()
     with opened_by(root, Role.AUDITOR) as (store, _):
         reports, until = store.reports(), {row.site: row.expires_at for row in store.certificates() if row.stands(now)}
+        sites = store.sites()  # before what they have done: of each site found here, that is known
+        done = store.site_facts()
         return [
             {
                 "site": row.name,
                 "state": row.state.value,
+                "suspended_at": row.suspended_at,
+                **_seen(done[row.name], reports.get(row.name)),
                 "evidence_key": row.evidence_key,
                 "enrolled_at": row.enrolled_at,
                 "certificate_until_at": until.get(row.name),
@@ -130,8 +135,16 @@ def site_rows(root: Path) -> list[dict[str, Any]]:
                 "software": reports[row.name].software if row.name in reports else None,
                 "reported_at": reports[row.name].reported_at if row.name in reports else None,
             }
-            for row in store.sites()
+            for row in sites
         ]
+
+
+def _seen(done: SiteFacts, report: SiteReportRow | None) -> dict[str, Any]:
+    """When a site was last heard of, the rounds that it counts in, and the last update of it that was refused."""
+    times = [at for at in (done.last_update_at, None if report is None else report.reported_at) if at is not None]
+    _, at, detail = done.last_refusal or (0, None, {})
+    refusal = None if at is None else {"code": detail.get("code"), "run": detail.get("run"), "round": detail.get("round"), "at": at}
+    return {"last_seen_at": max(times, default=None), "rounds": done.rounds, "last_refusal": refusal}
 
 
 def authority_state(root: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ _STATES = {
     RunState.FINISHED: ("finished", "every round of the plan is committed"),
     RunState.RUNNING: ("running", "the run goes on"),
     RunState.PLANNED: ("running", "the run has not begun"),
+    RunState.PAUSING: ("running", "the run pauses after this round"),
+    RunState.DRAINING: ("running", "the run stops after this round"),
+    RunState.PAUSED: ("stopped", "paused by the operator; it can be resumed"),
     RunState.STOPPED: ("stopped", "stopped by the operator; what is committed stays"),
     RunState.FAILED: ("failed", "the run could not go on"),
 }

@@ -1,6 +1,7 @@
 """A site's signed word on a plan, however it came: over the control service, or as a file that somebody handed over."""
 
 import time
+from collections.abc import Collection
 
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError
@@ -79,3 +80,15 @@ def outdated(store: SqlStore, plan: Digest) -> frozenset[SiteName]:
     """The sites whose approval of a plan is signed with an evidence key that they have replaced since."""
     present = {row.name: VerifyKey.from_text(row.evidence_key).key_id for row in store.sites()}
     return frozenset(row.site for row in store.approvals(plan) if dsse.parse(row.envelope).key_id != present[row.site])
+
+
+def demand_present_keys(old: Collection[SiteName]) -> None:
+    """Refuse where any site is given; see `outdated`.
+
+    Raises:
+        RoundError: PF532.
+    """
+    if old:
+        raise RoundError(
+            ErrorCode.APPROVAL_OUTDATED, "the approval is signed with a key that the site has replaced", value=", ".join(sorted(old))
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from answering_site import OFFERED_AT, Clock, Site, bytes_of, opened
+from answering_site import OFFERED_AT, Clock, Site, bytes_of, file_of, opened
 
 from pathfed_client import answering, app, computing, deciding
 from pathfed_client.cohort.patient_list import pseudonym
@@ -151,65 +151,12 @@ def test_another_process_resends_the_sealed_bytes(world, copy_home):
     with opened(SiteHome(home.root)) as site:
         assert site.answer(world.offer(), world.base_state) == first
         assert site.charges() == 1
-        first_update = first.update
-        assert first_update is not None
+        first_update = file_of(first)
         first_update.write_bytes(first_update.read_bytes()[:-1] + b"x")
         assert site.answer(world.offer(), world.base_state) == Answer(code="PF410")
 
 
-# What is refused, before anything is charged
-
-
-def refusals(world, dump_state, site: Site) -> dict[str, tuple[str, bytes, bytes]]:
-    state = world.base_state
-    tensors = weights.load(state)
-    name = sorted(tensors)[0]
-    strange = {
-        "shape": dump_state(world.plan, **{name: torch.zeros(3)}),
-        "extra": dump_state(world.plan, more=torch.zeros(3)),
-        "missing": weights.dump({key: value for key, value in tensors.items() if key != name}, {}),
-        "half": weights.dump({key: value.bfloat16() for key, value in tensors.items()}, {}),
-        "noise": b"\x08\0\0\0\0\0\0\0not json",
-        "empty": b"x",
-    }
-    bad = tensors[name].clone()
-    bad.view(-1)[0] = float("nan")
-    huge = {key: torch.full_like(value, 1e30) for key, value in tensors.items()}
-    unapproved = world.plan.model_copy(update={"name": "unapproved"})
-    cases = {f"a base state: {kind}": ("PF408", world.offer(base_state=data), data) for kind, data in strange.items()}
-    nan, large = dump_state(world.plan, **{name: bad}), weights.dump(huge, {})
-    return {
-        **cases,
-        "an offer past its deadline": ("PF409", world.offer(offered_at=OFFERED_AT - 100, deadline=OFFERED_AT - 40), state),
-        "a round beyond the plan's last": ("PF409", world.offer(round_index=world.plan.rounds.count + 1), state),
-        "a round of the far future": ("PF409", world.offer(round_index=10**15), state),
-        "an offer from the future": ("PF409", world.offer(offered_at=OFFERED_AT + 400, deadline=OFFERED_AT + 450), state),
-        "a deadline the plan does not give": ("PF409", world.offer(deadline=OFFERED_AT + 62), state),
-        "a base state with a NaN": ("PF306", world.offer(base_state=nan), nan),
-        "a base state that overflows": ("PF306", world.offer(base_state=large), large),
-        "another key's signature": ("PF406", world.offer(key=SigningKey.generate()), state),
-        "the site's own signature": ("PF406", world.offer(key=site.home.evidence_key), state),
-        "another site's offer": ("PF406", world.offer(site="other-site"), state),
-        "no envelope": ("PF406", b"{}", state),
-        "an envelope changed": ("PF406", world.offer().replace(b"a", b"b", 1), state),
-        "a plan that was not approved": ("PF407", world.offer(plan=unapproved.digest), state),
-        "other bytes than offered": ("PF408", world.offer(), state[:-1] + b"\x01"),
-        "fewer bytes than offered": ("PF408", world.offer(), state[:-1]),
-    }
-
-
-def test_every_refusal_has_its_code_and_nothing_is_charged(world, dump_state, site):
-    found = {}
-    cases = refusals(world, dump_state, site)
-    for what, (_, envelope, state) in cases.items():
-        found[what] = site.answer(envelope, state)
-    assert {what: answer.code for what, answer in found.items()} == {what: code for what, (code, _, _) in cases.items()}
-    assert all(answer == Answer(code=answer.code) for answer in found.values()), "a refusal is a code and nothing else"
-    assert site.charges() == 0
-    assert site.released() == []
-    assert site.clock.slept == []
-    # None of it is in the way of the honest offer.
-    assert site.answer(world.offer(), world.base_state).code is None
+# What is refused, before anything is charged: the whole list is test_hostile_server.py
 
 
 def test_an_offer_from_the_future_is_not_waited_for_even_where_the_answer_is_sealed(world, site):
@@ -618,7 +565,7 @@ def test_a_round_drawn_again_needs_no_reading_process_that_ended_meanwhile(world
 
         def end_all() -> None:
             withdraw(site, OYELARAN)
-            site.answer._end_processes()
+            site.answer.answerer._end_processes()
 
         rounds = watch(monkeypatch, end_all)
         assert site.answer(world.offer(), world.base_state).code is None
@@ -775,7 +722,7 @@ def seal(site: Site, world) -> None:
     data = b"update"
     path = site.home.updates / "run-1-000001.safetensors"
     path.write_bytes(data)
-    ledger = site.answer._ledger
+    ledger = site.answer.answerer._ledger
     mechanism = world.plan.mechanism(4)  # the patients that the fixture declares
     ledger.charge(
         release_id=digest.of_bytes(b"a release"),

@@ -40,7 +40,8 @@ def test_update_and_statement_are_written_down_with_round_digest_and_price(world
     assert (update.epsilon_charged, statement.epsilon_charged) == (charged, None)
     for sent in (update, statement):
         assert (sent.plan, sent.run, sent.round_index) == (world.plan.digest, "run-1", 1)
-        assert sent.destination == site.home.server_card.fleet_address
+    card = site.home.server_card
+    assert (update.destination, statement.destination) == (card.control_address, card.fleet_address)
 
 
 def test_a_resend_is_written_down_again_and_charged_nothing(world, site):

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from answering_site import LocalBulk
 from control_server import ControlServer
 
 from pathfed_client import cli
 from pathfed_client.egress.entry import EgressKind, Outgoing
-from pathfed_client.home import SiteHome
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_client.io.ledger_head import site_ledger
 from pathfed_client.io.site_store import SiteStore
@@ -683,18 +683,20 @@ def test_a_disk_that_is_full_when_a_round_is_sealed_gives_the_code_and_the_round
     from pathfed_client.answering import SiteAnswerer
 
     home = copy_home()
+    bulk = LocalBulk(home)
     shutil.rmtree(home.updates)
     home.updates.symlink_to(small_disk)
     with (
         SiteStore(home.database) as store,
-        closing(SiteAnswerer(SiteHome(home.root), store, now=lambda: 1_000_001.0, sleep=lambda seconds: None)) as answerer,
+        closing(SiteAnswerer(home, store, lambda outlet: bulk, now=lambda: 1_000_001.0, sleep=lambda seconds: None)) as answerer,
     ):
-        assert answerer(world.offer(), world.base_state).code == "PF901"
+        bulk.holds = world.base_state
+        assert answerer(world.offer()).code == "PF901"
         assert list(small_disk.iterdir()) == []
         assert store.get_sealed("run-1", 1) is None
         home.updates.unlink()
         home.updates.mkdir()
-        assert answerer(world.offer(), world.base_state).code is None
+        assert answerer(world.offer()).code is None
         assert len(store.entries()) == 1
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answering_site import LocalBulk, bytes_of
 from planted import DICOM_OTHERS, DICOM_TEXTS, add_label, dicom_mark, found_in, mark, plant_dicom, plant_list, planted_tiff, planted_words
 
 from pathfed_client import app, deciding
@@ -83,7 +84,7 @@ def hospital(world, tmp_path_factory) -> Planted:
 def left(hospital) -> dict[str, bytes]:
     """All that left the site by a scan, an approval and two answered rounds, and what was logged at INFO and above meanwhile."""
     world, home = hospital.world, hospital.home
-    log, root = io.StringIO(), logging.getLogger()
+    log, root, bulk = io.StringIO(), logging.getLogger(), LocalBulk(home)
     handler, level = logging.StreamHandler(log), root.level
     handler.setLevel(logging.INFO)
     root.addHandler(handler)
@@ -95,15 +96,15 @@ def left(hospital) -> dict[str, bytes]:
         sent["approval"] = (home.root / "approval.dsse").read_bytes()
         with (
             closing(SiteStore(home.database)) as store,
-            closing(SiteAnswerer(home, store, now=lambda: OFFERED_AT + 1.5, sleep=lambda seconds: None)) as answerer,
+            closing(SiteAnswerer(home, store, lambda outlet: bulk, now=lambda: OFFERED_AT + 1.5, sleep=lambda seconds: None)) as answerer,
         ):
+            bulk.holds = world.base_state
             for index in (1, 2):
-                answer = answerer(world.offer(round_index=index), world.base_state)
+                answer = answerer(world.offer(round_index=index))
                 assert answer.code is None, answer.code
                 assert answer.statement is not None
-                assert answer.update is not None
-                sent |= {f"statement {index}": answer.statement, "update": answer.update.read_bytes()}
-            refused = answerer(b"{}", world.base_state)
+                sent |= {f"statement {index}": answer.statement, "update": bytes_of(answer)}
+            refused = answerer(b"{}")
             sent["refusal"] = repr(refused).encode()
     finally:
         root.removeHandler(handler)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from answering_site import bytes_of, opened
+from answering_site import bytes_of, file_of, opened
 
 from pathfed_client import app, computing, deciding
 from pathfed_client.home import SiteHome
@@ -56,11 +56,10 @@ def test_an_int8_update_is_the_release_rounded_and_survives_a_crash_bit_for_bit(
     assert len(undisturbed) == file_bytes(shapes, "int8")
     assert answers[1].statement is not None
 
-    assert answers[1].update is not None
-    read = open_update(answers[1].update)
+    read = open_update(file_of(answers[1]))
     assert read.shapes == shapes
     released = made[-1].update
     error = torch.cat([read.read(name, 0, released[name].numel()) - released[name].flatten() for name in sorted(shapes)]).double()
     assert 0 < float(error.norm()) < read.rounding()
     assert abs(float(error.mean())) < 5 * float(error.std()) / len(error) ** 0.5, "no bias"
-    assert digest.of_bytes(undisturbed) == digest.of_bytes(answers[1].update.read_bytes())
+    assert digest.of_bytes(undisturbed) == digest.of_bytes(file_of(answers[1]).read_bytes())

@@ -192,3 +192,16 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path, mode):
 def test_a_missing_key_file_is_told(tmp_path):
     with pytest.raises(HostError, match=r"PF906.*No such file"):
         files.read_secret(tmp_path / "key")
+
+
+def test_a_folder_is_made_with_those_above_it_each_flushed_into_its_parent(tmp_path, monkeypatch):
+    flushed: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", flushed.append)
+    files.make_folder(tmp_path / "a" / "b" / "c", mode=0o700)
+    assert flushed == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o700
+    files.make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        files.make_folder(tmp_path / "file" / "below")

@@ -99,7 +99,10 @@ CHANGES = st.fixed_dictionaries(
         "privacy__epsilon_limit": POSITIVE,
         "rounds__count": st.integers(1, 10**6),
         "rounds__deadline_s": st.floats(100, 1000),
-        "server_optimiser__name": st.sampled_from(["sgd", "adamw"]),
+        "server_optimiser__name": st.sampled_from(["sgd", "nesterov", "adamw"]),
+        "server_optimiser__ema": st.floats(0, 1, exclude_max=True),
+        "aggregation__rule": st.sampled_from(["mean", "norm_weighted"]),
+        "aggregation__trim": st.integers(1, 1000),
         "server_optimiser__weight_decay": st.floats(0, 1, exclude_max=True) | st.just(-0.0),
         "compute__engine": st.sampled_from(["auto", "serial", "book_keeping"]),
         "compute__compile": st.booleans(),
@@ -182,6 +185,9 @@ OTHER = {
     "rounds__local_learning_rate": 0.2,
     "rounds__deadline_s": 601,
     "rounds__quorum": 3,
+    "rounds__ask_at_most": 5,
+    "rounds__enough": 4,
+    "rounds__late": "same_base",
     "rounds__reply_slot_s": 6,
     "server_optimiser__name": "sgd",
     "server_optimiser__learning_rate": 2e-3,
@@ -189,6 +195,9 @@ OTHER = {
     "server_optimiser__beta2": 0.9,
     "server_optimiser__epsilon": 1e-7,
     "server_optimiser__weight_decay": 0.1,
+    "server_optimiser__ema": 0.99,
+    "aggregation__rule": "norm_weighted",
+    "aggregation__trim": 2,
     "compute__engine": "serial",
     "compute__precision": "bfloat16",
     "compute__activation_checkpointing": True,
@@ -221,6 +230,7 @@ def test_every_key_changed_changes_the_digest():
         "privacy",
         "compute",
         "rounds",
+        "aggregation",
         "server_optimiser",
         "wire",
     ],
@@ -253,6 +263,18 @@ def test_a_wrong_type_is_named_with_its_value(key, value):
     assert error.code is ErrorCode.PLAN_WRONG_TYPE
     assert error.where == f"plan.toml, key {key.replace('__', '.')}"
     assert error.value == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"rounds__ask_at_most": 1}, "rounds.ask_at_most must be 0 or at least rounds.quorum, got 1 and 2"),
+        ({"rounds__enough": 1}, "rounds.enough must be 0 or at least rounds.quorum, got 1 and 2"),
+        ({"rounds__ask_at_most": 3, "rounds__enough": 4}, "rounds.enough must be at most rounds.ask_at_most, got 4 and 3"),
+    ],
+)
+def test_a_round_that_could_never_count_is_refused(keys, named):
+    assert named in refusal(toml(**keys)).what
 
 
 @pytest.mark.parametrize("key", ["name", "privacy", "rounds"])
@@ -293,7 +315,14 @@ def test_a_missing_key_is_named(key):
         ("rounds__count", 0, "1"),
         ("rounds__quorum", 0, "1"),
         ("rounds__deadline_s", 1.0, "5"),
+        ("rounds__ask_at_most", -1, "0"),
+        ("rounds__enough", 10_001, "10000"),
+        ("rounds__late", "always", "discard"),
         ("server_optimiser__momentum", 1.0, "less than 1"),
+        ("server_optimiser__ema", 1.0, "less than 1"),
+        ("aggregation__rule", "median", "trimmed_mean"),
+        ("aggregation__trim", 0, "1"),
+        ("aggregation__trim", 1001, "1000"),
         ("wire__dtype", "float16", "bfloat16"),
         ("version", 2, "1"),
         ("name", "Not A Name", "pattern"),
@@ -320,6 +349,12 @@ def test_a_value_out_of_bounds_is_named_with_value_and_bound(key, value, bound):
         ),
         ({"cohort__tile_px": 32, "objective__mask_ratio": 0.1}, ("objective.mask_ratio", "0.1", "4 patches")),
         ({"rounds__reply_slot_s": 700.0}, ("rounds.reply_slot_s", "700.0", "rounds.deadline_s", "600")),
+        (
+            {"aggregation__rule": "trimmed_mean", "rounds__quorum": 4, "aggregation__trim": 2},
+            ("rounds.quorum", "aggregation.trim", "4", "2"),
+        ),
+        ({"objective__name": "dino", "server_optimiser__ema": 0.5}, ("server_optimiser.ema", "teacher", "0.5")),
+        ({"server_optimiser__name": "nesterov", "server_optimiser__momentum": 0.0}, ("server_optimiser.momentum", "nesterov", "0")),
         ({"site_weights__Site_A": 2.0}, ("site", "'Site_A'")),
     ],
 )

@@ -8,7 +8,8 @@ from rich.console import Console
 from pathfed_common.errors import HostError, PathfedError
 from pathfed_common.plan import Plan, load_plan
 from pathfed_local.consortium import Hospital
-from pathfed_local.demo import MARK, Demo, DemoOptions, _fresh, _listed_patients, _plan_text
+from pathfed_local.demo import MARK, Demo, DemoOptions, _listed_patients, _plan_text
+from pathfed_local.folders import fresh_folder
 from pathfed_local.plans import demo_plan
 from pathfed_local.view import SiteLine, View
 
@@ -80,14 +81,15 @@ def test_patients_are_counted_as_the_scan_counts_them(tmp_path):
 
 
 def test_an_earlier_demo_is_replaced_and_anything_else_left_as_it_is(tmp_path):
-    out = _fresh(tmp_path / "out")
+    out = fresh_folder(tmp_path / "out", MARK, "a demo")
     (out / "old").write_text("old")
-    assert _fresh(out) == out.resolve()
+    assert fresh_folder(tmp_path / "out", MARK, "a demo") == out.resolve()
     assert [path.name for path in out.iterdir()] == [MARK]
     (out / MARK).unlink()
     (out / "mine").write_text("mine")
-    with pytest.raises(HostError, match="PF904"):
-        _fresh(out)
+    for taken in (out, out / "mine"):
+        with pytest.raises(HostError, match=r"PF904.*not a demo"):
+            fresh_folder(taken, MARK, "a demo")
     assert (out / "mine").read_text() == "mine"
 
 

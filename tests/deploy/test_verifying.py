@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from release_fixtures import ReleaseScene
 from pathfed_common import model
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, HostError, ProvenanceError
+from pathfed_common.plan import Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import ServerCard
 from pathfed_common.provenance.keys import SigningKey
@@ -23,28 +24,44 @@ from pathfed_common.provenance.release import MODEL_KEY, RELEASE
 from pathfed_common.provenance.verify import Verdict
 from pathfed_local.trusting import trusted_keys
 from pathfed_local.verifying import Status, find_record, summary
+from pathfed_server.rounds.released import released_chunks
 from pathfed_server.rounds.replay import replay_states
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A record whose states are the aggregate of its updates."""
-    work = tmp_path_factory.mktemp("run")
     with small_preset():
-        made = Scene(small_plan())
-        generator = torch.Generator().manual_seed(7)
-        for index, names in TAKES_PART.items():
-            for site in names:
-                drawn = {name: torch.randn(shape, generator=generator) for name, shape in model.update_shapes(made.plan).items()}
-                made.updates[index, site] = weights.dump(drawn, {})
-        updates = write_files(work / "updates", {f"{index}-{site}": data for (index, site), data in made.updates.items()})
-        first = work / "first.safetensors"
-        first.write_bytes(weights.dump(model.initial_state(made.plan), {}))
-        (work / "made").mkdir()
-        sites = [[site for site in SITES if site in TAKES_PART[index]] for index in range(1, ROUNDS + 1)]
-        for index, state in replay_states(made.plan, sites, lambda i, site: updates / f"{i}-{site}", first=first, work=work / "made"):
-            made.states[index] = weights.load(state.read_bytes())
-        yield made
+        yield _aggregated(small_plan(), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """The same with a running average, and weights by norm."""
+    change = {"server_optimiser": {"ema": 0.75}, "aggregation": {"rule": "norm_weighted"}}
+    with small_preset():
+        yield _aggregated(Plan.model_validate({**small_plan().model_dump(), **change}), tmp_path_factory.mktemp("run"))
+
+
+def _aggregated(plan: Plan, work: Path) -> Scene:
+    made = Scene(plan)
+    generator = torch.Generator().manual_seed(7)
+    for index, names in TAKES_PART.items():
+        for site in names:
+            drawn = {name: torch.randn(shape, generator=generator) for name, shape in model.update_shapes(plan).items()}
+            made.updates[index, site] = weights.dump(drawn, {})
+    updates = write_files(work / "updates", {f"{index}-{site}": data for (index, site), data in made.updates.items()})
+    first, files = work / "first.safetensors", work / "made"
+    first.write_bytes(weights.dump(model.initial_state(plan), {}))
+    files.mkdir()
+    sites = [[site for site in SITES if site in TAKES_PART[index]] for index in range(1, ROUNDS + 1)]
+    for found in replay_states(plan, sites, lambda i, site: updates / f"{i}-{site}", first=first, work=files):
+        index = found.round_index
+        made.states[index] = weights.load(found.state.read_bytes())
+        chunks = released_chunks(plan, state=found.state, optimiser=files / f"optimiser-{index}.safetensors")
+        made.averages[index] = b"".join(chunks)
+        made.factors |= {(index, site): factor for site, factor in found.factors.items()}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +146,46 @@ def test_a_replay_finds_a_state_that_is_not_the_aggregate(scene: Scene, places: 
     assert ended == ProvenanceError.exit_status
     error = json.loads(told)["error"]
     assert (error["code"], error["where"]) == ("PF621", record.state_path(2))
+
+
+def test_a_running_average_is_released_and_a_replay_proves_it(averaged: Scene, tmp_path: Path, verify: Any) -> None:
+    folder = write_files(tmp_path / "bundle", ReleaseScene(averaged).files())
+    updates = write_files(tmp_path, _places(averaged.updates))
+    assert any(factor < 1 for factor in averaged.factors.values())
+    ended, told, _ = verify(folder, "--json")
+    assert ended == Status.BOTH_UNPROVEN
+    assert any("running average" in sentence for sentence in json.loads(told)["proven"])
+    assert any("running average" in sentence for sentence in json.loads(told)["not_proven"])
+    ended, told, _ = verify(folder, "--replay", updates, "--json")
+    assert ended == Status.IDENTITIES_UNPROVEN
+    assert any("every state and running average" in sentence for sentence in json.loads(told)["proven"])
+    card = (folder / "encoder" / "README.md").read_text()
+    assert "a running average, which kept 0.75 of itself" in card
+    assert "the round's median" in card
+
+
+@pytest.mark.parametrize("what", ["average", "factor"])
+def test_a_replay_finds_an_average_and_a_factor_that_the_updates_do_not_give(
+    what: str, averaged: Scene, tmp_path: Path, verify: Any
+) -> None:
+    """Signed consistently, such a record verifies without a replay."""
+    if what == "average":
+        poisoned = weights.load(averaged.averages[ROUNDS])
+        poisoned["norm.bias"] = poisoned["norm.bias"] + 1e-3
+        crooked = replace(averaged, averages={**averaged.averages, ROUNDS: weights.dump(poisoned, {"format": "pt"})})
+    else:
+        crooked = replace(averaged, factors={**averaged.factors, (ROUNDS, "a"): 0.25})
+    folder = write_files(tmp_path / "bundle", ReleaseScene(crooked).files())
+    assert verify(folder)[0] == Status.BOTH_UNPROVEN
+    ended, told, _ = verify(folder, "--replay", write_files(tmp_path, _places(averaged.updates)), "--json")
+    assert ended == ProvenanceError.exit_status
+    error = json.loads(told)["error"]
+    assert (error["code"], error["where"]) == ("PF621", record.state_path(ROUNDS))
+    assert what in error["value"]
+
+
+def _places(updates: Mapping[tuple[int, str], bytes]) -> dict[str, bytes]:
+    return {f"round-{index:04d}/{site}.safetensors": data for (index, site), data in updates.items()}
 
 
 def test_a_replay_wants_every_update_as_it_was_signed(scene: Scene, places: Path, tmp_path: Path, verify: Any) -> None:

@@ -185,7 +185,7 @@ def test_rounds_and_participants_are_in_the_database(demo) -> None:
     rows = json.loads(_run("pathfed-server", "rounds", "demo", "--home", out / "server", "--json").stdout)
     assert [row["state"] for row in rows] == ["committed"] * ROUNDS
     assert all(len(row["sites"]) == SITES for row in rows)
-    (run,) = json.loads(_run("pathfed-server", "run", "status", "demo", "--home", out / "server", "--json").stdout)
+    run = json.loads(_run("pathfed-server", "run", "status", "demo", "--home", out / "server", "--json").stdout)
     assert run["state"] == "finished"
 
 

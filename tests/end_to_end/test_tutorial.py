@@ -83,7 +83,7 @@ def test_the_commands_of_the_tutorial_lead_to_a_verified_record(tmp_path, wait_f
             return len(store.approvals(Digest(plan)))
 
     def state_of_run() -> str:
-        return str(asked("pathfed-server run status first --home by-hand/server")[0]["state"])
+        return str(asked("pathfed-server run status first --home by-hand/server")["state"])
 
     def stay(line: str) -> None:
         with (tmp_path / f"stay-{len(started)}.log").open("wb") as log:

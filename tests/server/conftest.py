@@ -9,6 +9,7 @@ import pytest
 from command_fixtures import Done, run_main, small_disk
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from database_fixtures import backend, empty_url, migrated_postgres, migrated_sqlite, postgres, store, url
 
 from pathfed_common.digest import Digest
 from pathfed_common.ids import SiteName
@@ -18,7 +19,7 @@ from pathfed_common.units import UtcSeconds
 from pathfed_server import app, cli
 from pathfed_server.home import ServerHome
 
-__all__ = ["run_main", "small_disk"]
+__all__ = ["backend", "empty_url", "migrated_postgres", "migrated_sqlite", "postgres", "run_main", "small_disk", "store", "url"]
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 import pytest
+from alembic import command
+from sqlalchemy import create_engine
 
 from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, PathfedError, RoundError
@@ -8,7 +10,8 @@ from pathfed_common.provenance.documents import REVOCATION, Decision, SiteCard, 
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_leaves import rotate_key
 from pathfed_common.units import UtcSeconds
-from pathfed_server import app
+from pathfed_server import app, orders
+from pathfed_server.db import database
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds.state import Checkpoint, RunState
 from pathfed_server.words import record_word
@@ -37,7 +40,6 @@ def test_sites_approve_and_a_run_is_planned_over_them(server_home, plan_file, me
             app.add_word(server_home.root, site.approve(plan.digest))
     run = app.start_run(server_home.root, plan.digest[:15], RunName("run-1"), [])
     assert (run.state, run.sites, run.plan) == (RunState.PLANNED, ("site-a", "site-b"), plan.digest)
-    assert app.round_rows(server_home.root, RunName("run-1")) == []
 
 
 def code(call, *arguments) -> str:
@@ -131,9 +133,9 @@ def test_a_site_that_replaced_the_key_it_approved_with_is_in_no_run_that_would_n
         app.add_site(root, site.card)
         app.add_word(root, site.approve(plan.digest))
     app.start_run(root, plan.digest, RunName("run-1"), [SiteName("site-a"), SiteName("site-b")])
-    app.stop_run(root, RunName("run-1"))
+    orders.stop_run(root, RunName("run-1"))
     rotate(server_home, sites[0])
-    assert code(app.resume_run, root, RunName("run-1")) == "PF532"
+    assert code(orders.resume_run, root, RunName("run-1")) == "PF532"
     assert app.start_run(root, plan.digest, RunName("run-2"), []).sites == ("site-b", "site-c")
     assert code(app.start_run, root, plan.digest, RunName("run-3"), [SiteName("site-a"), SiteName("site-b")]) == "PF532"
     rotate(server_home, sites[2])
@@ -151,7 +153,7 @@ def test_a_site_that_takes_part_no_more_does_not_hold_up_a_resumption(server_hom
         app.add_site(root, site.card)
         app.add_word(root, site.approve(plan.digest))
     app.start_run(root, plan.digest, run, [])
-    app.stop_run(root, run)
+    orders.stop_run(root, run)
     last = sites[2]
     key = rotate(server_home, last)
     with SqlStore(server_home.database_url) as store:
@@ -161,17 +163,17 @@ def test_a_site_that_takes_part_no_more_does_not_hold_up_a_resumption(server_hom
             approval = digest.of_bytes(last.approve(plan.digest).read_bytes())
             word = Decision(site=last.name, plan=plan.digest, kind=REVOCATION, approval=approval, reason="", decided_at=UtcSeconds(1.0))
             record_word(store, word.to_bytes(key), by="operator")
-        assert code(app.resume_run, root, run) == "PF532", "its record, once begun, would not verify"
+        assert code(orders.resume_run, root, run) == "PF532", "its record, once begun, would not verify"
         store.reopen_run(run, at=2.0)
         store.begin_attempt(run, at=2.0)
         name = digest.of_bytes(b"state")
         first = Checkpoint(round_index=0, state=name, state_path="s", state_bytes=1, optimiser=name, optimiser_path="o", optimiser_bytes=1)
         store.commit_initial(run, 1, first, at=2.0)
-    app.stop_run(root, run)
-    app.resume_run(root, run)
-    app.stop_run(root, run)
+    orders.stop_run(root, run)
+    orders.resume_run(root, run)
+    orders.stop_run(root, run)
     rotate(server_home, sites[0])
-    assert code(app.resume_run, root, run) == "PF532", "this one still takes part"
+    assert code(orders.resume_run, root, run) == "PF532", "this one still takes part"
 
 
 def rotate(home, site) -> SigningKey:
@@ -201,3 +203,22 @@ def test_a_plan_file_that_is_no_text_is_unreadable(tmp_path):
     (tmp_path / "plan.toml").write_bytes(b"\xff\xfe\x00")
     assert code(app.read_plan, tmp_path / "plan.toml") == "PF101"
     assert code(app.read_plan, tmp_path / "none.toml") == "PF904"
+
+
+def test_a_server_that_starts_brings_an_older_database_to_its_schema(server_home):
+    """It is stopped by a key that others may read, the first thing it looks at afterwards."""
+    place = server_home.root / "pathfed.db"
+    place.unlink()
+    engine = create_engine(server_home.database_url)
+    with engine.begin() as connection:
+        command.upgrade(database.alembic_config(connection), "0001")
+    engine.dispose()
+    server_home.tls_key.chmod(0o644)
+    with pytest.raises(HostError, match="PF906"):
+        app.serve(server_home.root, lambda line: None)
+    with SqlStore(server_home.database_url) as store:
+        assert store.runs() == []
+    place.unlink()
+    with pytest.raises(RoundError, match="PF512"):
+        app.serve(server_home.root, lambda line: None)
+    assert not place.exists()

@@ -13,16 +13,18 @@ from pathfed_server.transport.certificates import make_tls
 
 STATUS = {kind.family: kind.exit_status for kind in PathfedError.__subclasses__()}
 COMMANDS = (
-    *(("init",), ("start",), ("rounds",), ("invite",), ("audit",)),
-    *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "list")),
+    *(("init",), ("start",), ("rounds",), ("events",), ("invite",), ("audit",)),
+    *(("sites", name) for name in ("add", "pending", "admit", "refuse", "approval", "revoke", "reinstate", "list")),
     *(("operators", name) for name in ("key", "add", "remove", "list")),
     *(("ca", name) for name in ("show", "renew", "rotate", "finish")),
     *(("plan", name) for name in ("check", "publish", "list", "key", "cosign", "collect")),
     ("encoder", "import"),
     ("lineage",),
+    *(("quarantine", name) for name in ("list", "show", "release")),
     *(("log", name) for name in ("show", "checkpoint", "leaves", "verify")),
-    *(("run", name) for name in ("start", "stop", "resume", "status", "report")),
+    *(("run", name) for name in ("start", "pause", "resume", "stop", "drain", "sites", "status", "report")),
     *(("release", name) for name in ("create", "list")),
+    *(("notify", name) for name in ("status", "test")),
 )
 
 
@@ -68,7 +70,7 @@ def test_an_operator_goes_from_init_to_a_planned_run(server_cli, tmp_path, plan_
     assert server_cli("run", "stop", "run-1", *home).json["state"] == "stopped"
     assert server_cli("run", "status", *home).json[0]["state"] == "stopped"
     assert server_cli("run", "resume", "run-1", *home).status == 0
-    assert server_cli("run", "status", "run-1", *home).json[0]["state"] == "planned"
+    assert server_cli("run", "status", "run-1", *home).json["state"] == "planned"
     assert server_cli("rounds", "run-1", *home).json == []
     assert server_cli("sites", "revoke", "site-b", *home).status == 0
     assert [row["state"] for row in server_cli("sites", "list", *home).json] == ["enrolled", "revoked"]

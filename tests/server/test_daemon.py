@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pathfed_common import digest
+from pathfed_common import digest, files
 from pathfed_common.errors import ErrorCode, HostError, RoundError
 from pathfed_common.ids import RunName
 from pathfed_common.processes import ProcessEnd, accepts_connections
@@ -66,12 +66,16 @@ def started(home: ServerHome, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 def test_a_server_serves_alone_and_ends_all_it_started(server_home, tmp_path):
     log = tmp_path / "server.log"
+    secret = server_home.root / "keys" / "pager.secret"
+    files.write_atomic(secret, b"0123456789abcdef", secret=True)
+    (server_home.root / "notify.toml").write_text(f'[webhook.pager]\nurl = "http://127.0.0.1/"\nsecret_file = "{secret}"\n')
     with started(server_home, log) as process:
         ports = json.loads(server_home.ports_file.read_text())
         assert ports["pid"] == process.pid
         assert accepts_connections("127.0.0.1", server_home.settings.fleet_port)
         children = descendants(process.pid)
         assert len(children) >= 3
+        assert any(b"notifying.notifier" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
         second = subprocess.run(command(server_home), capture_output=True, text=True, timeout=60, check=False)
         assert (second.returncode, json.loads(second.stdout.splitlines()[-1])["error"]["code"]) == (19, "PF902")

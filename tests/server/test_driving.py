@@ -14,7 +14,7 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -42,6 +42,8 @@ from pathfed_server.db.rows import CertificateRow, EnrolmentRow
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.encoders import StoredEncoder, import_checkpoint
 from pathfed_server.home import ServerHome
+from pathfed_server.rounds import uploads
+from pathfed_server.rounds.files import RunFiles
 from pathfed_server.transport.flower_control import node_key
 
 CHILD = "from pathfed_server.driving import end_with_parent; import time; end_with_parent(); print('ready', flush=True); time.sleep(600)"
@@ -80,13 +82,13 @@ class Site:
 
     member: Any
     plan: Plan
-    server: Any
+    home: ServerHome
     last: bytes | None = None
     rounds: int = 0
 
     def answer(self, message: Message) -> Message:
         envelope = cast(bytes, message.content.config_records[wire.OFFER][wire.ENVELOPE])
-        offer = RoundOffer.from_bytes(dsse.open_envelope(envelope, payload_type=OFFER_TYPE, keys=self.server))
+        offer = RoundOffer.from_bytes(dsse.open_envelope(envelope, payload_type=OFFER_TYPE, keys=self.home.evidence_key.public))
         mechanism, privacy = self.plan.mechanism(8), self.plan.privacy
         random = torch.Generator().manual_seed(offer.round_index)
         update = {
@@ -124,12 +126,8 @@ class Site:
             issued_at=UtcSeconds(offer.offered_at),
         )
         self.last = statement.to_envelope(self.member.key)
-        bulk = Array(dtype="uint8", shape=(len(data),), stype=wire.BULK_STYPE, data=data)
-        replied: dict[str, Any] = {
-            wire.REPLY: ConfigRecord({wire.CODE: "", wire.ENVELOPE: self.last}),
-            wire.BULK: ArrayRecord({wire.BYTES: bulk}),
-        }
-        return Message(RecordDict(replied), reply_to=message)
+        uploads.arrived(RunFiles(self.home.root, offer.run).incoming(offer.round_index), self.member.name).write_bytes(data)
+        return Message(RecordDict({wire.REPLY: ConfigRecord({wire.CODE: "", wire.ENVELOPE: self.last})}), reply_to=message)
 
 
 @dataclass
@@ -204,8 +202,7 @@ def started(here: None, server_home: ServerHome, plan_file: Path, member: Callab
         app.add_site(server_home.root, one.card)
         app.add_word(server_home.root, one.approve(plan.digest))
     app.start_run(server_home.root, plan.digest, RUN, [one.name for one in members])
-    key = server_home.evidence_key.public
-    return Started(server_home, plan, [Site(one, plan, key) for one in members], start)
+    return Started(server_home, plan, [Site(one, plan, server_home) for one in members], start)
 
 
 def test_a_run_starts_from_the_encoder_that_its_plan_names_and_its_record_verifies(started: Started) -> None:

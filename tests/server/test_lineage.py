@@ -8,6 +8,7 @@ from pathfed_common.provenance import record
 from pathfed_common.provenance.record import FileEntry, Manifest
 from pathfed_server import app
 from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.rounds.machine import RoundEvent
 from pathfed_server.rounds.state import Checkpoint, Participation, ParticipationState, RoundOpening, RoundResult, RoundTimes
 
 AT = 1_700_000_000.5
@@ -60,6 +61,9 @@ def carry_out(home, plan, name: str, rounds: list[list[str]]) -> digest.Digest:
                 committed_at=AT + index,
                 times=RoundTimes(),
             )
+            for row in result.participations:
+                store.note_participation(run, 1, index, row, at=AT)
+            store.advance_round(run, 1, index, RoundEvent.ADMIT, at=AT)
             store.commit_round(result, envelopes)
         store.finish_run(run, 1, at=AT)
     folder = home.record(run)

@@ -106,9 +106,9 @@ def test_a_replay_of_the_retained_updates_gives_every_state_of_the_loop(server_h
         work=tmp_path,
     )
     rounds = 0
-    for index, state in states:
-        assert state.read_bytes() == (folder / record.state_path(index)).read_bytes()
-        rounds = index
+    for replayed in states:
+        rounds = replayed.round_index
+        assert replayed.state.read_bytes() == (folder / record.state_path(rounds)).read_bytes()
     assert rounds == 3
 
 

@@ -16,6 +16,7 @@ from pathfed_client.egress.outlet import Outlet
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_common.plan import Plan
 from pathfed_common.protocol.messages import RoundOffer
 from pathfed_common.provenance.documents import Approval
@@ -37,11 +38,17 @@ class Run:
     server: RealServer
     name: RunName
     plan: Plan
-    state: bytes = field(repr=False)
+    digest: Digest
+    size: int
+    state: bytes = field(default=b"", repr=False)
 
     @classmethod
-    def begin(cls, server: RealServer, name: str, plan: Plan, sites: list[str], state: bytes, *, most_bytes: int = 2**30) -> "Run":
-        made = cls(server, RunName(name), plan, state)
+    def begin(cls, server: RealServer, name: str, plan: Plan, sites: list[str], state: bytes | Path, *, most_bytes: int = 2**30) -> "Run":
+        """A run whose initial state has these bytes, or is this file, which moves."""
+        if isinstance(state, bytes):
+            made = cls(server, RunName(name), plan, digest.of_bytes(state), len(state), state)
+        else:
+            made = cls(server, RunName(name), plan, file_digest(state), state.stat().st_size)
         names = [SiteName(site) for site in sites]
         for site in names:
             given = ApprovalRow(
@@ -59,12 +66,15 @@ class Run:
         attempt = server.store.begin_attempt(made.name, at=1.0).attempt
         files = made.files
         files.prepare(0)
-        files.state(0).write_bytes(state)
+        if isinstance(state, bytes):
+            files.state(0).write_bytes(state)
+        else:
+            state.rename(files.state(0))
         first = Checkpoint(
             round_index=0,
             state=made.digest,
             state_path=files.relative(files.state(0)),
-            state_bytes=len(state),
+            state_bytes=made.size,
             optimiser=digest.of_bytes(b"optimiser of " + name.encode()),
             optimiser_path="none",
             optimiser_bytes=1,
@@ -83,10 +93,6 @@ class Run:
         uploads.allow(self.incoming, most_bytes)
 
     @property
-    def digest(self) -> Digest:
-        return digest.of_bytes(self.state)
-
-    @property
     def files(self) -> RunFiles:
         return RunFiles(self.server.home.root, self.name)
 
@@ -101,7 +107,7 @@ class Run:
             "round_index": 1,
             "plan": self.plan.digest,
             "base_state": self.digest,
-            "base_state_bytes": len(self.state),
+            "base_state_bytes": self.size,
             "offered_at": 1.0,
             "deadline": deadline,
         }
@@ -110,7 +116,7 @@ class Run:
     def decided(self, site: str) -> None:
         """The outcome for a site is no longer open."""
         row = Participation(site=SiteName(site), state=ParticipationState.SILENT, code="PF515", offered_at=1.0)
-        self.server.store.note_participation(self.name, 1, 1, row)
+        self.server.store.note_participation(self.name, 1, 1, row, at=1.0)
 
 
 def bulk_of(site: Site, **options: object) -> SiteBulk:

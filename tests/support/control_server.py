@@ -84,6 +84,7 @@ class ControlServer:
     cosigned: list[tuple[int, bytes]] = field(default_factory=list)
     serials: set[int] = field(default_factory=set)
     renew_wanted: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
     secrets: list[bytes] = field(default_factory=lambda: [bytes(range(32))], repr=False)
     cards: list[SiteCard] = field(default_factory=list)
     log: Log = field(init=False)
@@ -214,7 +215,7 @@ class ControlServer:
 
     def _report(self, request: Any) -> Any:
         now = datetime.datetime.now(datetime.UTC).timestamp()
-        return pb.ReportReply(now=now, certificate_until=now + 1000, log_size=len(self.log.leaves), renew=self.renew_wanted)
+        return pb.ReportReply(now=now, certificate_until=now + 1000, log_size=len(self.log.leaves), renew=self.renew_wanted, **self.told)
 
     def _getcheckpoint(self, request: Any) -> Any:
         if not self.log.leaves:

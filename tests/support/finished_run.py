@@ -22,8 +22,9 @@ from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
 from pathfed_server.provenance.log_keeper import LogKeeper
 from pathfed_server.provenance.recorder import Recorder
-from pathfed_server.rounds.loop import RunSettings, run_rounds
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.loop import run_rounds
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
+from pathfed_server.rounds.settings import RunSettings
 
 _DIGEST = digest.of_bytes(b"anything")
 
@@ -51,8 +52,9 @@ class SigningSites:
     last: dict[SiteName, bytes] = field(default_factory=dict)
     rounds: dict[SiteName, int] = field(default_factory=dict)
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         for sent in offers:
+            sending(sent.site)
             payload = dsse.open_envelope(sent.envelope, payload_type=OFFER_TYPE, keys=self.server.public)
             offer = RoundOffer.from_bytes(payload)
             path = spool / f"{offer.site}.part"

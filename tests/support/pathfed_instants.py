@@ -36,7 +36,10 @@ POINTS: dict[str, dict[str, tuple[str, str]]] = {
         "push_message": ("update travels", "update handed over"),
         "push_task_output": ("", "answered"),
     },
-    "flwr.supernode.start_client_internal": {"pull_objects": ("SuperNode receives", ""), "push_objects": ("SuperNode sends", "")},
+    "flwr.supernode.start_client_internal": {
+        "pull_objects": ("SuperNode receives", ""),
+        "push_object_contents_from_iterable": ("SuperNode sends", ""),
+    },
     "pathfed_client.answering": {
         "SiteAnswerer._charge": ("before the charge", "charged"),
         "SiteAnswerer._draw": ("training", "trained"),

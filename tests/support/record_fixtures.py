@@ -109,6 +109,9 @@ class Scene:
     #: States by round and updates by round and site, where a test has real ones.
     states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     updates: dict[tuple[int, str], bytes] = field(default_factory=dict)
+    #: Files of the running average by round, where the plan releases that, and factors of weights, where a test has real ones.
+    averages: dict[int, bytes] = field(default_factory=dict)
+    factors: dict[tuple[int, str], float] = field(default_factory=dict)
 
     @property
     def trusted(self) -> TrustedKeys:
@@ -147,7 +150,7 @@ class Scene:
         last_state = weights.load(states[-1])
         encoder = ReleasedEncoder(self.plan, Held(last_state))
         released = {name: encoder.read(name, 0, prod(shape)).view(shape) for name, shape in encoder.shapes.items()}
-        made[record.ENCODER] = weights.dump(released, {"format": "pt"})
+        made[record.ENCODER] = self._average(ROUNDS) if self.plan.server_optimiser.ema else weights.dump(released, {"format": "pt"})
         made[record.ENCODER_CONFIG] = digest.canonical(model.timm_config(self.plan))
         made = files(made)
         entries = [FileEntry(path=path, digest=digest.of_bytes(data), size=len(data)) for path, data in sorted(made.items())]
@@ -174,6 +177,13 @@ class Scene:
         drawn = {name: torch.randn(shape, generator=generator) for name, shape in model.state_shapes(self.plan).items()}
         kept = {name for name in drawn if not is_trained(name.removeprefix(model.TEACHER_PREFIX))}
         return drawn | {name: tensor for name, tensor in (self._state(0) if kept else {}).items() if name in kept}
+
+    def _average(self, index: int) -> bytes:
+        if index in self.averages:
+            return self.averages[index]
+        generator = torch.Generator().manual_seed(100 + index)
+        shapes = model.encoder_spec(self.plan).shapes()
+        return weights.dump({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, {"format": "pt"})
 
     def _update(self, index: int, site: str) -> bytes:
         return self.updates.get((index, site), f"update of {site} in round {index}".encode())
@@ -211,6 +221,7 @@ class Scene:
                 update_bytes=len(self._update(index, site)),
                 statement=digest.of_bytes(envelope),
                 weight=raw[site] / sum(raw.values()),
+                factor=self.factors.get((index, site), 1.0),
                 rounding=0.0,
             )
             for site, envelope in envelopes.items()
@@ -229,6 +240,7 @@ class Scene:
             offered_at=UtcSeconds(1.7e9 + index),
             deadline=UtcSeconds(1.7e9 + index + 600),
             committed_at=UtcSeconds(1.7e9 + index + 30),
+            average=digest.of_bytes(self._average(index)) if self.plan.server_optimiser.ema else None,
             times=ServerTimes(exchange_s=20.0, transfer_s=1.0, admission_s=0.5, aggregation_s=0.1, step_s=0.1),
         )
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from answering_site import Clock
+from answering_site import Clock, LocalBulk
 
 from pathfed_client.answering import SiteAnswerer
 from pathfed_client.budget.ledger import Ledger
@@ -51,16 +51,17 @@ def stay_in(moment: str) -> None:
 
 def main(home: SiteHome, offer: bytes, base_state: bytes, moment: str) -> None:
     """Answer the offer as the runner does, under its lock."""
-    clock = Clock()
+    clock, bulk = Clock(), LocalBulk(home)
+    bulk.holds = base_state
     if moment in MOMENTS:
         stay_in(moment)
     sleep = clock.sleep if moment != WAITING else lambda seconds: stay(moment)
     with (
         hold(home, "runner"),
         closing(SiteStore(home.database)) as store,
-        closing(SiteAnswerer(home, store, now=clock.now, sleep=sleep)) as answer,
+        closing(SiteAnswerer(home, store, lambda outlet: bulk, now=clock.now, sleep=sleep)) as answer,
     ):
-        print("answered", answer(offer, base_state).code, flush=True)
+        print("answered", answer(offer).code, flush=True)
 
 
 if __name__ == "__main__":

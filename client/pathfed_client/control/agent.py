@@ -8,6 +8,7 @@ stops it is the site's own ledger, and that the server offers nothing.
 Run as `python -m pathfed_client.control.agent HOME [TUNNEL_PORT]`.
 """
 
+import json
 import logging
 import random
 import sys
@@ -222,6 +223,8 @@ class Agent:
                 "server_now": str(report.now),
                 "certificate_until": str(report.certificate_until),
                 "log_size": str(report.log_size),
+                "suspended": "yes" if report.suspended else "",
+                "outcomes": json.dumps([vars(outcome) for outcome in report.outcomes]),
             }
         )
 

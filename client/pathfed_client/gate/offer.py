@@ -74,18 +74,6 @@ def check_deadline(offer: RoundOffer, now: float) -> None:
         )
 
 
-def check_base_state(offer: RoundOffer, base_state: bytes) -> None:
-    """Check that the base state is the one the offer names.
-
-    Raises:
-        TransportError: PF408, other bytes.
-    """
-    if len(base_state) != offer.base_state_bytes or not digest.equal(digest.of_bytes(base_state), offer.base_state):
-        raise TransportError(
-            ErrorCode.BASE_STATE_MISMATCH, "the base state's bytes are not those the offer names", value=digest.short(offer.base_state)
-        )
-
-
 def check_order(offer: RoundOffer, last_round: int | None, last_update_of_round: Digest | None) -> None:
     """Check that the offer is for a round this site has not answered: a run only goes forward.
 

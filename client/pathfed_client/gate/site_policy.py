@@ -46,7 +46,7 @@ class SitePolicy(Settings):
     #: Most memory of the machine that each of the client's computing processes may take, GB (10^9 bytes). Left out: all of it.
     memory_gb: float | None = Field(default=None, ge=1, le=100_000)
     #: Most that the client sends to the server, Mbit/s (10^6 bits), over all connections. Left out: as much as the line takes.
-    #: Flower gives up a part of 5 MB that takes too long, hence the lower bound.
+    #: Mind the plans' deadlines: an update of 2 GB takes 53 minutes at 5 Mbit/s.
     bandwidth_mbit_s: float | None = Field(default=None, ge=0.5, le=1_000_000)
     #: Most disk that base states of earlier rounds may take, GB (10^9 bytes); the one of the present round is kept whatever it takes. Their
     #: unchanged parts need not travel again.

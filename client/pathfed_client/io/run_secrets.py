@@ -9,7 +9,9 @@ Guarantees:
     - **A later theft denoises nothing.** `advance` is called once a round's sealed update is durable; the secret it was made with is then
       overwritten and gone. The root moves on with every fork, so that what is on the disk gives no earlier secret of any run.
     - **A crash changes nothing.** Until `advance`, `current` gives the same secret, so a recomputed round is the same release. Each step
-      replaces a file whole or not at all. A crash in the middle of a fork loses a secret that was never used.
+      replaces a file whole or not at all. A crash in the middle of a fork leaves a run that names the root it came from: before its
+      secret is given out, the root moves on. A crash between replacing a secret and overwriting the old one leaves the old one under a
+      second name, by which it is overwritten when the folder is opened.
     - **A past round is refused**, never recomputed with other noise under the same name.
     - `secret_id` names a secret without giving it away. Put it into what names the release: where a chain was lost and forked anew,
       the same round is then another release with a charge of its own.
@@ -19,6 +21,7 @@ be back. Overwriting reaches the old blocks on file systems that write in place;
 encryption has to do the rest.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -54,8 +57,7 @@ class RunSecrets:
         """Open a folder made by `create`; what a crash left half-written there is erased."""
         self._folder = folder
         for part in folder.glob(".*.part"):
-            _erase(part)
-            part.unlink()
+            _drop(part)
 
     @classmethod
     def create(cls, folder: Path, *, root: bytes | None = None) -> Self:
@@ -119,6 +121,18 @@ class RunSecrets:
             raise ValueError(f"run {run!r} has no chain: no round of it was trained here")
         self._forward(run, link, round_index + 1)
 
+    def settle(self, run: RunName, round_index: int) -> None:
+        """Erase a sealed round's secret, where a crash came before `advance` could; nothing to do where it, or the whole chain, is gone.
+
+        Raises:
+            HostError: PF906 or another PF9xx, see `current`.
+            ValueError: round_index is below 1, or the run's name is not one.
+        """
+        _check_round(round_index)
+        link = self._read(run)
+        if link is not None:
+            self._forward(run, link, round_index + 1)
+
     def _forward(self, run: RunName, link: _Link, round_index: int) -> _Link:
         if link.round_index >= round_index:
             return link
@@ -128,14 +142,24 @@ class RunSecrets:
         return link
 
     def _fork(self, run: RunName) -> _Link:
-        """Start a run's chain. The root moves on *first*: a crash in between loses a secret that nobody has used."""
+        """Start a run's chain: its file first, which names the root, then the next root. Nobody has the secret before both are there."""
+        root = self._root()
+        link = _Link(1, hkdf(root, salt=_SALT, info=b"run" + digest.canonical(run)))
+        self._write(run, link, forked_from=secret_id(root))
+        self._leave(secret_id(root))
+        return link
+
+    def _root(self) -> bytes:
         root = files.read_secret(self._folder / _ROOT)
         if len(root) != SECRET_BYTES:
             raise HostError(ErrorCode.KEY_FILE, "the root secret is not 32 bytes long", where=self._folder / _ROOT)
-        link = _Link(1, hkdf(root, salt=_SALT, info=b"run" + digest.canonical(run)))
-        _replace(self._folder / _ROOT, _next(root))
-        self._write(run, link)
-        return link
+        return root
+
+    def _leave(self, forked_from: Digest) -> None:
+        """Move the root on, where it is still the one that a run came from."""
+        root = self._root()
+        if secret_id(root) == forked_from:
+            _replace(self._folder / _ROOT, _next(root))
 
     def _read(self, run: RunName) -> _Link | None:
         path = self._path(run)
@@ -143,16 +167,20 @@ class RunSecrets:
             return None
         try:
             raw = json.loads(files.read_secret(path))
-            link = _Link(raw["round"], bytes.fromhex(raw["secret"]))
+            link, forked_from = _Link(raw["round"], bytes.fromhex(raw["secret"])), raw.get("forked_from")
             if raw["run"] != run or not isinstance(link.round_index, int) or link.round_index < 1 or len(link.secret) != SECRET_BYTES:
                 raise ValueError("fields out of bounds")
         except (ValueError, TypeError, KeyError):
             # Nothing of the file's content is shown.
             raise HostError(ErrorCode.KEY_FILE, "not the secret of this run", where=path) from None
+        if forked_from is not None:
+            self._leave(forked_from)
         return link
 
-    def _write(self, run: RunName, link: _Link) -> None:
-        _replace(self._path(run), digest.canonical({"run": run, "round": link.round_index, "secret": link.secret.hex()}))
+    def _write(self, run: RunName, link: _Link, *, forked_from: Digest | None = None) -> None:
+        """Write a run's file. `forked_from`: the root it came from, while that may still be there; later rounds say nothing of it."""
+        content = {"run": run, "round": link.round_index, "secret": link.secret.hex()}
+        _replace(self._path(run), digest.canonical(content if forked_from is None else {**content, "forked_from": forked_from}))
 
     def _path(self, run: RunName) -> Path:
         return self._folder / f"run-{run_name(run)}.secret"
@@ -177,14 +205,26 @@ def _replace(path: Path, data: bytes) -> None:
     if not path.exists():
         files.write_atomic(path, data, secret=True)
         return
-    with path.open("r+b") as old:
-        files.write_atomic(path, data, secret=True)
-        _overwrite(old.fileno())
+    second = path.with_name(f".{path.name}.old.part")
+    try:
+        _drop(second)
+        with path.open("r+b") as old:
+            with contextlib.suppress(OSError):  # a file system without links: there, a crash leaves the old blocks
+                os.link(path, second)
+            files.write_atomic(path, data, secret=True)
+            _overwrite(old.fileno())
+        second.unlink(missing_ok=True)
+    except OSError as error:
+        raise files.disk_error(error, path) from error
 
 
-def _erase(path: Path) -> None:
-    with path.open("r+b") as file:
-        _overwrite(file.fileno())
+def _drop(part: Path) -> None:
+    """Remove what a crash left; its blocks are overwritten, unless they are those of a secret that counts, under a second name."""
+    with contextlib.suppress(FileNotFoundError):
+        if part.stat().st_nlink == 1:
+            with part.open("r+b") as file:
+                _overwrite(file.fileno())
+        part.unlink()
 
 
 def _overwrite(handle: int) -> None:

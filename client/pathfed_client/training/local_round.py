@@ -265,12 +265,12 @@ def load_state(objective: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = objective.state_dict()
     if set(own) != set(state):
         raise ValueError(f"the state's names differ from the objective's in {sorted(set(own) ^ set(state))[:5]}")
-    wrong = next((name for name in own if own[name].shape != state[name].shape), None)
-    if wrong is not None:
-        raise ValueError(f"tensor {wrong!r} must have shape {tuple(own[wrong].shape)}, got {tuple(state[wrong].shape)}")
-    shared = next((name for name in own if own[name].numel() and own[name].data_ptr() == state[name].data_ptr()), None)
-    if shared is not None:
-        raise ValueError(f"tensor {shared!r} of the state is the objective's own: a local step would change it")
+    for name, tensor in own.items():
+        given = state[name]  # once: it may be read from a file
+        if tensor.shape != given.shape:
+            raise ValueError(f"tensor {name!r} must have shape {tuple(tensor.shape)}, got {tuple(given.shape)}")
+        if tensor.numel() and tensor.data_ptr() == given.data_ptr():
+            raise ValueError(f"tensor {name!r} of the state is the objective's own: a local step would change it")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

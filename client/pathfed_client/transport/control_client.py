@@ -3,8 +3,12 @@
 Replies are claims of the server. Whoever uses them checks plans and cards by signature, and the log by `provenance.log_witness`.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -13,10 +17,13 @@ import grpc
 from pathfed_client.egress.entry import EgressKind
 from pathfed_client.egress.outlet import Outlet
 from pathfed_client.transport.channel import Calls, Patience
+from pathfed_common.ids import RunName, run_name
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.provenance.log_witness import PlacedProof
 from pathfed_common.provenance.merkle import Proof
 
+_STATES = ("offered", "admitted", "refused", "silent")
+_MOST_OUTCOMES = 50
 _SERVICE = pb.DESCRIPTOR.services_by_name["Control"].full_name
 
 
@@ -28,6 +35,17 @@ class Issued:
     ca: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundOutcome:
+    """What became of the site in one round, as the server says. `code`: why it does not count; empty: none. Times are UTC seconds."""
+
+    run: RunName
+    round_index: int
+    state: str
+    code: str
+    offered_at: float
+
+
 @dataclass(frozen=True)
 class ServerReport:
     """What the server wants the site to know.
@@ -37,12 +55,26 @@ class ServerReport:
         certificate_until: end of the certificate that the site called with, UTC seconds.
         log_size: leaves in the log.
         renew: the site should renew its certificate now.
+        suspended: the site is asked no more until an operator reinstates it.
+        outcomes: what became of the site in the last rounds that it was asked in, the latest first.
     """
 
     now: float
     certificate_until: float
     log_size: int
     renew: bool
+    suspended: bool = False
+    outcomes: tuple[RoundOutcome, ...] = ()
+
+
+def _outcomes(sent: Iterable[pb.Outcome]) -> Iterator[RoundOutcome]:
+    """Those that can be one, and not more than a few: they are shown to people, and texts of a server are not to be trusted."""
+    for each in islice(sent, _MOST_OUTCOMES):
+        readable = each.state in _STATES and re.fullmatch(r"(PF[0-9]{3})?", each.code) and math.isfinite(each.offered_at)
+        with suppress(ValueError):
+            run = run_name(each.run)
+            if readable:
+                yield RoundOutcome(run=run, round_index=each.round, state=each.state, code=each.code, offered_at=each.offered_at)
 
 
 class ControlClient:
@@ -112,7 +144,14 @@ class ControlClient:
     def report(self, *, software: str, state: str) -> ServerReport:
         """Say what the site is and does."""
         reply = self._calls.call("Report", pb.ReportRequest(software=software, state=state), pb.ReportReply, EgressKind.REPORT)
-        return ServerReport(now=reply.now, certificate_until=reply.certificate_until, log_size=reply.log_size, renew=reply.renew)
+        return ServerReport(
+            now=reply.now,
+            certificate_until=reply.certificate_until,
+            log_size=reply.log_size,
+            renew=reply.renew,
+            suspended=reply.suspended,
+            outcomes=tuple(_outcomes(reply.outcomes)),
+        )
 
     def checkpoint(self, known_size: int) -> tuple[bytes, Proof]:
         """The log's latest checkpoint (empty where the log is), and the proof that it continues the one of `known_size` leaves."""

@@ -20,10 +20,10 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.common.constant import SubStatus
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullAppMessagesResponse, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
@@ -67,7 +67,7 @@ def run(address: str, secret_file: Path, app: ClientApp, refusals: Refusals, *, 
 
 
 def _serve(client: RuntimeHttpClient, app: ClientApp, refusals: Refusals) -> None:
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat = HeartbeatSender(lambda: _beat(client))
     heartbeat.start()
     try:
         message, context, _, bundle = pull_task_input(cast(RuntimeHttpClient, _Impatient(client, _OBJECT_WITHIN_S)))
@@ -77,6 +77,18 @@ def _serve(client: RuntimeHttpClient, app: ClientApp, refusals: Refusals) -> Non
     finally:
         heartbeat.stop()
         client.close()
+
+
+def _beat(client: RuntimeHttpClient) -> bool:
+    """Tell the SuperNode that its task is worked on; whether it knows the task.
+
+    Flower's own function ends the process where it does not. But a SuperNode that was started again knows no task of before, and what is
+    being trained is charged: it is sealed all the same, and sent when the round is offered again.
+    """
+    try:
+        return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+    except httpx.HTTPError:
+        return False
 
 
 class _Impatient:

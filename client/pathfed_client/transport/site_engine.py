@@ -29,7 +29,7 @@ class SiteFiles:
         superexec_secret: secret between SuperNode and runner.
         flower: folder of Flower's own state.
         logs: folder of logs.
-        runner: command of the runner; the SuperNode's address is appended.
+        runner: command of the runner; the SuperNode's address is appended, and then the relay's port for the control plane.
         threads: CPU threads the runner's libraries may use.
         supernode_lock: held by the SuperNode while it lives.
     """
@@ -94,7 +94,7 @@ def start_site(supervisor: Supervisor, files: SiteFiles, ports: RelayPorts) -> N
             restart_delay_s=_SUPERNODE_DELAY_S,
         )
     )
-    runner = [*files.runner, f"{LOOPBACK}:{port}"]
+    runner = [*files.runner, f"{LOOPBACK}:{port}", str(ports.tunnel)]
     threads = {name: str(files.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     supervisor.start(
         ProcessSpec(name="runner", argv=runner, log=files.logs / "runner.log", environment=environment | threads, restarts=_RESTARTS)

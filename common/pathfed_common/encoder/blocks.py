@@ -53,6 +53,7 @@ class FileBlocks:
             OSError: the file cannot be read.
         """
         self._path, self._slots = path, weights.slots(path)
+        self._shapes = {name: slot.shape for name, slot in self._slots.items()}
         for name, slot in self._slots.items():
             if slot.dtype not in _READABLE:
                 raise ValueError(f"tensor {name!r} is {slot.dtype}, blocks are read of {_READABLE}")
@@ -60,7 +61,7 @@ class FileBlocks:
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """See `BlockReader.shapes`."""
-        return {name: slot.shape for name, slot in self._slots.items()}
+        return self._shapes
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """See `BlockReader.read`."""

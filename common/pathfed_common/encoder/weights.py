@@ -175,6 +175,31 @@ def header_bytes(layout: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapp
     return len(text).to_bytes(8, "little") + text
 
 
+class FileTensors(Mapping[str, Tensor]):
+    """A file's tensors by name, each read when it is asked for: of many, one is in memory. The file must not change while it is used."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ValueError: not a file as `dump` writes it.
+            OSError: the file cannot be read.
+        """
+        self._shapes = header(path)
+        self._read = reader(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def _tensor(data: bytes, slot: Slot) -> Tensor:
     if slot.start == slot.end:
         return torch.empty(slot.shape, dtype=slot.dtype)

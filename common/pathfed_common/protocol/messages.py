@@ -1,8 +1,8 @@
 """What server and sites say to each other: round offers and replies.
 
 An offer is signed by the server; a reply carries the site's signed statement, or a code. Messages are canonical JSON; unknown or missing
-keys and any other spelling are refused, so that a message means the same to both sides. Bulk bytes (base states, updates) travel beside
-them and are named by digest. A refusal is a code alone: no text, no value, nothing a patient's data could have shaped.
+keys and any other spelling are refused, so that a message means the same to both sides. Bulk bytes (base states, updates) move over
+the bulk plane and are named by digest. A refusal is a code alone: no text, no value, nothing a patient's data could have shaped.
 """
 
 import json

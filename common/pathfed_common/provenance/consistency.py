@@ -18,10 +18,13 @@ from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval
 from pathfed_common.provenance.record import AdmittedSite, Manifest, RoundRecord
 from pathfed_common.provenance.statement import Privacy, UpdateStatement
+from pathfed_common.turns import whose_turn
 
 #: A stated epsilon may be this much below the recomputed one, for rounding in another build of the accountant.
 EPSILON_SLACK = 1e-6
 _WEIGHT_SLACK = 1e-9
+#: Reasons for which a site may be left out of the attempt at a round that counted, though an attempt before had asked it.
+_ASKED_BEFORE = frozenset({ErrorCode.SITE_NOT_ASKED, ErrorCode.SITE_LEFT_RUN, ErrorCode.SITE_SUSPENDED})
 
 Faults = Iterator[ProvenanceError]
 
@@ -73,6 +76,9 @@ def check_rounds(contents: Contents) -> Faults:
         if len(found.admitted) < plan.rounds.quorum:
             yield _fault("the round has fewer updates than the plan's quorum", where, f"{len(found.admitted)} < {plan.rounds.quorum}")
         yield from _check_weights(found, plan, where)
+        yield from _check_turns(found, plan, where)
+        if (found.average is None) == bool(plan.server_optimiser.ema):
+            yield _fault("the round names a running average just when the plan has none", where, found.average)
         state, previous = found.next_state, envelope
 
 
@@ -123,6 +129,11 @@ def without_slots(contents: Contents) -> dict[SiteName, int]:
     return dict(sorted(Counter(site for (_, site), sealed in contents.statements.items() if sealed.statement.reply_slot_s != slot).items()))
 
 
+def released(contents: Contents) -> list[tuple[SiteName, int, str]]:
+    """Sites and rounds whose update was refused with a code, and let count by an operator."""
+    return [(site.site, found.round_index, site.released) for found, _ in contents.rounds for site in found.admitted if site.released]
+
+
 def check_epsilons(contents: Contents) -> Faults:
     """A site's stated epsilons never fall; the last is at least what its releases cost, and within the limit it approved; delta is one."""
     limit = contents.plan.privacy.epsilon_limit
@@ -168,6 +179,17 @@ def _check_weights(found: RoundRecord, plan: Plan, where: str) -> Faults:
         share = weight / fsum(raw)
         if abs(site.weight - share) > _WEIGHT_SLACK:
             yield _fault("a site's weight is not the plan's", where, f"{site.site}: {site.weight}, plan {share}")
+        if site.factor != 1 and plan.aggregation.rule != "norm_weighted":
+            yield _fault("a site's weight has a factor that the plan's rule does not give", where, f"{site.site}: {site.factor}")
+
+
+def _check_turns(found: RoundRecord, plan: Plan, where: str) -> Faults:
+    """Where the plan asks fewer sites than could take part, the public rule says which (`turns`)."""
+    asked = {entry.site for group in (found.admitted, found.refused, found.silent) for entry in group}
+    passed = {entry.site for entry in found.excluded if entry.code == ErrorCode.SITE_NOT_ASKED}
+    due = whose_turn(found.plan, found.run, found.round_index, asked | passed, plan.rounds.ask_at_most)
+    if asked != due:
+        yield _fault("the sites asked are not those whose turn it was", where, f"{sorted(asked ^ due)}")
 
 
 def _check_statement(sealed: Sealed, found: RoundRecord, site: AdmittedSite, where: str) -> Faults:
@@ -203,8 +225,9 @@ def _links(contents: Contents, site: SiteName) -> Iterator[tuple[Sealed, Digest 
         if sealed is not None:
             yield sealed, expected, gap
             expected, gap = sealed.envelope, False
-        elif any(entry.site == site for entry in (*found.refused, *found.silent)):
-            gap = True
+        else:
+            asked = (*found.refused, *found.silent, *(entry for entry in found.excluded if entry.code in _ASKED_BEFORE))
+            gap = gap or any(entry.site == site for entry in asked)
 
 
 def _sites(contents: Contents) -> list[SiteName]:

@@ -162,8 +162,10 @@ class AdmittedSite(Value):
         update_bytes: length of the update.
         statement: digest of its statement's envelope.
         weight: its public share in the mean; a round's weights add up to 1.
+        factor: what the aggregation rule multiplied that by, within [0, 1]; 1 but for "norm_weighted".
         rounding: bound on the L2 norm of what the wire format's rounding added to the update (`wire_format.UpdateNumbers.rounding`), as
             the server found it; whoever has the update can find it again.
+        released: the code for which the update was refused before an operator let it count all the same, or None.
     """
 
     site: SiteName
@@ -172,12 +174,18 @@ class AdmittedSite(Value):
     statement: Digest
     weight: float
     rounding: float
+    released: str | None = None
+    factor: float = 1.0
 
     def _check(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must be within (0, 1], got {self.weight}")
+        if not 0 <= self.factor <= 1:
+            raise ValueError(f"factor must be within [0, 1], got {self.factor}")
         if self.rounding < 0:
             raise ValueError(f"rounding must be at least 0, got {self.rounding}")
+        if self.released is not None and _CODE.fullmatch(self.released) is None:
+            raise ValueError(f"not an error code: {self.released[:20]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +230,7 @@ class RoundRecord(Value):
         deadline: UTC seconds.
         committed_at: UTC seconds.
         times: server-side durations.
+        average: digest of the encoder's running average after the round, as a file, where the plan releases that; else None.
     """
 
     run: RunName
@@ -238,6 +247,7 @@ class RoundRecord(Value):
     deadline: UtcSeconds
     committed_at: UtcSeconds
     times: ServerTimes
+    average: Digest | None = None
 
     def _check(self) -> None:
         if self.round_index < 1:

@@ -89,6 +89,9 @@ class Card(Value):
         data: sentences about the data, in the plan's public terms.
         rounds: rounds.
         steps: private steps of a site in a round.
+        rule: how a round's updates became one, as plans call it.
+        trim: values left out at each end, where the rule is "trimmed_mean"; else 0.
+        average: share of itself that the released running average kept in a round; 0 where the last state's encoder is released.
         expected_patients: B.
         noise_multiplier: sigma.
         clip_norm: C.
@@ -114,6 +117,9 @@ class Card(Value):
     data: tuple[str, ...]
     rounds: int
     steps: int
+    rule: str
+    trim: int
+    average: float
     expected_patients: float
     noise_multiplier: float
     clip_norm: float
@@ -180,6 +186,9 @@ def make_card(contents: Contents, evaluation: tuple[Figure, ...] = ()) -> Card:
         data=_data(plan.cohort),
         rounds=manifest.rounds,
         steps=plan.rounds.steps,
+        rule=plan.aggregation.rule,
+        trim=plan.aggregation.trim if plan.aggregation.rule == "trimmed_mean" else 0,
+        average=plan.server_optimiser.ema,
         expected_patients=plan.privacy.expected_patients,
         noise_multiplier=plan.privacy.noise_multiplier,
         clip_norm=plan.privacy.clip_norm,

@@ -75,6 +75,10 @@ def _add_release(made: Json, contents: Contents, release: Digest) -> None:
     last = f"pf:state-{contents.manifest.rounds:04d}"
     made["entity"]["pf:encoder"] = {**_entity("encoder", _digest(contents, record.ENCODER)), "pf:release": release}
     made["wasDerivedFrom"]["_:encoder"] = {"prov:generatedEntity": "pf:encoder", "prov:usedEntity": last}
+    if contents.plan.server_optimiser.ema:
+        for index in range(contents.manifest.rounds):
+            used = f"pf:state-{index:04d}"
+            made["wasDerivedFrom"][f"_:encoder-{index}"] = {"prov:generatedEntity": "pf:encoder", "prov:usedEntity": used}
     made["wasAttributedTo"]["_:encoder"] = {"prov:entity": "pf:encoder", "prov:agent": "pf:server"}
 
 
@@ -142,6 +146,8 @@ def _properties(card: Card, release: Digest) -> list[Json]:
         "plan": card.plan,
         "init_from": card.init_from or "random weights",
         "rounds": str(card.rounds),
+        "aggregation": card.rule,
+        "running_average": f"{card.average:g}",
         "noise_multiplier": f"{card.noise_multiplier:g}",
         "clip_norm": f"{card.clip_norm:g}",
     }

@@ -10,14 +10,20 @@ _LIMITS = (
     "Somebody who knows a patient's slides learns at most what (epsilon, delta) allows about whether they were used.",
     "**Who is at several hospitals is counted by nobody.** The table by number of hospitals says what such a patient has spent at most.",
     "**Code is stated, not attested.** The digests of code are what each hospital's software says of itself.",
-    "**A dishonest hospital could have poisoned the encoder** within the norm bounds. There is no robust aggregation.",
     "**What the figures of the evaluation mean** only the operator can say: nothing in this bundle checks them.",
 )
+
+#: What each aggregation rule does, for people.
+_RULES = {
+    "mean": "mean, by public weights",
+    "trimmed_mean": "of each number, mean by public weights without the {trim} largest and the {trim} smallest values",
+    "norm_weighted": "mean, by public weights, a longer update than the round's median counted as that long",
+}
 
 
 def readme(card: Card) -> bytes:
     """`encoder/README.md`. Equal cards give equal bytes."""
-    parts = [_head(card), _data(card), _privacy(card), _sites(card), _training(card), _evaluation(card), _limits(), _check()]
+    parts = [_head(card), _data(card), _privacy(card), _sites(card), _training(card), _evaluation(card), _limits(card), _check()]
     return ("\n\n".join(part for part in parts if part) + "\n").encode()
 
 
@@ -97,8 +103,14 @@ def _training(card: Card) -> str:
         f"- trained of the encoder: {card.part}",
         f"- objective: {card.objective}",
         f"- {card.rounds} rounds of {card.steps} private step(s) at each hospital",
+        f"- updates of a round: {_RULES[card.rule].format(trim=card.trim)}",
         f"- updates travelled as {card.wire}: {_rounding(card)}",
     ]
+    if card.average:
+        lines.append(
+            f"- released: not the last round's encoder but a running average, which kept {card.average:g} of itself in each round and "
+            "began as the first encoder"
+        )
     return "\n".join([*lines, *(f"- code, as hospitals state it: `{code}`" for code in codes)])
 
 
@@ -115,8 +127,18 @@ def _evaluation(card: Card) -> str:
     return "\n".join([*head, *(f"| {figure.name} | {figure.value} |" for figure in card.evaluation)])
 
 
-def _limits() -> str:
-    return "\n".join(["## Limits", "", *(f"- {limit}" for limit in _LIMITS)])
+def _limits(card: Card) -> str:
+    return "\n".join(["## Limits", "", *(f"- {limit}" for limit in (*_LIMITS, _poisoning(card)))])
+
+
+def _poisoning(card: Card) -> str:
+    if card.rule == "trimmed_mean":
+        return (
+            f"**{card.trim} dishonest hospital(s) in a round could have moved each number of its update**, within the range of the others' "
+            "values; more than that, within the norm bounds."
+        )
+    held = " and the round's median norm" if card.rule == "norm_weighted" else ". There is no robust aggregation"
+    return f"**A dishonest hospital could have poisoned the encoder** within the norm bounds{held}."
 
 
 def _check() -> str:

@@ -11,7 +11,7 @@ import torch
 
 from pathfed_common import digest, model
 from pathfed_common.encoder import weights
-from pathfed_common.encoder.blocks import FileBlocks, spans
+from pathfed_common.encoder.blocks import BlockReader, FileBlocks, spans
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
@@ -60,7 +60,10 @@ def frozen_faults(folder: Path, contents: Contents, rounds: range | tuple[int, .
 
 
 def exported_faults(folder: Path, contents: Contents) -> Faults:
-    """An exported encoder that is not the last state's, bit for bit, or is half there; none is no fault."""
+    """An exported encoder that is half there, or not the last state's bit for bit (with a running average: not the last round's).
+
+    None is no fault.
+    """
     exported = [contents.manifest.entry(path) for path in (record.ENCODER, record.ENCODER_CONFIG)]
     if exported.count(None) == 1:
         yield ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "weights or configuration of the exported encoder is missing", where="encoder")
@@ -76,18 +79,32 @@ def _encoder_faults(folder: Path, contents: Contents) -> Faults:
             ErrorCode.RECORD_CHANGED, "the exported encoder's tensors are not those of the plan's encoder", where=record.ENCODER
         )
         return
-    ours, theirs = FileBlocks(encoder), ReleasedEncoder(contents.plan, FileBlocks(state))
-    for name, shape in shapes.items():
-        # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
-        pairs = ((ours.read(name, *span), theirs.read(name, *span)) for span in spans(prod(shape)))
-        if not all(torch.equal(here.view(torch.uint8), due.view(torch.uint8)) for here, due in pairs):
-            yield ProvenanceError(
-                ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
-            )
+    if contents.plan.server_optimiser.ema:
+        yield from _average_faults(contents)
+    else:
+        yield from _state_faults(FileBlocks(encoder), ReleasedEncoder(contents.plan, FileBlocks(state)))
     if (folder / record.ENCODER_CONFIG).read_bytes() != digest.canonical(model.timm_config(contents.plan)):
         yield ProvenanceError(
             ErrorCode.RECORD_CHANGED, "the exported encoder's configuration is not the plan's", where=record.ENCODER_CONFIG
         )
+
+
+def _average_faults(contents: Contents) -> Faults:
+    entry, due = contents.manifest.entry(record.ENCODER), contents.rounds[-1][0].average if contents.rounds else None
+    if entry is None or entry.digest != due:
+        yield ProvenanceError(
+            ErrorCode.RECORD_CHANGED, "the exported encoder is not the average that the last round names", where=record.ENCODER, value=due
+        )
+
+
+def _state_faults(encoder: BlockReader, due: BlockReader) -> Faults:
+    for name, shape in due.shapes.items():
+        # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
+        pairs = ((encoder.read(name, *span), due.read(name, *span)) for span in spans(prod(shape)))
+        if not all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs):
+            yield ProvenanceError(
+                ErrorCode.RECORD_CHANGED, "the exported encoder is not the last state's", where=record.ENCODER, value=name
+            )
 
 
 def _header(path: Path) -> dict[str, tuple[torch.dtype, weights.Shape]] | None:

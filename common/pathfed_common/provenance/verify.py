@@ -10,12 +10,14 @@ What holds when a record verifies:
       (`first_state`; the drawing can be left out, which the verdict then notes).
     - No site states a smaller epsilon for the plan than its recorded releases cost.
     - What the plan does not train has in every state the bits of the first.
-    - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one, and with its adapters merged.
+    - The exported encoder is the last state's, bit for bit: its teacher's where the objective has one, and with its adapters merged. Where
+      the plan releases a running average, it is the one that the last round's record names by its digest.
 
 What does not follow:
     - Without trusted keys, whose keys these are: anyone can make a consistent record with keys of their own. The verdict then says
       `identities_proven = False`.
-    - That the states are the aggregate of the updates: recomputing them needs the updates. The verdict says `aggregation_proven = False`.
+    - That the states, and a running average, are the aggregate of the updates: recomputing them needs the updates. The verdict says
+      `aggregation_proven = False`.
     - That these are all rounds: the record as it stood after an earlier round is consistent, too. Compare the number of rounds.
 
 This module, `first_state`, `state_files`, `record_reader` and the release's readers read files, through pathlib and `encoder.weights`;
@@ -264,6 +266,8 @@ def _notes(folder: Path, contents: Contents) -> Iterator[str]:
         yield "no encoder is exported: the run is not finished"
     for site, index in consistency.chain_gaps(contents):
         yield f"{site}: the statement of round {index} follows one that did not count and is not in the record"
+    for site, index, code in consistency.released(contents):
+        yield f"{site}: the update of round {index} was refused ({code}), and an operator let it count"
     for site, rounds in consistency.without_slots(contents).items():
         yield f"{site}: replies did not wait for the plan's time slots in {rounds} round(s)"
     retained = sum(entry.path.startswith("updates/") for entry in contents.manifest.files)

@@ -84,6 +84,28 @@ def _where(out: Path) -> None:
 
 
 @app.command()
+def simulate(
+    plan: Annotated[Path | None, typer.Argument(help="A plan, TOML; one with little work a site if not given.")] = None,
+    sites: Annotated[int, typer.Option(help="Virtual sites.")] = 200,
+    rounds: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rounds; the plan's if not given.")] = None,
+    processes: Annotated[int, typer.Option(min=1, max=512, help="Virtual sites that compute at a time.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for everything; an earlier simulation there is replaced.")] = Path("pathfed-simulation"),
+    as_json: Json = False,
+) -> None:
+    """Run the server's rounds with many virtual sites, on Flower's simulation engine, and say what a round takes.
+
+    Round loop, admission, aggregation and record are the real ones; virtual sites take the private step on painted tiles.
+    """
+    from pathfed_local.plans import simulation_plan
+    from pathfed_local.simulation.simulating import Simulation, SimulationOptions
+
+    interrupts.end_on_terminate()
+    options = SimulationOptions(out=out, plan=plan or simulation_plan(), sites=sites, rounds=rounds, processes=processes)
+    figures = Simulation(options, lambda line: console.err.print(line, highlight=False)).run()
+    show(figures, as_json=as_json, title=f"{sites} virtual sites on this machine.")
+
+
+@app.command()
 def verify(
     given: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="A release's bundle, folder or archive; a run's record; or the folder of a demo.")
@@ -219,6 +241,46 @@ def plan_privacy(
     show(report.table(), as_json=False, title="what a patient has spent after each round")
     title = f"what would meet epsilon {report.target:g} for a patient at {at_sites} site{'s' * (at_sites > 1)}"
     show(report.needs(), as_json=False, title=title)
+
+
+@plan_app.command("traffic")
+def plan_traffic(
+    plan: Annotated[Path | None, typer.Argument(help="A plan: TOML, or the signed file that sites get.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="In place of a plan: numbers of a model, such as 1.9e9.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the plan's if not given.")] = None,
+    sites: Annotated[int, typer.Option(help="Sites in a round.")] = 50,
+    site_mbit_s: Annotated[float, typer.Option(help="Each site's line, Mbit/s one way.")] = 100.0,
+    server_mbit_s: Annotated[float, typer.Option(help="The server's line, Mbit/s one way.")] = 1000.0,
+    compute_s: Annotated[float, typer.Option(help="Seconds of a round's private steps at the slowest site.")] = 60.0,
+    slot_s: Annotated[float | None, typer.Option(help="Reply slot, seconds; the plan's if not given.")] = None,
+    admission_gb_s: Annotated[float, typer.Option(help="Updates that the server checks, GB/s.")] = 0.3,
+    aggregation_gb_s: Annotated[float, typer.Option(help="Updates that the server averages, GB/s.")] = 0.5,
+    step_gb_s: Annotated[float, typer.Option(help="States that the server's step reads and writes, GB/s.")] = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Say how long a round takes and what the server sends and receives, by a model: what is slowest, and what would help.
+
+    For a plan, or for a model of so many numbers. docs/scale.md says what the defaults were taken from.
+    """
+    from pathfed_local.plan_traffic import traffic_report
+    from pathfed_local.traffic_model import Conditions
+
+    conditions = Conditions(
+        sites=sites,
+        site_mbit_s=site_mbit_s,
+        server_mbit_s=server_mbit_s,
+        compute_s=compute_s,
+        admission_gb_s=admission_gb_s,
+        aggregation_gb_s=aggregation_gb_s,
+        step_gb_s=step_gb_s,
+    )
+    report = traffic_report(plan, parameters, conditions, rounds=rounds, slot_s=slot_s)
+    if as_json:
+        show(report.to_dict(), as_json=True)
+        return
+    show(report.figures(), as_json=False, title=f"a round of {report.subject} at {sites} sites")
+    show(report.stages(), as_json=False, title="its stages")
+    show(report.others(), as_json=False, title="the same model in other ways")
 
 
 def main() -> None:

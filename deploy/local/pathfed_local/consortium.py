@@ -179,10 +179,12 @@ class Consortium:
     def start_sites(self) -> None:
         """Start `pathfed-site start` for every site."""
         for hospital in self.hospitals:
-            argv = [str(program("pathfed-site")), "start", "--home", str(self.site(hospital.name)), "--json"]
-            self._supervisor.start(
-                ProcessSpec(name=hospital.name, argv=argv, log=self.logs / f"{hospital.name}.log", restarts=self.restarts)
-            )
+            self.start_site(hospital.name)
+
+    def start_site(self, name: str) -> None:
+        """Start `pathfed-site start` for one site."""
+        argv = [str(program("pathfed-site")), "start", "--home", str(self.site(name)), "--json"]
+        self._supervisor.start(ProcessSpec(name=name, argv=argv, log=self.logs / f"{name}.log", restarts=self.restarts))
 
     def watch(self, tell: Callable[[str], None]) -> None:
         """Tell what happened since the last call: processes that ended, and the events they told.

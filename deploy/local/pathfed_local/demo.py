@@ -5,7 +5,6 @@ gives them in order, watches, and shows.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +16,19 @@ from pathfed_client.cohort.patient_list import read_patient_list
 from pathfed_client.home import SiteHome
 from pathfed_client.io.scan_workers import usable_cpus
 from pathfed_common import files, interrupts
-from pathfed_common.errors import ErrorCode, HostError, RoundError, SiteDataError
+from pathfed_common.errors import ErrorCode, RoundError, SiteDataError
 from pathfed_common.ids import RunName
 from pathfed_common.plan import CohortPlan, Plan, load_plan
 from pathfed_common.provenance.documents import ServerCard, SiteCard
 from pathfed_common.settings import read_settings, to_toml
 from pathfed_local.consortium import Consortium, Hospital, find_hospitals
+from pathfed_local.folders import fresh_folder
 from pathfed_local.memory import MemoryWatch
 from pathfed_local.view import SiteLine, View
 from pathfed_server.app import read_plan
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome, ServerSettings
+from pathfed_server.rounds.machine import OPEN
 from pathfed_server.rounds.state import ParticipationState, RunState
 
 RUN = RunName("demo")
@@ -85,7 +86,7 @@ class Demo:
         Raises:
             PathfedError: what went wrong first.
         """
-        out = _fresh(self.options.out)
+        out = fresh_folder(self.options.out, MARK, "a demo")
         consortium = Consortium(out, self._hospitals(out))
         try:
             self._timed("set up", self._set_up, consortium)
@@ -194,7 +195,7 @@ class Demo:
                 states = self._site_states(store)
                 done = len(store.checkpoints(RUN)) - 1
                 self.view.update(f"run {RUN}: {run.state.value}, {max(0, done)} rounds committed", self._lines(consortium, states))
-                if run.state not in (RunState.PLANNED, RunState.RUNNING):
+                if run.state not in OPEN:
                     break
                 time.sleep(_POLL_S)
         if run.state is not RunState.FINISHED:
@@ -245,26 +246,6 @@ class Demo:
         while True:
             consortium.watch(self.view.event)
             time.sleep(_POLL_S)
-
-
-def _fresh(out: Path) -> Path:
-    """An empty folder, in place of an earlier demo.
-
-    Raises:
-        HostError: PF904, something else is there.
-    """
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).exists():
-            raise HostError(
-                ErrorCode.HOME_UNUSABLE,
-                "the folder holds something that is not a demo, and is left as it is",
-                where=out,
-                remedy="choose another --out",
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).touch()
-    return out.resolve()
 
 
 def _retain_updates(consortium: Consortium) -> None:

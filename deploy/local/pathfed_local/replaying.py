@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
@@ -10,7 +11,11 @@ from pathfed_common.errors import ErrorCode, HostError, ProvenanceError, RoundEr
 from pathfed_common.ids import SiteName
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
+from pathfed_common.provenance.record import RoundRecord
 from pathfed_common.wire_format import open_update
+
+if TYPE_CHECKING:
+    from pathfed_server.rounds.replay import Replayed
 
 _CHUNK = 2**20
 
@@ -24,8 +29,8 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
         contents: its documents.
 
     Yields:
-        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates,
-        or an update's rounding error is another than recorded.
+        PF622, an update is missing or not the one its site signed; PF621, a state is not the aggregate of its round's updates, or
+        running average, weights' factors or an update's rounding error are others than recorded.
 
     Raises:
         HostError: the disk is full (PF901) or cannot be written (PF904).
@@ -41,15 +46,30 @@ def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[Provenan
     with tempfile.TemporaryDirectory(prefix="pathfed-replay-") as work:
         first = folder / record.state_path(0)
         try:
-            for index, state in replay_states(
+            for replayed in replay_states(
                 contents.plan, sites, lambda index, site: _place(updates, index, site), first=first, work=Path(work)
             ):
-                found, due = _digest(state), contents.rounds[index - 1][0].next_state
-                if found != due:
-                    yield _differs(index, f"{found}, recorded {due}")
+                fault = _fault(replayed, contents.rounds[replayed.round_index - 1][0])
+                if fault is not None:
+                    yield fault
                     return
         except (ValueError, RoundError) as error:
             yield _differs(None, str(error))
+
+
+def _fault(replayed: "Replayed", recorded: RoundRecord) -> ProvenanceError | None:
+    """How a round's record differs from what the updates give: its state, the running average, a weight's factor."""
+    index = replayed.round_index
+    state = _digest(replayed.state)
+    if state != recorded.next_state:
+        return _differs(index, f"{state}, recorded {recorded.next_state}")
+    if replayed.average != recorded.average:
+        return _differs(index, f"average {replayed.average}, recorded {recorded.average}")
+    for site in recorded.admitted:
+        factor = replayed.factors.get(site.site, 1.0)
+        if factor != site.factor:
+            return _differs(index, f"factor {factor} of {site.site}, recorded {site.factor}")
+    return None
 
 
 def _update_faults(updates: Path, contents: Contents) -> Iterator[ProvenanceError]:

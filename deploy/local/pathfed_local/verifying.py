@@ -94,8 +94,11 @@ def proven(verdict: ReleaseVerdict) -> list[str]:
     """What a bundle in which nothing is wrong proves, sentence by sentence."""
     sites, card = len(verdict.record.sites), verdict.card
     limit = card.epsilon_limit if card else 0
+    states = f"{verdict.record.rounds + 1} states, each made from the one before in a recorded round"
     told = [
-        f"The encoder is the last of {verdict.record.rounds + 1} states, each made from the one before in a recorded round.",
+        f"The encoder is the running average that the last round names, over {states}."
+        if card is not None and card.average
+        else f"The encoder is the last of {states}.",
         *(["The first state is the plan's: the checkpoint it names, or its seed's draw."] if verdict.record.first_state_proven else []),
         f"{sum(site.rounds for site in verdict.record.sites)} updates of {sites} sites went in. Each was signed at its site for this "
         "round, plan and state, and is in the log in its place.",
@@ -107,7 +110,8 @@ def proven(verdict: ReleaseVerdict) -> list[str]:
     if verdict.identities_proven:
         told.append("The keys of server, sites and co-signers are those you trust.")
     if verdict.aggregation_proven:
-        told.append("Recomputed from the sites' updates, every state is the recorded one, bit for bit.")
+        what = "state and running average" if card is not None and card.average else "state"
+        told.append(f"Recomputed from the sites' updates, every {what} is the recorded one, bit for bit.")
     return told
 
 
@@ -120,8 +124,10 @@ def not_proven(verdict: ReleaseVerdict) -> list[str]:
             "keys of the server, of every site in the run, and of more than half of the log's sites."
         )
     if not verdict.aggregation_proven:
+        what = ", and the encoder the states' running average" if verdict.card is not None and verdict.card.average else ""
         told.append(
-            "AGGREGATION (PF623): that each state is the aggregate of its updates. Give --replay with the retained updates to recompute it."
+            f"AGGREGATION (PF623): that each state is the aggregate of its updates{what}. Give --replay with the retained updates to "
+            "recompute it."
         )
     if not verdict.record.first_state_proven:
         told.append("FIRST STATE (PF630): that the first state's random weights are the draw of the plan's seed. Leave out --no-redraw.")

@@ -10,7 +10,9 @@ from pathfed_server.db.schema import approval, checkpoint, decision, participati
 from pathfed_server.rounds.state import ParticipationState, RoundState, SiteState
 
 #: States of a round in which updates may arrive, and of a site in it. Whether one came in time, the round loop decides.
-_ROUND_TAKES = tuple(state for state in RoundState if state not in (RoundState.PLANNED, RoundState.COMMITTED, RoundState.FAILED))
+_ROUND_TAKES = tuple(
+    state for state in RoundState if state not in (RoundState.PLANNED, RoundState.ADMITTED, RoundState.COMMITTED, RoundState.FAILED)
+)
 _SITE_MAY = (ParticipationState.OFFERED,)
 
 

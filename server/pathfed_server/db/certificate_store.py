@@ -14,7 +14,8 @@ from pathfed_server.db.log_store import append_leaves
 from pathfed_server.db.membership import lock_table
 from pathfed_server.db.rows import CertificateRow, SiteKeyRow, SiteReportRow, SiteRow
 from pathfed_server.db.schema import certificate, run, run_site, site, site_key, site_report
-from pathfed_server.rounds.state import RunState, SiteState
+from pathfed_server.rounds.machine import OPEN
+from pathfed_server.rounds.state import SiteState
 
 #: Seconds for which a site's certificate is still taken after the first call with its successor: a process of the site may hold it open.
 SUCCESSION_S = 600.0
@@ -165,7 +166,7 @@ def _lock_site(connection: Connection, name: SiteName) -> RowMapping:
 
 
 def _takes_part(connection: Connection, name: SiteName) -> bool:
-    going = and_(run_site.c.site == name, run.c.state.in_([RunState.PLANNED, RunState.RUNNING]))
+    going = and_(run_site.c.site == name, run_site.c.left_at.is_(None), run.c.state.in_(sorted(OPEN)))
     return connection.execute(select(run.c.name).join(run_site, run_site.c.run == run.c.name).where(going)).first() is not None
 
 

@@ -4,7 +4,7 @@ SQLite is used with write-ahead logging, a full flush at each commit, foreign ke
 it begins, so that writers wait for each other (30 s at most) and never fail half-way for want of the lock.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -59,7 +59,7 @@ class Database:
                 "the database is not at the schema of this version of pathfed",
                 where=self.address,
                 value=f"found {', '.join(found) or 'none'}, wanted {wanted}",
-                remedy="migrate it with the pathfed version to be used (pathfed-server init), or use the version it was migrated with",
+                remedy="start the server with the pathfed version to be used, which migrates it, or use the version it was migrated with",
             )
         return self
 
@@ -98,14 +98,36 @@ def migrate(url: str) -> None:
     Raises:
         RoundError: PF512, it cannot be reached; PF513, it is newer than this version, or a step failed (nothing is changed then).
     """
+    _in_one_step(_parse(url), _upgrade)
+
+
+def migrate_existing(url: str) -> None:
+    """Bring a database of ours to this version's schema. One that holds nothing of ours is left as it is: opening it says so.
+
+    A server that starts on an empty database would take itself for a new consortium.
+
+    Raises:
+        RoundError: PF512, it cannot be reached, or its file is missing; PF513, as for `migrate`.
+    """
     parsed = _parse(url)
-    engine = _engine(parsed)
-    address = parsed.render_as_string(hide_password=True)
+    _demand_file(parsed)
+
+    def upgrade(connection: Connection, address: str) -> None:
+        if MigrationContext.configure(connection).get_current_heads():
+            _upgrade(connection, address)
+
+    _in_one_step(parsed, upgrade)
+
+
+def _in_one_step(url: URL, step: Callable[[Connection, str], None]) -> None:
+    """Run a step on the schema in a transaction that no other process's step runs beside."""
+    engine = _engine(url)
+    address = url.render_as_string(hide_password=True)
     try:
         with _told(address), engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-            _upgrade(connection, address)
+            step(connection, address)
     finally:
         engine.dispose()
 

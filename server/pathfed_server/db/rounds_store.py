@@ -19,19 +19,19 @@ from pathfed_server.db.schema import (
     checkpoint,
     decision,
     participation,
-    quarantine,
     round_,
     run,
     run_site,
     site,
     update_statement,
 )
+from pathfed_server.db.transitions import begin_round, change_round, find_round
+from pathfed_server.rounds.machine import RoundEvent
 from pathfed_server.rounds.state import (
     Candidate,
     Checkpoint,
     Participation,
     ParticipationState,
-    Quarantined,
     RoundOpening,
     RoundResult,
     RoundState,
@@ -39,11 +39,13 @@ from pathfed_server.rounds.state import (
     SiteState,
 )
 
+#: How the audit trail calls outcomes whose code says more than the state.
+_ACTIONS = {ErrorCode.UPDATE_LATE.value: "site.late", ErrorCode.UPDATE_NOT_NEEDED.value: "site.not_needed"}
 _FIGURES = ("loss_sum", "loss_sum_std", "patients", "patients_std")
 
 
 class RoundsStore(RunsStore):
-    """Implements `rounds.ports.RoundStore` together with `RunsStore`."""
+    """Implements `rounds.ports.RoundStore` together with `RunsStore`, `QuarantineStore` and `StandingStore`."""
 
     def candidates(self, run_name: RunName) -> list[Candidate]:
         """See `rounds.ports.RoundStore`."""
@@ -59,10 +61,16 @@ class RoundsStore(RunsStore):
                 approval.c.reply_slots,
                 approval.c.envelope.label("approval"),
                 exists().where(of_site, decision.c.kind == REVOCATION).label("revoked"),
+                site.c.suspended_at.is_not(None).label("suspended"),
+                run_site.c.left_at.is_not(None).label("left"),
             )
             joined = run_site.join(site, run_site.c.site == site.c.name).outerjoin(approval, given)
             rows = connection.execute(select(*columns).select_from(joined).where(run_site.c.run == run_name)).mappings().all()
-        found = (Candidate(**{**row, "state": SiteState(row["state"]), "revoked": bool(row["revoked"])}) for row in rows)
+        # SQLite has no truth values of its own.
+        found = (
+            Candidate(**{**row, "state": SiteState(row["state"]), **{name: bool(row[name]) for name in ("revoked", "suspended", "left")}})
+            for row in rows
+        )
         return sorted(found, key=lambda candidate: candidate.site)
 
     def commit_initial(self, run_name: RunName, attempt: int, initial: Checkpoint, *, at: float) -> None:
@@ -79,39 +87,35 @@ class RoundsStore(RunsStore):
 
     def open_round(self, opening: RoundOpening) -> None:
         """See `rounds.ports.RoundStore`."""
+        name, index, at = opening.run, opening.round_index, opening.offered_at
         with self._write() as connection:
-            demand_attempt(connection, opening.run, opening.attempt)
-            _demand_next(connection, opening.run, opening.round_index, opening.base_state)
-            here = and_(round_.c.run == opening.run, round_.c.round_index == opening.round_index)
-            times = {"offered_at": opening.offered_at, "deadline": opening.deadline, "state": RoundState.OFFERED}
-            before = connection.execute(select(round_.c.attempt).where(here)).scalar()
-            if before is None:
-                fresh = {"run": opening.run, "round_index": opening.round_index, "base_state": opening.base_state, "attempt": 1}
-                connection.execute(insert(round_).values({**fresh, **times}))
-            else:
-                connection.execute(update(round_).where(here).values(attempt=before + 1, **times))
-            _write_participations(connection, opening.run, opening.round_index, opening.participations, {})
+            row = demand_attempt(connection, name, opening.attempt)
+            _demand_next(connection, name, index, opening.base_state)
+            begin_round(connection, row, index, opening.base_state, at=at, deadline=opening.deadline)
+            _write_participations(connection, name, index, opening.participations, {})
+            if opening.asks:
+                asked = [each.site for each in opening.participations if each.state is ParticipationState.OFFERED]
+                detail = {"deadline": opening.deadline, "sites": sorted(asked)}
+                change_round(connection, row, index, RoundEvent.OFFER, at=at, detail=detail)
 
-    def note_participation(self, run_name: RunName, attempt: int, round_index: int, noted: Participation) -> None:
+    def advance_round(self, run_name: RunName, attempt: int, round_index: int, event: RoundEvent, *, at: float) -> None:
         """See `rounds.ports.RoundStore`."""
         with self._write() as connection:
-            demand_attempt(connection, run_name, attempt)
-            _set_round(connection, run_name, round_index, state=RoundState.COLLECTING)
+            change_round(connection, demand_attempt(connection, run_name, attempt), round_index, event, at=at)
+
+    def note_participation(self, run_name: RunName, attempt: int, round_index: int, noted: Participation, *, at: float) -> None:
+        """See `rounds.ports.RoundStore`."""
+        with self._write() as connection:
+            row = demand_attempt(connection, run_name, attempt)
+            found = find_round(connection, run_name, round_index)
+            # Admitted: an operator has released an update while the round was being admitted.
+            if found is None or found["state"] not in (RoundState.COLLECTING, RoundState.ADMITTED):
+                change_round(connection, row, round_index, RoundEvent.DECIDE, at=at)
             _write_participations(connection, run_name, round_index, [noted], {}, only=noted.site)
-
-    def note_quarantine(self, attempt: int, quarantined: Quarantined) -> None:
-        """See `rounds.ports.RoundStore`."""
-        values = {**vars(quarantined), "update_digest": quarantined.update}
-        del values["update"]
-        key = ("run", "round_index", "site", "update_digest", "code")
-        with self._write() as connection:
-            demand_attempt(connection, quarantined.run, attempt)
-            same = and_(*(quarantine.c[column] == values[column] for column in key))
-            if connection.execute(select(quarantine.c.seq).where(same)).scalar() is not None:
-                return
-            connection.execute(insert(quarantine).values(values))
-            detail = {"run": quarantined.run, "round": quarantined.round_index, "code": quarantined.code, "update": quarantined.update}
-            add_event(connection, actor="server", action="update.quarantined", subject=quarantined.site, at=quarantined.at, detail=detail)
+            offer = 0 if found is None else found["attempt"]
+            detail = {"run": run_name, "round": round_index, "offer": offer, **({"code": noted.code} if noted.code else {})}
+            action = _ACTIONS.get(noted.code or "", f"site.{noted.state}")
+            add_event(connection, actor="server", action=action, subject=noted.site, at=at, detail=detail)
 
     def commit_round(self, result: RoundResult, statements: Mapping[SiteName, bytes]) -> None:
         """See `rounds.ports.RoundStore`."""
@@ -119,23 +123,18 @@ class RoundsStore(RunsStore):
         if sorted(admitted) != sorted(statements) or sorted(admitted) != sorted(result.weights):
             raise ValueError(f"statements and weights are those of the admitted sites {admitted}")
         with self._write() as connection:
-            demand_attempt(connection, result.run, result.attempt)
+            row = demand_attempt(connection, result.run, result.attempt)
             _demand_next(connection, result.run, result.round_index, result.base_state)
-            closing = {
-                "state": RoundState.COMMITTED,
-                "next_state": result.checkpoint.state,
-                "committed_at": result.committed_at,
-                "code": None,
-            }
-            _set_round(connection, result.run, result.round_index, **closing, **vars(result.times))
+            detail = {"state": result.checkpoint.state, "sites": sorted(admitted)}
+            closing = {"next_state": result.checkpoint.state, "committed_at": result.committed_at, "code": None, **vars(result.times)}
+            at = result.committed_at
+            change_round(connection, row, result.round_index, RoundEvent.COMMIT, at=at, detail=detail, **closing)
             _write_participations(connection, result.run, result.round_index, result.participations, result.weights)
             for name, envelope in sorted(statements.items()):
                 values = {"run": result.run, "round_index": result.round_index, "site": name, "digest": digest.of_bytes(envelope)}
                 connection.execute(insert(update_statement).values(**values, envelope=envelope))
             connection.execute(insert(checkpoint).values(run=result.run, committed_at=result.committed_at, **vars(result.checkpoint)))
             connection.execute(update(run).where(run.c.name == result.run).values(failures=0))
-            detail = {"round": result.round_index, "state": result.checkpoint.state, "sites": sorted(admitted)}
-            add_event(connection, actor="server", action="round.committed", subject=result.run, at=result.committed_at, detail=detail)
             append_leaves(connection, _round_leaves(result, statements))
 
     def fail_round(
@@ -143,14 +142,16 @@ class RoundsStore(RunsStore):
     ) -> int:
         """See `rounds.ports.RoundStore`."""
         with self._write() as connection:
-            demand_attempt(connection, run_name, attempt)
-            failures = 1 + int(demand_run(connection, run_name)["failures"])
-            _set_round(connection, run_name, round_index, state=RoundState.FAILED, code=code)
+            row = demand_attempt(connection, run_name, attempt)
+            failures = 1 + int(row["failures"])
+            reasons = {each.site: each.code or each.state.value for each in participations}
+            detail = {"code": code, "failures": failures, "sites": reasons}
+            change_round(connection, row, round_index, RoundEvent.FAIL, at=at, detail=detail, code=code)
             _write_participations(connection, run_name, round_index, participations, {})
             connection.execute(update(run).where(run.c.name == run_name).values(failures=failures))
-            reasons = {each.site: each.code or each.state.value for each in participations}
-            detail = {"round": round_index, "code": code, "failures": failures, "sites": reasons}
-            add_event(connection, actor="server", action="round.failed", subject=run_name, at=at, detail=detail)
+            if code == ErrorCode.QUORUM_LOST:
+                lost = {"round": round_index, "failures": failures, "sites": reasons}
+                add_event(connection, actor="server", action="quorum.lost", subject=run_name, at=at, detail=lost)
         return failures
 
     def rounds(self, run_name: RunName) -> list[RoundRow]:
@@ -182,13 +183,6 @@ class RoundsStore(RunsStore):
                 found.setdefault(SiteName(name), []).append(index)
         return {name: tuple(sorted(found[name])) for name in sorted(found)}
 
-    def quarantined(self, run_name: RunName) -> list[Quarantined]:
-        """The updates of a run that were set aside, in order of arrival."""
-        query = select(quarantine).where(quarantine.c.run == run_name).order_by(quarantine.c.seq)
-        with self._read() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [_quarantined(row) for row in rows]
-
 
 def _round_leaves(result: RoundResult, statements: Mapping[SiteName, bytes]) -> list[AnyLeaf]:
     """The admitted statements in site order, then the state they led to."""
@@ -210,12 +204,6 @@ def _demand_next(connection: Connection, run_name: RunName, round_index: int, ba
             where=run_name,
             value=f"{round_index} after {stands}",
         )
-
-
-def _set_round(connection: Connection, run_name: RunName, round_index: int, **values: object) -> None:
-    done = connection.execute(update(round_).where(round_.c.run == run_name, round_.c.round_index == round_index).values(**values))
-    if done.rowcount != 1:
-        raise RoundError(ErrorCode.RUN_STATE, "the round was never opened", where=run_name, value=round_index)
 
 
 def _write_participations(
@@ -249,9 +237,3 @@ def _round_row(row: RowMapping) -> RoundRow:
     values = {**row, "state": RoundState(row["state"])}
     durations = {name: values.pop(name) for name in RoundTimes.__dataclass_fields__}
     return RoundRow(**values, times=RoundTimes(**durations) if row["exchange_s"] is not None else None)
-
-
-def _quarantined(row: RowMapping) -> Quarantined:
-    values = {**row, "update": row["update_digest"]}
-    del values["seq"], values["update_digest"]
-    return Quarantined(**values)

@@ -7,7 +7,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
 from pathfed_common.provenance.documents import SiteCard
-from pathfed_server.rounds.state import RoundState, RoundTimes, RunState, SiteState
+from pathfed_server.rounds.state import Quarantined, RoundState, RoundTimes, RunState, SiteState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class SiteRow:
     state: SiteState
     enrolled_at: float
     revoked_at: float | None
+    suspended_at: float | None = None
+    reinstated_at: float | None = None
 
     def is_of(self, card: SiteCard) -> bool:
         """Whether a card is of this site and of its present keys."""
@@ -200,6 +202,28 @@ class RoundRow:
     committed_at: float | None
     code: str | None
     times: RoundTimes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeRow:
+    """What became of a site in a round that it was asked in. `code`: why it did not count, or None."""
+
+    run: RunName
+    round_index: int
+    state: str
+    code: str | None
+    offered_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarantineRow:
+    """An update that was set aside, by its number, and who let it count all the same and why; None: nobody has."""
+
+    number: int
+    aside: Quarantined
+    released_at: float | None
+    released_by: str | None
+    release_reason: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

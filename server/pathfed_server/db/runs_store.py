@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, insert, select
 
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError
@@ -11,6 +11,8 @@ from pathfed_server.db.audit_store import add_event
 from pathfed_server.db.rows import RunRow
 from pathfed_server.db.schema import checkpoint, plan, run, run_site, site
 from pathfed_server.db.sites_store import SitesStore
+from pathfed_server.db.transitions import change_run
+from pathfed_server.rounds.machine import LIVE, OPEN, RunEvent, move_run
 from pathfed_server.rounds.state import Checkpoint, RunProgress, RunState
 
 
@@ -56,36 +58,53 @@ class RunsStore(SitesStore):
             rows = connection.execute(select(run).order_by(run.c.planned_at, run.c.name)).mappings().all()
             return [_run_row(connection, row) for row in rows]
 
-    def stop_run(self, name: RunName, *, at: float, by: str = "operator") -> None:
-        """Stop a planned or running run: its loop ends at its next word to the store. Stopping it again changes nothing.
+    def pause_run(self, name: RunName, *, now: bool = False, at: float, by: str = "operator") -> RunState:
+        """Let a run pause after the round under way; its state after this. A run that rests already changes nothing.
+
+        Args:
+            name: the run.
+            now: pause at once: the round under way is abandoned and begun again when the run is resumed.
+            at: UTC seconds.
+            by: who did it.
+
+        Raises:
+            RoundError: PF510, no such run; PF511, it has finished, failed or been stopped.
+        """
+        return self._operate(name, RunEvent.PAUSE_NOW if now else RunEvent.PAUSE, at=at, by=by)
+
+    def drain_run(self, name: RunName, *, at: float, by: str = "operator") -> RunState:
+        """Let a run stop after the round under way; its state after this. Draining it again changes nothing.
 
         Raises:
             RoundError: PF510, no such run; PF511, it has finished or failed.
         """
-        self._operate(name, RunState.STOPPED, (RunState.PLANNED, RunState.RUNNING), action="run.stopped", at=at, by=by)
+        return self._operate(name, RunEvent.DRAIN, at=at, by=by)
 
-    def reopen_run(self, name: RunName, *, at: float, by: str = "operator") -> None:
-        """Let a stopped or failed run be taken up again from its last committed round, its failed attempts forgotten.
+    def stop_run(self, name: RunName, *, at: float, by: str = "operator") -> None:
+        """Stop a run at once: its loop ends at its next word to the store. Stopping it again changes nothing.
 
         Raises:
-            RoundError: PF510, no such run; PF511, it is running or finished.
+            RoundError: PF510, no such run; PF511, it has finished or failed.
         """
-        self._operate(name, RunState.PLANNED, (RunState.STOPPED, RunState.FAILED), action="run.reopened", at=at, by=by)
+        self._operate(name, RunEvent.STOP, at=at, by=by)
+
+    def reopen_run(self, name: RunName, *, at: float, by: str = "operator") -> RunState:
+        """Let a paused, stopped or failed run go on from its last committed round, its failed attempts forgotten; its state after this.
+
+        A run that was to pause or stop after its round goes on; one that runs anyway is left alone.
+
+        Raises:
+            RoundError: PF510, no such run; PF511, it is finished.
+        """
+        return self._operate(name, RunEvent.RESUME, at=at, by=by)
 
     def begin_attempt(self, name: RunName, *, at: float) -> RunProgress:
         """See `rounds.ports.RoundStore`."""
         with self._write() as connection:
             row = demand_run(connection, name, lock=True)
-            if row["state"] not in (RunState.PLANNED, RunState.RUNNING):
-                raise _wrong_state(name, row["state"], "taken up", remedy="reopen a stopped or failed run first; a finished one has ended")
             started = at if row["started_at"] is None else row["started_at"]
-            attempt = row["attempt"] + 1
-            connection.execute(
-                update(run)
-                .where(run.c.name == name)
-                .values(state=RunState.RUNNING, attempt=attempt, started_at=started, ended_at=None, code=None)
-            )
-            add_event(connection, actor="server", action="run.taken_up", subject=name, at=at, detail={"attempt": attempt})
+            values = {"attempt": row["attempt"] + 1, "started_at": started, "ended_at": None, "code": None}
+            change_run(connection, row, RunEvent.TAKE_UP, at=at, **values)
             return progress_of(connection, name)
 
     def progress(self, name: RunName) -> RunProgress:
@@ -93,23 +112,33 @@ class RunsStore(SitesStore):
         with self._read() as connection:
             return progress_of(connection, name)
 
+    def rest_run(self, name: RunName, attempt: int, *, at: float) -> RunState:
+        """See `rounds.ports.RoundStore`."""
+        with self._write() as connection:
+            row = demand_attempt(connection, name, attempt)
+            ended = at if row["state"] == RunState.DRAINING else None
+            return RunState(change_run(connection, row, RunEvent.REST, at=at, ended_at=ended).after)
+
     def finish_run(self, name: RunName, attempt: int, *, at: float) -> None:
         """See `rounds.ports.RoundStore`."""
-        self._end(name, attempt, RunState.FINISHED, code=None, at=at)
+        with self._write() as connection:
+            change_run(connection, demand_attempt(connection, name, attempt), RunEvent.FINISH, at=at, ended_at=at, code=None)
 
     def fail_run(self, name: RunName, attempt: int, *, code: str, at: float) -> None:
         """See `rounds.ports.RoundStore`."""
-        self._end(name, attempt, RunState.FAILED, code=code, at=at)
+        with self._write() as connection:
+            change_run(connection, demand_attempt(connection, name, attempt), RunEvent.FAIL, at=at, ended_at=at, code=code)
 
     def give_up(self, name: RunName, *, code: str, at: float) -> None:
-        """Mark a run failed that is planned or running, whether or not a loop ever took it up; any other run stays as it is.
+        """Mark a run failed that should go on, whether or not a loop ever took it up; any other run stays as it is.
 
         Raises:
             RoundError: PF510, no such run.
         """
         with self._write() as connection:
-            if demand_run(connection, name, lock=True)["state"] in (RunState.PLANNED, RunState.RUNNING):
-                _note_end(connection, name, RunState.FAILED, code=code, at=at)
+            row = demand_run(connection, name, lock=True)
+            if row["state"] in OPEN:
+                change_run(connection, row, RunEvent.FAIL, at=at, ended_at=at, code=code)
 
     def checkpoints(self, name: RunName) -> list[Checkpoint]:
         """The checkpoints of a run, the initial state's first."""
@@ -117,26 +146,12 @@ class RunsStore(SitesStore):
         with self._read() as connection:
             return [_checkpoint(row) for row in connection.execute(query).mappings()]
 
-    def _operate(self, name: RunName, to: RunState, allowed: Sequence[RunState], *, action: str, at: float, by: str) -> None:
+    def _operate(self, name: RunName, event: RunEvent, *, at: float, by: str) -> RunState:
         with self._write() as connection:
             row = demand_run(connection, name, lock=True)
-            if row["state"] == to:
-                return
-            if row["state"] not in allowed:
-                raise _wrong_state(name, row["state"], action.removeprefix("run."), remedy=f"only a {' or '.join(allowed)} run can be")
-            ended = at if to is RunState.STOPPED else None
-            connection.execute(update(run).where(run.c.name == name).values(state=to, ended_at=ended, code=None, failures=0))
-            add_event(connection, actor=by, action=action, subject=name, at=at)
-
-    def _end(self, name: RunName, attempt: int, to: RunState, *, code: str | None, at: float) -> None:
-        with self._write() as connection:
-            demand_attempt(connection, name, attempt)
-            _note_end(connection, name, to, code=code, at=at)
-
-
-def _note_end(connection: Connection, name: RunName, to: RunState, *, code: str | None, at: float) -> None:
-    connection.execute(update(run).where(run.c.name == name).values(state=to, ended_at=at, code=code))
-    add_event(connection, actor="server", action=f"run.{to}", subject=name, at=at, detail={"code": code} if code else None)
+            ended = at if move_run(RunState(row["state"]), event, where=name).after == RunState.STOPPED else None
+            # Failed attempts are forgotten where an operator looks at the run: it gets all of them again.
+            return RunState(change_run(connection, row, event, at=at, by=by, ended_at=ended, code=None, failures=0).after)
 
 
 def demand_run(connection: Connection, name: RunName, *, lock: bool = False) -> RowMapping:
@@ -152,19 +167,20 @@ def demand_run(connection: Connection, name: RunName, *, lock: bool = False) -> 
     return row
 
 
-def demand_attempt(connection: Connection, name: RunName, attempt: int) -> None:
-    """Lock the run and let only the loop that runs it pass.
+def demand_attempt(connection: Connection, name: RunName, attempt: int) -> RowMapping:
+    """Lock the run and let only the loop that runs it pass; its row.
 
     Raises:
         RoundError: PF510, no such run; PF511, it is not running, or a later attempt has taken it up.
     """
     row = demand_run(connection, name, lock=True)
-    if row["state"] != RunState.RUNNING:
-        raise _wrong_state(name, row["state"], "written to", remedy="its loop ends here")
+    if row["state"] not in LIVE:
+        raise RoundError(ErrorCode.RUN_STATE, f"a {row['state']} run cannot be written to", where=name, remedy="its loop ends here")
     if row["attempt"] != attempt:
         raise RoundError(
             ErrorCode.RUN_STATE, "a later attempt has taken the run up", where=name, value=f"{row['attempt']}, this is {attempt}"
         )
+    return row
 
 
 def progress_of(connection: Connection, name: RunName) -> RunProgress:
@@ -191,9 +207,6 @@ def _checkpoint(row: RowMapping) -> Checkpoint:
 
 
 def _run_row(connection: Connection, row: RowMapping) -> RunRow:
-    listed = sorted(connection.execute(select(run_site.c.site).where(run_site.c.run == row["name"])).scalars())
+    there = (run_site.c.run == row["name"], run_site.c.left_at.is_(None))
+    listed = sorted(connection.execute(select(run_site.c.site).where(*there)).scalars())
     return RunRow(**{**row, "state": RunState(row["state"])}, sites=tuple(listed))
-
-
-def _wrong_state(name: RunName, state: str, verb: str, *, remedy: str) -> RoundError:
-    return RoundError(ErrorCode.RUN_STATE, f"a {state} run cannot be {verb.replace('_', ' ')}", where=name, remedy=remedy)

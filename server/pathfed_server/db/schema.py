@@ -70,6 +70,8 @@ site = Table(
     Column("state", _STATE, nullable=False),
     Column("enrolled_at", Double, nullable=False),
     Column("revoked_at", Double, comment="null: not revoked"),
+    Column("suspended_at", Double, comment="null: not suspended"),
+    Column("reinstated_at", Double, comment="from when on refusals count towards a suspension; null: from the first"),
     _one_of("enrolled", "revoked"),
 )
 
@@ -196,7 +198,7 @@ run = Table(
     Column("started_at", Double, comment="null: never taken up"),
     Column("ended_at", Double, comment="null: not ended"),
     Column("code", _CODE, comment="why the run failed; null: it did not"),
-    _one_of("planned", "running", "finished", "failed", "stopped"),
+    _one_of("planned", "running", "pausing", "paused", "draining", "finished", "failed", "stopped"),
 )
 
 run_site = Table(
@@ -204,6 +206,7 @@ run_site = Table(
     metadata,
     Column("run", _NAME, ForeignKey(run.c.name), nullable=False),
     Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
+    Column("left_at", Double, comment="null: the site is in the run"),
     PrimaryKeyConstraint("run", "site"),
 )
 
@@ -228,7 +231,7 @@ round_ = Table(
     PrimaryKeyConstraint("run", "round_index"),
     CheckConstraint("round_index >= 1", name="round_index"),
     CheckConstraint("state <> 'committed' OR (next_state IS NOT NULL AND committed_at IS NOT NULL)", name="committed"),
-    _one_of("planned", "offered", "collecting", "committed", "failed"),
+    _one_of("planned", "offered", "training", "collecting", "admitted", "committed", "failed"),
 )
 
 participation = Table(
@@ -239,6 +242,7 @@ participation = Table(
     Column("site", _NAME, ForeignKey(site.c.name), nullable=False),
     Column("state", _STATE, nullable=False),
     Column("code", _CODE, comment="why refused, silent or excluded; null otherwise"),
+    Column("released", _CODE, comment="why it was refused before an operator released it; null: it was not"),
     Column("update_digest", _DIGEST, comment="null: no update came"),
     Column("update_bytes", BigInteger, comment="null: no update came"),
     Column("statement", _DIGEST, comment="digest of the envelope; null: not admitted"),
@@ -285,6 +289,9 @@ quarantine = Table(
     Column("update_bytes", BigInteger, nullable=False),
     Column("path", Text, nullable=False, comment="relative to the server's home"),
     Column("at", Double, nullable=False),
+    Column("released_at", Double, comment="null: not released, as in the columns below"),
+    Column("released_by", String(80)),
+    Column("release_reason", Text),
     ForeignKeyConstraint(["run", "round_index"], ["round.run", "round.round_index"]),
     UniqueConstraint("run", "round_index", "site", "update_digest", "code"),
 )
@@ -348,4 +355,21 @@ release = Table(
     Column("digest", _DIGEST, primary_key=True, comment="of the release's manifest"),
     Column("run", _NAME, ForeignKey(run.c.name), nullable=False),
     Column("released_at", Double, nullable=False),
+)
+
+notification = Table(
+    "notification",
+    metadata,
+    Column("receiver", _NAME, primary_key=True),
+    Column("after", BigInteger, nullable=False, comment="events up to this number are done with"),
+    Column("until", BigInteger, comment="last event of the message under way; null: none is"),
+    Column("events", Integer, nullable=False, comment="that the message under way tells of"),
+    Column("began_at", Double, comment="null: no message is under way"),
+    Column("attempts", Integer, nullable=False, comment="at the message under way"),
+    Column("next_at", Double, comment="null: at once"),
+    Column("code", _CODE, comment="why the last attempt failed; null: it did not"),
+    Column("sent", BigInteger, nullable=False, comment="messages that arrived"),
+    Column("sent_at", Double, comment="null: none has arrived"),
+    Column("given_up", BigInteger, nullable=False, comment="messages given up"),
+    CheckConstraint("(until IS NULL) = (began_at IS NULL)", name="under_way"),
 )

@@ -10,11 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from pathfed_common import digest, files, model
 from pathfed_common.digest import Digest
-from pathfed_common.encoder.blocks import FileBlocks, block_chunks
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan, plan_from_bytes
@@ -22,9 +19,9 @@ from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
-from pathfed_common.released_encoder import ReleasedEncoder
 from pathfed_common.units import UtcSeconds
 from pathfed_server.rounds.admission import read_chunks
+from pathfed_server.rounds.released import average_digest, released_chunks
 from pathfed_server.rounds.state import Candidate, Participation, ParticipationState, RoundResult
 
 _ABSENT = {
@@ -43,10 +40,10 @@ class Recorder:
         Args:
             folder: where the record goes; made when it is not there.
             key: the server's evidence key.
-            cards: the signed card of every site listed in the run.
+            cards: the signed card of every site in the run; looked at when it is needed, as sites may join.
             retain_updates: also keep the admitted updates.
         """
-        self._folder, self._key, self._cards, self._retain = folder, key, dict(cards), retain_updates
+        self._folder, self._key, self._cards, self._retain = folder, key, cards, retain_updates
         self._manifest: Manifest | None = None
 
     def begin(self, *, run: RunName, plan: Plan, candidates: Sequence[Candidate], initial_state: Path) -> None:
@@ -100,11 +97,12 @@ class Recorder:
         entries.append(self._write(record.round_path(index), document.to_bytes(self._key)))
         self._publish(replace(manifest, rounds=index, files=_merged(manifest.files, entries)))
 
-    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: Digest) -> None:
-        """Close the record: export the encoder of the last state.
+    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: Digest, optimiser: Path) -> None:
+        """Close the record: export the encoder of the last state, or the running average where the plan releases that.
 
         Raises:
-            ProvenanceError: PF605, the record is another run's or has other rounds; PF601, `state` is not its last state.
+            ProvenanceError: PF605, the record is another run's or has other rounds; PF601, `state` is not its last state, or the average in
+                `optimiser` not the last round's.
             HostError: the disk is full or the folder cannot be written.
         """
         manifest = self._current()
@@ -116,8 +114,12 @@ class Recorder:
         if last is None or last.digest != state_digest or _entry(last.path, state) != last:
             raise ProvenanceError(ErrorCode.RECORD_CHANGED, "the state is not the record's last", where=state, value=state_digest)
         plan = plan_from_bytes((self._folder / record.PLAN).read_bytes(), where=record.PLAN)
+        due = average_digest(plan, state=state, optimiser=optimiser)
+        recorded = RoundRecord.from_bytes((self._folder / record.round_path(rounds)).read_bytes(), self._key.public).average
+        if due != recorded:
+            raise ProvenanceError(ErrorCode.RECORD_CHANGED, "the average is not the last round's", where=optimiser, value=due)
         entries = [
-            self._write(record.ENCODER, _encoder_bytes(state, plan)),
+            self._write(record.ENCODER, released_chunks(plan, state=state, optimiser=optimiser)),
             self._write(record.ENCODER_CONFIG, digest.canonical(model.timm_config(plan))),
         ]
         self._publish(replace(manifest, rounds=rounds, files=_merged(manifest.files, entries)))
@@ -210,7 +212,7 @@ class Recorder:
     def _made(self, place: str) -> Path:
         path = self._folder / place
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
         except OSError as error:
             raise files.disk_error(error, path) from error
         return path
@@ -231,6 +233,7 @@ def _round_record(result: RoundResult, *, previous: Digest | None) -> RoundRecor
         plan=result.plan,
         base_state=result.base_state,
         next_state=result.checkpoint.state,
+        average=result.average,
         previous=previous,
         admitted=tuple(_admitted(part, result) for part in sorted(by_state[ParticipationState.ADMITTED], key=lambda part: part.site)),
         offered_at=UtcSeconds(result.offered_at),
@@ -256,14 +259,10 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
         update_bytes=part.update_bytes,
         statement=part.statement,
         weight=result.weights[part.site],
+        factor=result.factors.get(part.site, 1.0),
         rounding=part.rounding,
+        released=part.released,
     )
-
-
-def _encoder_bytes(state: Path, plan: Plan) -> Iterator[bytes]:
-    """The exported encoder's file in pieces, one block in memory at a time."""
-    encoder = ReleasedEncoder(plan, FileBlocks(state))
-    return block_chunks({name: (torch.float32, shape) for name, shape in encoder.shapes.items()}, encoder.read, {"format": "pt"})
 
 
 def _entry(place: str, path: Path) -> FileEntry:

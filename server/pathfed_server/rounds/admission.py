@@ -12,7 +12,8 @@
 | int8 numbers are such as rounding gives: scales not below 0, the largest number of a block 126 or 127 | PF550 |
 | its norm is one that clipping and noise allow (`norm_bounds`: an honest update is refused once in 10^9) | PF508 |
 
-That a site sends one update a round, and in time, is the loop's to see (PF509). Memory: one block.
+That a site is still enrolled and its approval stands (PF518, PF530, PF565), that it sends one update a round (PF509), and in time (PF561),
+is `collection`'s to see. An operator may overrule the norm alone (`refusals`). Memory: one block.
 """
 
 import math
@@ -73,6 +74,12 @@ class RoundTerms:
         """How many numbers an update has."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def most_bytes(self) -> int:
+        """Largest file that an update may be: its numbers, and room for a header."""
+        numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout.values())
+        return numbers + _HEADER_FIXED + _HEADER_PER_TENSOR * len(self.layout)
+
     def bounds(self, participant: Participant) -> NormBounds:
         """The norms an honest update of this site may have."""
         rounds = self.plan.rounds
@@ -129,7 +136,9 @@ class _RefusalError(Exception):
         self.refused = Refused(code, detail)
 
 
-def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, update: Path) -> Admitted | Refused:
+def admit(
+    terms: RoundTerms, participant: Participant, *, envelope: bytes, update: Path, waived: frozenset[str] = frozenset()
+) -> Admitted | Refused:
     """Decide on one update.
 
     Args:
@@ -137,6 +146,7 @@ def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, updat
         participant: the site, as the transport authenticated it and as it was asked.
         envelope: the signed statement (DSSE bytes).
         update: the spooled file.
+        waived: codes that an operator has overruled; only that of the norm (PF508) is looked at, every other check holds whatever it says.
 
     Raises:
         OSError: the spooled file cannot be read, a fault of ours and not the site's.
@@ -146,7 +156,8 @@ def admit(terms: RoundTerms, participant: Participant, *, envelope: bytes, updat
         _check_names(terms, participant, statement)
         _check_privacy(terms, participant, statement)
         _check_bytes(terms, statement, update)
-        norm, rounding = _check_numbers(terms, terms.bounds(participant), update)
+        bounds = None if ErrorCode.UPDATE_NORM in waived else terms.bounds(participant)
+        norm, rounding = _check_numbers(terms, bounds, update)
     except _RefusalError as refusal:
         return refusal.refused
     return Admitted(statement=statement, envelope=envelope, norm=norm, rounding=rounding)
@@ -195,14 +206,13 @@ def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) ->
     size = update.stat().st_size
     if size != statement.update_bytes:
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, f"{size} bytes came, {statement.update_bytes} were signed")
-    numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in terms.layout.values())
-    if size > numbers + _HEADER_FIXED + _HEADER_PER_TENSOR * len(terms.layout):
+    if size > terms.most_bytes:
         raise _RefusalError(ErrorCode.UPDATE_SHAPE, f"{size} bytes are more than the plan's tensors need")
     if not digest.equal(digest.of_chunks(read_chunks(update)), statement.update):
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")
 
 
-def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> tuple[float, float]:
+def _check_numbers(terms: RoundTerms, bounds: NormBounds | None, update: Path) -> tuple[float, float]:
     """Norm and rounding of an update whose tensors and numbers are fit."""
     try:
         found = tensor_files.header(update)
@@ -218,7 +228,7 @@ def _check_numbers(terms: RoundTerms, bounds: NormBounds, update: Path) -> tuple
         rounding = wire_format.open_update(update).rounding()
     except ValueError as error:
         raise _RefusalError(ErrorCode.UPDATE_QUANTISED, str(error)[:200]) from None
-    if not bounds.least <= norm <= bounds.most:
+    if bounds is not None and not bounds.least <= norm <= bounds.most:
         raise _RefusalError(ErrorCode.UPDATE_NORM, f"norm {norm:.6g} is outside [{bounds.least:.6g}, {bounds.most:.6g}]")
     return norm, rounding
 

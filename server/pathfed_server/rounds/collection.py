@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pathfed_common import digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_server.rounds.admission import Admitted, Refused, RoundTerms, admit
+from pathfed_server.rounds.admission import Admitted, Refused, RoundTerms, admit, read_chunks
 from pathfed_server.rounds.files import RunFiles
 from pathfed_server.rounds.participants import Choice, Participant
-from pathfed_server.rounds.ports import Reply, RoundStore
+from pathfed_server.rounds.ports import Consent, Reply, RoundStore
 from pathfed_server.rounds.state import Participation, ParticipationState, Quarantined
 
 _CODE = re.compile(r"PF[0-9]{3}")
@@ -32,6 +33,8 @@ class Collection:
         deadline: UTC seconds.
         files: the run's files.
         store: the truth about rounds.
+        now: UTC seconds.
+        consent: why an update of a site may not count now, or None; a word may have come since it was asked.
         told: called after each site's outcome is noted.
         admitted: each admitted site's update file and what it states.
         transfer_s: summed over the replies.
@@ -45,6 +48,8 @@ class Collection:
     deadline: float
     files: RunFiles
     store: RoundStore
+    now: Callable[[], float]
+    consent: Consent
     told: Told
     admitted: dict[SiteName, tuple[Path, Admitted]] = field(default_factory=dict)
     transfer_s: float = 0.0
@@ -62,6 +67,11 @@ class Collection:
         """Those asked whose outcome is not decided."""
         return tuple(each for each in self.choice.participants if each.site not in self._outcomes)
 
+    @property
+    def decided(self) -> bool:
+        """Whether any site's outcome is decided."""
+        return bool(self._outcomes)
+
     def recall(self) -> None:
         """Take up the replies that an earlier attempt at this round admitted, with all checks again."""
         for participant in self.open:
@@ -74,6 +84,23 @@ class Collection:
             else:
                 # Admitted before, so it is our copy that changed; the site is asked again and sends the same bytes.
                 self.files.discard(self.terms.round_index, participant.site)
+        self.take_released()
+
+    def take_released(self) -> None:
+        """Count what an operator has released from quarantine, with all checks again but the one it was refused for."""
+        asked = {each.site: each for each in self.choice.participants}
+        for aside in self.store.released(self.terms.run, self.terms.round_index):
+            participant = asked.get(aside.site)
+            if participant is None or aside.site in self.admitted:
+                continue
+            reply = self.files.released(aside)
+            if reply is None or reply.statement is None or reply.update is None:
+                continue
+            verdict = self._admit(participant, reply.statement, reply.update, waived=frozenset({aside.code}))
+            if isinstance(verdict, Admitted):
+                self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict, released=aside.code)
+            else:
+                _drop(reply)
 
     def take(self, reply: Reply) -> None:
         """Decide on one reply.
@@ -81,10 +108,12 @@ class Collection:
         | reply | outcome |
         | --- | --- |
         | from a site that was not asked | its file is dropped |
-        | a second one from a site | quarantined as PF509; the first one's outcome stands |
+        | the same bytes again from a site | dropped; nothing changes |
+        | another one from a site | quarantined as PF509; the first one's outcome stands |
         | a code | silent for PF515, refused otherwise; the code is kept if it is one, else PF405 |
         | neither code nor statement with update | refused, PF405 |
-        | after the deadline | quarantined, PF509 |
+        | the site is revoked, suspended, or took its approval back | quarantined with that code |
+        | after the deadline | PF561: quarantined, or where the plan says so checked and kept for the next attempt at the round |
         | any other | `admission.admit` decides |
         """
         participant = next((each for each in self.choice.participants if each.site == reply.site), None)
@@ -92,24 +121,36 @@ class Collection:
             _drop(reply)
             return
         if reply.site in self._outcomes:
-            self._set_aside(reply, Refused(ErrorCode.UPDATE_STALE, "a second reply"))
+            if self._is_replay(reply):
+                _drop(reply)
+            else:
+                self._set_aside(reply, Refused(ErrorCode.UPDATE_STALE, "another reply"))
             return
         self.transfer_s += reply.transfer_s
         verdict = self._verdict(participant, reply)
-        if isinstance(verdict, Admitted):
-            self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict)
-        else:
+        if isinstance(verdict, Refused):
             self._refuse(reply, verdict)
+        elif reply.received_at > self.deadline:
+            self._keep_late(reply)
+        else:
+            self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict)
+
+    def has_enough(self) -> bool:
+        """Whether the plan waits for no more updates."""
+        enough = self.terms.plan.rounds.enough
+        return bool(enough) and len(self.admitted) >= enough
 
     def close(self) -> None:
-        """Those that have not answered are silent."""
+        """Those that have not answered are silent, or not needed any more."""
+        self.take_released()
+        code = ErrorCode.UPDATE_NOT_NEEDED if self.has_enough() else ErrorCode.SITE_SILENT
         for participant in self.open:
-            self._decide(replace(self._offered(participant.site), state=ParticipationState.SILENT, code=ErrorCode.SITE_SILENT.value))
+            self._decide(replace(self._offered(participant.site), state=ParticipationState.SILENT, code=code.value))
 
     def abandon(self, code: ErrorCode) -> None:
-        """Nobody is asked after all, for the same reason."""
+        """Nobody is asked, for the same reason; to be called before the round is opened."""
         for participant in self.open:
-            self._decide(Participation(site=participant.site, state=ParticipationState.EXCLUDED, code=code.value))
+            self._outcomes[participant.site] = Participation(site=participant.site, state=ParticipationState.EXCLUDED, code=code.value)
 
     def _verdict(self, participant: Participant, reply: Reply) -> Admitted | Refused:
         if reply.code is not None:
@@ -117,18 +158,38 @@ class Collection:
             return Refused(ErrorCode(reply.code) if known else ErrorCode.MESSAGE_MALFORMED, "the site's own code")
         if reply.statement is None or reply.update is None:
             return Refused(ErrorCode.MESSAGE_MALFORMED, "a reply without statement or update")
-        if reply.received_at > self.deadline:
-            return Refused(ErrorCode.UPDATE_STALE, f"{reply.received_at - self.deadline:.3f} s after the deadline")
+        code = self.consent(reply.site)
+        if code is not None:
+            return Refused(ErrorCode(code), "no consent any more")
+        if reply.received_at > self.deadline and self.terms.plan.rounds.late == "discard":
+            return Refused(ErrorCode.UPDATE_LATE, f"{reply.received_at - self.deadline:.3f} s after the deadline")
         return self._admit(participant, reply.statement, reply.update)
 
-    def _admit(self, participant: Participant, envelope: bytes, update: Path) -> Admitted | Refused:
+    def _admit(
+        self, participant: Participant, envelope: bytes, update: Path, *, waived: frozenset[str] = frozenset()
+    ) -> Admitted | Refused:
         started = time.perf_counter()
         try:
-            return admit(self.terms, participant, envelope=envelope, update=update)
+            return admit(self.terms, participant, envelope=envelope, update=update, waived=waived)
         finally:
             self.admission_s += time.perf_counter() - started
 
-    def _count(self, reply: Reply, verdict: Admitted) -> None:
+    def _is_replay(self, reply: Reply) -> bool:
+        """Whether a reply is, byte for byte, the one that was decided on: a network may bring it twice."""
+        row = self._outcomes[reply.site]
+        if reply.update is None or reply.statement is None:
+            return reply.code == row.code
+        same = row.update == digest.of_chunks(read_chunks(reply.update))
+        return same and row.statement in (None, digest.of_bytes(reply.statement))
+
+    def _keep_late(self, reply: Reply) -> None:
+        """Keep an update that passes every check but came late; the next attempt at this round recalls it."""
+        kept = self.files.keep(self.terms.round_index, reply)
+        row = replace(self._offered(reply.site), state=ParticipationState.REFUSED, code=ErrorCode.UPDATE_LATE.value)
+        found, size = digest.of_chunks(read_chunks(kept)), kept.stat().st_size
+        self._decide(replace(row, update=found, update_bytes=size, received_at=reply.received_at, transfer_s=reply.transfer_s))
+
+    def _count(self, reply: Reply, verdict: Admitted, *, released: str | None = None) -> None:
         if reply.update is None:
             raise ValueError("an admitted reply has an update")
         self.admitted[reply.site] = (reply.update, verdict)
@@ -137,6 +198,7 @@ class Collection:
             Participation(
                 site=reply.site,
                 state=ParticipationState.ADMITTED,
+                released=released,
                 update=stated.update,
                 update_bytes=stated.update_bytes,
                 statement=verdict.statement_digest,
@@ -185,7 +247,7 @@ class Collection:
 
     def _decide(self, row: Participation) -> None:
         self._outcomes[row.site] = row
-        self.store.note_participation(self.terms.run, self.attempt, self.terms.round_index, row)
+        self.store.note_participation(self.terms.run, self.attempt, self.terms.round_index, row, at=self.now())
         self.told(row)
 
     def _offered(self, site: SiteName) -> Participation:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
-from pathfed_common.files import sync_folder, write_atomic
+from pathfed_common.files import make_folder, sync_folder, write_atomic
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.ports import Reply
+from pathfed_server.rounds.state import Quarantined
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,11 @@ class RunFiles:
         return path.relative_to(self.home).as_posix()
 
     def prepare(self, round_index: int) -> Path:
-        """Make the round's folders; the folder for incoming files, empty."""
+        """Make the round's folders; the one that updates arrive in, with what has arrived in an earlier attempt at the round."""
         for folder in (self.state(0).parent, self.optimiser(0).parent, self.spool(round_index) / "admitted"):
-            folder.mkdir(parents=True, exist_ok=True)
-        incoming = self.spool(round_index) / "incoming"
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        return incoming
+            make_folder(folder)
+        make_folder(self.incoming(round_index))
+        return self.incoming(round_index)
 
     def sweep(self, committed: int) -> None:
         """Delete what no later round needs: spools of rounds up to `committed`, and optimiser files older than the one before it."""
@@ -118,15 +118,32 @@ class RunFiles:
         """
         if reply.update is None:
             raise ValueError("there is nothing to set aside")
-        found, size = digest.of_chunks(read_chunks(reply.update)), reply.update.stat().st_size
+        found, size = file_digest(reply.update), reply.update.stat().st_size
         folder = self.quarantine(round_index)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         place = folder / f"{reply.site}-{digest.short(found)}.safetensors"
         if reply.statement is not None:
             write_atomic(place.with_suffix(".dsse"), reply.statement)
         os.replace(reply.update, place)
         sync_folder(folder)
         return place, found, size
+
+    def released(self, aside: Quarantined) -> Reply | None:
+        """A quarantined update that counts all the same, as a reply whose file is a copy; None where it is not whole any more.
+
+        Raises:
+            HostError: the disk is full (PF901) or cannot be written (PF904).
+        """
+        kept = self.home / aside.path
+        copy = self.spool(aside.round_index) / "incoming" / f"{aside.site}.released"
+        try:
+            envelope = kept.with_suffix(".dsse").read_bytes()
+            if digest.of_chunks(read_chunks(kept)) != aside.update:
+                return None
+        except OSError:
+            return None
+        write_atomic(copy, read_chunks(kept))
+        return Reply(site=aside.site, code=None, statement=envelope, update=copy, received_at=aside.at, transfer_s=0.0)
 
     def _folder(self, kind: str) -> Path:
         return self.home / "runs" / self.run / kind

@@ -11,7 +11,9 @@ Guarantees:
     - A site that is late, silent, dishonest or broken costs the round its update and nothing else.
     - A round without a quorum leaves no state, is told in the database, and is offered again with the same index and base state; after
       `attempts` failures the run has failed. Where fewer sites than the quorum may take part at all, none is asked, so none is charged.
-    - Only one loop can write: a loop that another has superseded, or whose run was stopped, ends at its next word to the store.
+    - Only one loop can write: a loop that another has superseded, or whose run was stopped or paused at once, ends at its next word to the
+      store. A run that is to pause or stop after its round ends it, and begins no other.
+    - Every state of run and round, and what leads from one to another, is in `machine`; the store notes each transition.
 """
 
 import time
@@ -20,53 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pathfed_common import digest
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
-from pathfed_common.ids import RunName, SiteName
+from pathfed_common.ids import SiteName
 from pathfed_common.model import trained
-from pathfed_common.plan import Plan
-from pathfed_common.protocol.messages import OFFER_TYPE, RoundOffer
-from pathfed_common.provenance import dsse
-from pathfed_common.provenance.keys import SigningKey
-from pathfed_server.rounds.admission import RoundTerms, file_norm, read_chunks
-from pathfed_server.rounds.aggregation import average, shares
+from pathfed_server.rounds.admission import read_chunks
+from pathfed_server.rounds.aggregation import aggregate, shares
 from pathfed_server.rounds.collection import Collection, reasons
 from pathfed_server.rounds.files import RunFiles
-from pathfed_server.rounds.participants import choose, no_consent
-from pathfed_server.rounds.ports import Clock, Offer, RoundStore, RunRecorder, SitePort
+from pathfed_server.rounds.gathering import Gathering
+from pathfed_server.rounds.machine import ENDING
+from pathfed_server.rounds.ports import Clock, RoundStore, RunRecorder, SitePort
 from pathfed_server.rounds.progress import Progress, RunOutcome, Stage
+from pathfed_server.rounds.released import average_digest
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
-from pathfed_server.rounds.state import Checkpoint, RoundOpening, RoundResult, RoundTimes, RunState
+from pathfed_server.rounds.settings import RunSettings
+from pathfed_server.rounds.state import Checkpoint, Participation, RoundResult, RoundTimes, RunState
 from pathfed_server.rounds.teacher import share_kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a loop is told of its run.
-
-    Attributes:
-        run: the run.
-        plan: its plan.
-        shapes: shape of each tensor of a state, by name (`model.state_shapes`); updates hold the trained ones.
-        initial_state: makes the first state; called once, before round 1.
-        key: the server's evidence key, which signs offers.
-        home: the server's home.
-        attempts: a round that fails this often fails the run.
-        retry_pause_s: wait before a failed round is offered again, seconds.
-    """
-
-    run: RunName
-    plan: Plan
-    shapes: Mapping[str, tuple[int, ...]]
-    initial_state: Callable[[], Mapping[str, Tensor]]
-    key: SigningKey
-    home: Path
-    attempts: int = 2
-    retry_pause_s: float = 5.0
 
 
 def run_rounds(
@@ -81,7 +56,7 @@ def run_rounds(
     """Drive a run to its end.
 
     Returns:
-        How it ended: finished, or stopped by the operator.
+        How it ended: finished, or paused or stopped by the operator.
 
     Raises:
         RoundError: PF503, a round lost its quorum too often; PF514, a checkpoint's file is gone or the server step has no finite result;
@@ -111,13 +86,21 @@ class _Loop:
         try:
             last = self._all_rounds()
         except RoundError as error:
-            if error.code is ErrorCode.RUN_STATE and self.store.progress(self.run).state is RunState.STOPPED:
-                return RunOutcome(state=RunState.STOPPED, last=self.last)
+            ended = self._ended() if error.code is ErrorCode.RUN_STATE else None
+            if ended is not None:
+                return RunOutcome(state=ended, last=self.last)
             if error.code in (ErrorCode.QUORUM_LOST, ErrorCode.RUN_FAILED):
                 # A run that cannot go on is failed where the operator looks, not only in a log.
                 self.store.fail_run(self.run, self.attempt, code=error.code.value, at=self.clock.now())
             raise
         return RunOutcome(state=RunState.FINISHED, last=last)
+
+    def _ended(self) -> RunState | None:
+        """As what the operator has ended this loop, or None; a run that was only to end its round rests now."""
+        state = self.store.progress(self.run).state
+        if state in ENDING:
+            return self.store.rest_run(self.run, self.attempt, at=self.clock.now())
+        return state if state in (RunState.STOPPED, RunState.PAUSED) else None
 
     def _all_rounds(self) -> Checkpoint:
         begun = self.store.begin_attempt(self.run, at=self.clock.now())
@@ -128,8 +111,8 @@ class _Loop:
         self.files.sweep(last.round_index)
         while last.round_index < self.plan.rounds.count:
             self.last = last = self._round(last)
-        state = self.settings.home / last.state_path
-        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state)
+        state, optimiser = self.settings.home / last.state_path, self.settings.home / last.optimiser_path
+        self.recorder.finish(run=self.run, rounds=last.round_index, state=state, state_digest=last.state, optimiser=optimiser)
         self.store.finish_run(self.run, self.attempt, at=self.clock.now())
         return last
 
@@ -167,78 +150,14 @@ class _Loop:
     def _gather(self, last: Checkpoint) -> tuple[Collection, float]:
         """One attempt at the round after `last`: everything up to the last reply, and how many seconds that took."""
         index = last.round_index + 1
-        incoming = self.files.prepare(index)
-        choice = choose(self.plan, self.store.candidates(self.run))
-        offered_at = self.clock.now()
-        gathered = Collection(
-            terms=self._terms(last),
-            choice=choice,
-            attempt=self.attempt,
-            offered_at=offered_at,
-            deadline=offered_at + self.plan.rounds.deadline_s,
-            files=self.files,
-            store=self.store,
-            told=lambda row: self._tell(Stage.DECIDED, index, site=row.site, outcome=row.state.value, code=row.code),
-        )
-        self.store.open_round(
-            RoundOpening(
-                run=self.run,
-                attempt=self.attempt,
-                round_index=index,
-                base_state=last.state,
-                participations=gathered.participations,
-                offered_at=offered_at,
-                deadline=gathered.deadline,
-            )
-        )
-        self._tell(Stage.OPENED, index)
-        started = time.perf_counter()
-        if len(choice.participants) < self.plan.rounds.quorum:
-            gathered.abandon(ErrorCode.QUORUM_LOST)
-        else:
-            gathered.recall()
-            self._exchange(last, gathered, incoming)
-        self._tell(Stage.COLLECTED, index)
-        return gathered, time.perf_counter() - started
 
-    def _exchange(self, last: Checkpoint, gathered: Collection, incoming: Path) -> None:
-        offers = [self._offer(last, gathered, participant.site) for participant in gathered.open]
-        if offers:
-            for reply in self.sites.exchange(offers, incoming, withheld=self._withheld):
-                gathered.take(reply)
-        gathered.close()
+        def told(stage: Stage, row: Participation | None) -> None:
+            if row is None:
+                self._tell(stage, index)
+            else:
+                self._tell(stage, index, site=row.site, outcome=row.state.value, code=row.code)
 
-    def _withheld(self, site: SiteName) -> str | None:
-        """Why nothing may be sent to a site now, or None. The store is asked: a revocation may have come since the round was opened."""
-        code = next((no_consent(each) for each in self.store.candidates(self.run) if each.site == site), ErrorCode.SITE_UNKNOWN)
-        return None if code is None else code.value
-
-    def _offer(self, last: Checkpoint, gathered: Collection, site: SiteName) -> Offer:
-        offer = RoundOffer(
-            run=self.run,
-            site=site,
-            round_index=last.round_index + 1,
-            plan=self.plan_digest,
-            base_state=last.state,
-            base_state_bytes=last.state_bytes,
-            offered_at=gathered.offered_at,
-            deadline=gathered.deadline,
-        )
-        envelope = dsse.seal(offer.to_bytes(), OFFER_TYPE, self.settings.key)
-        return Offer(site=site, envelope=envelope, base_state=self.settings.home / last.state_path, deadline=gathered.deadline)
-
-    def _terms(self, last: Checkpoint) -> RoundTerms:
-        state = self.settings.home / last.state_path
-        return RoundTerms(
-            run=self.run,
-            round_index=last.round_index + 1,
-            plan=self.plan,
-            plan_digest=self.plan_digest,
-            base_state=last.state,
-            # Only a difference of states (several steps) is rounded at the size of the state.
-            base_norm=file_norm(state, only=self.trained) if self.plan.rounds.steps > 1 else 0.0,
-            shapes={name: shape for name, shape in self.settings.shapes.items() if self.trained(name)},
-        )
+        return Gathering(self.settings, self.sites, self.store, self.clock, self.attempt, last, told).run()
 
     def _commit(self, last: Checkpoint, gathered: Collection, exchange_s: float) -> Checkpoint:
         index = last.round_index + 1
@@ -246,7 +165,7 @@ class _Loop:
         statements = {site: verdict.envelope for site, (_, verdict) in sorted(gathered.admitted.items())}
         asked = {each.site: each for each in gathered.choice.participants}
         weights = {site: asked[site].weight for site in updates}
-        aggregation_s, step_s = self._advance(last, updates, weights)
+        factors, aggregation_s, step_s = self._advance(last, updates, weights)
         times = RoundTimes(
             exchange_s=exchange_s,
             transfer_s=gathered.transfer_s,
@@ -263,6 +182,8 @@ class _Loop:
             checkpoint=self._checkpoint(index),
             participations=gathered.participations,
             weights=shares(weights),
+            factors=factors,
+            average=average_digest(self.plan, state=self.files.state(index), optimiser=self.files.optimiser(index)),
             offered_at=gathered.offered_at,
             deadline=gathered.deadline,
             committed_at=self.clock.now(),
@@ -279,12 +200,14 @@ class _Loop:
         self._tell(Stage.CLEANED, index)
         return result.checkpoint
 
-    def _advance(self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]) -> tuple[float, float]:
-        """Write the next state and optimiser file; seconds for the mean and for the step."""
+    def _advance(
+        self, last: Checkpoint, updates: Mapping[SiteName, Path], weights: Mapping[SiteName, float]
+    ) -> tuple[dict[SiteName, float], float, float]:
+        """Write the next state and optimiser file; the weights' factors, and seconds for the aggregation and for the step."""
         index = last.round_index + 1
         mean = self.files.spool(index) / "mean.safetensors"
         started = time.perf_counter()
-        average(updates, weights, mean)
+        factors = aggregate(self.plan.aggregation, updates, weights, mean)
         averaged = time.perf_counter()
         self._tell(Stage.AVERAGED, index)
         stepping = time.perf_counter()
@@ -301,7 +224,7 @@ class _Loop:
         )
         stepped = time.perf_counter()
         self._tell(Stage.STEPPED, index)
-        return averaged - started, stepped - stepping
+        return factors, averaged - started, stepped - stepping
 
     def _teacher_keeps(self, index: int) -> float | None:
         teacher = self.plan.objective.teacher

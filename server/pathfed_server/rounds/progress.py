@@ -49,7 +49,7 @@ class RunOutcome:
     """How a loop ended.
 
     Attributes:
-        state: finished or stopped.
+        state: finished, paused or stopped.
         last: the last committed checkpoint, or None when a run was stopped before its initial state.
     """
 

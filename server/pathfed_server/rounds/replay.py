@@ -4,21 +4,41 @@ The same updates, weights and first state give the same bytes on every machine (
 updates needs no trust in the server's arithmetic.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from pathfed_common.digest import Digest
 from pathfed_common.ids import SiteName
 from pathfed_common.model import trained
 from pathfed_common.plan import Plan
-from pathfed_server.rounds.aggregation import average
+from pathfed_server.rounds.aggregation import aggregate
+from pathfed_server.rounds.released import average_digest
 from pathfed_server.rounds.server_step import step, write_initial_optimiser
 from pathfed_server.rounds.teacher import share_kept
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """What a round leaves, computed again.
+
+    Attributes:
+        round_index: 1 for the first.
+        state: the state's file, which is there until the next round is asked for.
+        average: digest of the running average's encoder file, where the plan has one.
+        factors: what the sites' weights were multiplied by; a site that is not named has 1.
+    """
+
+    round_index: int
+    state: Path
+    average: Digest | None
+    factors: Mapping[SiteName, float]
+
+
 def replay_states(
     plan: Plan, sites: Sequence[Sequence[SiteName]], update: Callable[[int, SiteName], Path], *, first: Path, work: Path
-) -> Iterator[tuple[int, Path]]:
-    """The state after each round, computed again.
+) -> Iterator[Replayed]:
+    """What each round leaves, computed again.
 
     Args:
         plan: the run's plan.
@@ -28,7 +48,7 @@ def replay_states(
         work: an empty folder for files; at most two states and two optimiser files are in it at a time.
 
     Yields:
-        Round (1 for the first) and the state's file, which is there until the next is asked for.
+        Each round's, in order.
 
     Raises:
         ValueError: the files do not fit together.
@@ -38,7 +58,8 @@ def replay_states(
     mean, before, slots = work / "mean.safetensors", first, work / "optimiser-0.safetensors"
     write_initial_optimiser(plan.server_optimiser, first, slots, trained=trained(plan))
     for index, admitted in enumerate(sites, start=1):
-        average({site: update(index, site) for site in admitted}, {site: plan.site_weights.get(site, 1.0) for site in admitted}, mean)
+        weights = {site: plan.site_weights.get(site, 1.0) for site in admitted}
+        factors = aggregate(plan.aggregation, {site: update(index, site) for site in admitted}, weights, mean)
         after, next_slots = work / f"state-{index}.safetensors", work / f"optimiser-{index}.safetensors"
         teacher = plan.objective.teacher
         step(
@@ -56,4 +77,4 @@ def replay_states(
         if before != first:
             before.unlink()
         before, slots = after, next_slots
-        yield index, after
+        yield Replayed(index, after, average_digest(plan, state=after, optimiser=slots), factors)

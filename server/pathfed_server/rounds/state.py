@@ -1,7 +1,6 @@
 """The states of sites, runs, rounds and participations, and the values the loop and its store exchange.
 
-    run            planned -> running -> finished | failed | stopped       (failed and stopped may be reopened)
-    round          planned -> offered -> collecting -> committed | failed  (failed: offered again, same index, same base state)
+    run and round  their states and what leads from one to another: `machine`
     participation  offered -> admitted | refused | silent ; or excluded, when the site was not asked
 
 Times are UTC seconds (`UtcSeconds`, a double): the unit of the messages and of the clock port, the same on every database, and good to
@@ -28,6 +27,9 @@ class RunState(StrEnum):
 
     PLANNED = "planned"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    DRAINING = "draining"
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -38,7 +40,9 @@ class RoundState(StrEnum):
 
     PLANNED = "planned"
     OFFERED = "offered"
+    TRAINING = "training"
     COLLECTING = "collecting"
+    ADMITTED = "admitted"
     COMMITTED = "committed"
     FAILED = "failed"
 
@@ -65,6 +69,8 @@ class Candidate:
         reply_slots: whether it replies at time slots, or None likewise.
         approval: the signed approval (DSSE bytes), or None likewise.
         revoked: whether it has taken its approval of the plan back, for good.
+        suspended: whether it is asked no more, because its updates were refused round after round.
+        left: whether the operator has taken it out of the run.
     """
 
     site: SiteName
@@ -74,6 +80,8 @@ class Candidate:
     reply_slots: bool | None
     approval: bytes | None
     revoked: bool = False
+    suspended: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +136,7 @@ class Participation:
         site: the site.
         state: what became of it.
         code: the reason, when it was refused, silent or excluded.
+        released: the code for which it was refused before an operator released it, or None.
         update: digest of the update, where one came.
         update_bytes: its length.
         statement: digest of the statement's envelope, when admitted.
@@ -144,6 +153,7 @@ class Participation:
     site: SiteName
     state: ParticipationState
     code: str | None = None
+    released: str | None = None
     update: Digest | None = None
     update_bytes: int | None = None
     statement: Digest | None = None
@@ -188,6 +198,7 @@ class RoundOpening:
         participations: a row for each candidate: offered or excluded.
         offered_at: UTC seconds.
         deadline: UTC seconds.
+        asks: whether offers go out; not where fewer sites than the quorum may take part.
     """
 
     run: RunName
@@ -197,6 +208,7 @@ class RoundOpening:
     participations: tuple[Participation, ...]
     offered_at: float
     deadline: float
+    asks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +223,9 @@ class RoundResult:
         base_state: digest of the state it started from.
         checkpoint: what it left behind.
         participations: every candidate, in site order.
-        weights: normalised weight of each admitted site in the mean, in site order; they add up to 1.
+        weights: normalised public weight of each admitted site, in site order; they add up to 1.
+        factors: what the aggregation rule multiplied these by; a site that is not named has 1.
+        average: digest of the running average's encoder file, where the plan releases it.
         offered_at: UTC seconds.
         deadline: UTC seconds.
         committed_at: UTC seconds.
@@ -230,6 +244,8 @@ class RoundResult:
     deadline: float
     committed_at: float
     times: RoundTimes
+    factors: Mapping[SiteName, float] = field(default_factory=dict)
+    average: Digest | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

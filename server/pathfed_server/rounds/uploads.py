@@ -45,6 +45,13 @@ def arrived(incoming: Path, site: SiteName) -> Path:
     return incoming / f"{site}.safetensors"
 
 
+def transfer_seconds(incoming: Path, site: SiteName) -> float:
+    """How long a site's update was on its way, cuts and pauses included: from its announcement to its last byte."""
+    with suppress(OSError):
+        return max(0.0, arrived(incoming, site).stat().st_mtime - (incoming / f"{site}.manifest").stat().st_mtime)
+    return 0.0
+
+
 @dataclass
 class _Upload:
     """One site's update of one round, as it grows."""

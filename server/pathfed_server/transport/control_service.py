@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, TransportError
-from pathfed_common.ids import SiteName
+from pathfed_common.ids import RunName, SiteName
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.protocol import spiffe
 from pathfed_server.provenance.log_ports import LogService
@@ -62,6 +62,26 @@ class Certified:
     authorities: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a site in one round that it was asked in. `code`: why it does not count, or None."""
+
+    run: RunName
+    round_index: int
+    state: str
+    code: str | None
+    offered_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the server wants a site to know: to renew its certificate now, whether it is suspended, and its last rounds."""
+
+    renew: bool
+    suspended: bool
+    outcomes: Sequence[Outcome]
+
+
 class ControlDesk(Protocol):
     """Who answers the sites. Every method may be called from several threads at once, and raises PathfedError where it refuses."""
 
@@ -99,8 +119,8 @@ class ControlDesk(Protocol):
         """The site's signed word on a plan."""
         ...
 
-    def report(self, caller: Caller, *, software: str, state: str) -> bool:
-        """What the site is and does; whether it should renew its certificate now."""
+    def report(self, caller: Caller, *, software: str, state: str) -> Told:
+        """What the site is and does; what the server wants it to know."""
         ...
 
 
@@ -157,9 +177,15 @@ class ControlService:
     def _report(self, caller: Caller, request: pb.ReportRequest) -> pb.ReportReply:
         if request.state not in _STATES:
             raise TransportError(ErrorCode.REQUEST_REFUSED, f"a state is one of {_STATES}", value=repr(request.state[:20]))
-        renew = self._desk.report(caller, software=check_software(request.software), state=request.state)
-        size = self._log.checkpoint(0).size
-        return pb.ReportReply(now=self._desk.now(), certificate_until=caller.certificate_until, log_size=size, renew=renew)
+        told = self._desk.report(caller, software=check_software(request.software), state=request.state)
+        return pb.ReportReply(
+            now=self._desk.now(),
+            certificate_until=caller.certificate_until,
+            log_size=self._log.checkpoint(0).size,
+            renew=told.renew,
+            outcomes=[_outcome(each) for each in told.outcomes],
+            suspended=told.suspended,
+        )
 
     def _checkpoint(self, caller: Caller, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
         del caller
@@ -179,6 +205,10 @@ class ControlService:
     def _cosign(self, caller: Caller, request: pb.CosignRequest) -> pb.CosignReply:
         self._log.cosign(caller.site, _size(request.size), request.line)
         return pb.CosignReply()
+
+
+def _outcome(found: Outcome) -> pb.Outcome:
+    return pb.Outcome(run=found.run, round=found.round_index, state=found.state, code=found.code or "", offered_at=found.offered_at)
 
 
 def known_caller(desk: ControlDesk, limit: RateLimit, call: Call) -> Caller:

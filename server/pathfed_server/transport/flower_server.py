@@ -1,7 +1,7 @@
 """Rounds over Flower's messages: the `SitePort` that the round loop talks through, and the ServerApp that Flower starts.
 
 The loop is ours, not Flower's strategy: offers go to an explicit list of sites (a stock strategy takes every connected node), each with a
-time to live near the round's deadline, and replies are pulled one by one and written to disk as they come.
+time to live near the round's deadline, and replies are pulled one by one. They are small: what is large has come over the bulk plane.
 
 An offer can be lost with the process that held it: Flower never delivers a message twice. It is sent again, within the same deadline,
 
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from pathfed_common import files
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
+from pathfed_server.rounds.uploads import arrived, transfer_seconds
 
 RUN_KEY = "pathfed-run"
 _POLL_S = 0.25
@@ -63,7 +63,7 @@ class FlowerSites:
         self._grid = grid
         self._sites = {key: site for site, key in node_keys.items()}
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         """Send offers, yield replies as they come; see `SitePort`."""
         outbox = _Outbox(offers)
         waiting = outbox.waiting
@@ -73,7 +73,7 @@ class FlowerSites:
         try:
             while (waiting or inbox.expected) and time.time() <= deadline:
                 due = time.monotonic() - asked > _ASK_S
-                for site, sent in self._send_to_online(outbox, inbox, withheld) if waiting or due else ():
+                for site, sent in self._send_to_online(outbox, inbox, withheld, sending) if waiting or due else ():
                     if isinstance(sent, Reply):
                         inbox.forget(site)
                         yield sent
@@ -95,7 +95,9 @@ class FlowerSites:
         for site in {*inbox.expected, *waiting}:
             yield _without_update(site, ErrorCode.SITE_SILENT.value)
 
-    def _send_to_online(self, outbox: "_Outbox", inbox: "_Inbox", withheld: Consent) -> Iterator[tuple[SiteName, str | Reply]]:
+    def _send_to_online(
+        self, outbox: "_Outbox", inbox: "_Inbox", withheld: Consent, sending: Sending
+    ) -> Iterator[tuple[SiteName, str | Reply]]:
         """Send the offers of sites whose node is connected now and who consent, and note them as sent.
 
         With each site comes the id of the message, or the reply that says why none was sent.
@@ -113,6 +115,7 @@ class FlowerSites:
                 del outbox.waiting[site]
                 yield site, _without_update(site, code)
                 continue
+            sending(site)
             (message_id,) = self._grid.push_messages([_message(outbox.waiting[site], node.node_id)])
             if message_id:
                 outbox.note_sent(site, node.last_activated_at)
@@ -170,9 +173,9 @@ class _Inbox:
     `_STALL_S` seconds gives up its place, so that stalled uploads hold up nobody else.
     """
 
-    def __init__(self, grid: Grid, spool: Path) -> None:
+    def __init__(self, grid: Grid, incoming: Path) -> None:
         self._grid = grid
-        self._spool = spool
+        self._incoming = incoming
         self._places = threading.Semaphore(_AT_ONCE)
         self._lock = threading.Lock()
         #: Messages whose replies are being pulled, and since when (monotonic seconds).
@@ -252,7 +255,6 @@ class _Inbox:
                 self._places.release()
 
     def _look(self, site: SiteName, message_id: str) -> Reply | _Lost | None:
-        seen = time.time()
         try:
             messages = list(self._grid.pull_messages([message_id])) if not self._closed.is_set() else []
         except httpx.TransportError:
@@ -261,7 +263,7 @@ class _Inbox:
             return None
         if _is_lost(messages[0]):
             return _Lost(site, message_id)
-        return _reply(site, messages[0], self._spool, seen) if self._claim(site) else None
+        return _reply(site, messages[0], self._incoming) if self._claim(site) else None
 
     def _claim(self, site: SiteName) -> bool:
         """Whether this is a site's first reply. A later one must not be written: the first one's file may be under examination."""
@@ -283,39 +285,30 @@ def make_app(main: Callable[[str, Grid], None]) -> ServerApp:
 
 
 def _message(offer: Offer, node_id: int) -> Message:
-    content = RecordDict(
-        {
-            wire.OFFER: ConfigRecord({wire.ENVELOPE: offer.envelope}),
-            wire.BULK: ArrayRecord({wire.BYTES: _bulk(offer.base_state.read_bytes())}),
-        }
-    )
+    content = RecordDict({wire.OFFER: ConfigRecord({wire.ENVELOPE: offer.envelope})})
     return Message(content, dst_node_id=node_id, message_type=wire.MESSAGE_TYPE, ttl=max(1.0, offer.deadline - time.time()))
-
-
-def _bulk(data: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(data),), stype=wire.BULK_STYPE, data=data)
 
 
 def _is_lost(message: Message) -> bool:
     return message.has_error() and message.error.code in _LOST and message.error.reason not in _CODES
 
 
-def _reply(site: SiteName, message: Message, spool: Path, seen: float) -> Reply:
+def _reply(site: SiteName, message: Message, incoming: Path) -> Reply:
+    """What a message says. With a statement goes the update that has arrived over the bulk plane before."""
     if message.has_error():
         reason = message.error.reason or ""
         return _without_update(site, reason if reason in _CODES else ErrorCode.SITE_SILENT.value)
     try:
         record = message.content.config_records[wire.REPLY]
         code, envelope = record[wire.CODE], record[wire.ENVELOPE]
-        update = None if code else message.content.array_records[wire.BULK][wire.BYTES].data
     except (KeyError, AttributeError, TypeError):
         return _without_update(site, ErrorCode.MESSAGE_MALFORMED.value)
-    if code or update is None or not isinstance(envelope, bytes):
+    if code or not isinstance(envelope, bytes):
         return _without_update(site, code if code in _CODES else ErrorCode.MESSAGE_MALFORMED.value)
-    path = spool / f"{site}.safetensors"
-    files.write_atomic(path, update)
-    now = time.time()
-    return Reply(site=site, code=None, statement=envelope, update=path, received_at=now, transfer_s=now - seen)
+    update, now = arrived(incoming, site), time.time()
+    if not update.is_file():
+        return _without_update(site, ErrorCode.UPDATE_ABSENT.value)
+    return Reply(site=site, code=None, statement=envelope, update=update, received_at=now, transfer_s=transfer_seconds(incoming, site))
 
 
 def _without_update(site: SiteName, code: str) -> Reply:

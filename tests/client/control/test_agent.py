@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 from control_server import ControlServer, Refused
 
+from pathfed_client import app
 from pathfed_client.control.agent import FETCH_EVERY, PASSES, Agent
 from pathfed_client.control.certificates import certificate_times, check_certificate
 from pathfed_client.control.rotating import rotate
@@ -420,3 +421,27 @@ def test_secrets_show_in_no_repr(site):
     key = site.home.keys.tls_key().decode()[40:80]
     for value in (site.agent, site.home, site.home.keys, site.agent._client, site.home.evidence_key):
         assert key not in repr(value)
+
+
+def test_what_became_of_its_rounds_comes_to_the_site_and_nothing_unreadable(site, server):
+    good = pb.Outcome(run="lung-1", round=7, state="refused", code="PF508", offered_at=1.5)
+    server.told = {
+        "suspended": True,
+        "outcomes": [
+            good,
+            pb.Outcome(run="../x", round=6, state="refused", code="PF508", offered_at=1.5),
+            pb.Outcome(run="lung-1", round=5, state="\x1b[2Jgone", code="", offered_at=1.5),
+            pb.Outcome(run="lung-1", round=4, state="refused", code="call 0800", offered_at=1.5),
+            pb.Outcome(run="lung-1", round=3, state="admitted", code="", offered_at=float("nan")),
+            *[pb.Outcome(run="lung-1", round=2, state="admitted", code="", offered_at=0.5)] * 100,
+        ],
+    }
+    assert site.agent.pass_once()
+    shown = app.status(site.home)
+    assert shown["control"]["suspended"] is True
+    assert shown["rounds"][0] == {"run": "lung-1", "round_index": 7, "state": "refused", "code": "PF508", "offered_at": 1.5}
+    assert {one["round_index"] for one in shown["rounds"]} == {7, 2}
+    assert len(shown["rounds"]) < 60
+    server.told = {}
+    assert site.agent.pass_once()
+    assert (app.status(site.home)["control"]["suspended"], app.status(site.home)["rounds"]) == (False, [])

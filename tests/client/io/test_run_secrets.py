@@ -91,6 +91,18 @@ def test_advancing_again_or_for_a_past_round_is_harmless(chain: RunSecrets) -> N
     assert chain.current(A, 2) == second
 
 
+def test_a_sealed_rounds_secret_is_erased_where_a_crash_came_before_that(chain: RunSecrets, folder: Path) -> None:
+    secret = chain.current(A, 1)
+    after = RunSecrets(folder)
+    after.settle(A, 1)
+    assert not on_disk(secret, folder)
+    second = after.current(A, 2)
+    after.settle(A, 1)
+    assert after.current(A, 2) == second
+    after.settle(B, 7)
+    assert sorted(path.name for path in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
+
+
 def test_a_fixed_root_gives_fixed_secrets_and_a_random_one_does_not(chain: RunSecrets, tmp_path: Path) -> None:
     assert RunSecrets.create(tmp_path / "b", root=ROOT).current(A, 1) == chain.current(A, 1)
     assert RunSecrets.create(tmp_path / "c").current(A, 1) != RunSecrets.create(tmp_path / "d").current(A, 1)
@@ -107,9 +119,9 @@ def test_files_are_readable_by_their_owner_only(chain: RunSecrets, folder: Path)
     assert caught.value.code is ErrorCode.KEY_FILE
 
 
-@pytest.mark.parametrize("write", [1, 2], ids=["before the root moves on", "before the run's file"])
-def test_a_crash_inside_a_fork_loses_only_an_unused_secret(
-    write: int, chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("write", [1, 2], ids=["before the run's file", "before the root moves on"])
+def test_a_crash_inside_a_fork_changes_no_secret_and_leaves_no_root(
+    write: int, chain: RunSecrets, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = files.write_atomic, []
 
@@ -123,9 +135,10 @@ def test_a_crash_inside_a_fork_loses_only_an_unused_secret(
         patch.setattr(files, "write_atomic", crash)
         with pytest.raises(KeyboardInterrupt):
             chain.current(A, 1)
-    after = RunSecrets(folder)
-    assert after.current(A, 1) == after.current(A, 1)
+    after, undisturbed = RunSecrets(folder), RunSecrets.create(tmp_path / "undisturbed", root=ROOT)
+    assert after.current(A, 1) == after.current(A, 1) == undisturbed.current(A, 1)
     assert not on_disk(ROOT, folder)
+    assert after.current(B, 1) == undisturbed.current(B, 1)
 
 
 def test_a_crash_before_an_advance_keeps_the_secret_and_one_after_has_advanced(
@@ -147,6 +160,46 @@ def test_a_crash_before_an_advance_keeps_the_secret_and_one_after_has_advanced(
             chain.advance(A, 1)
     with pytest.raises(TransportError):
         RunSecrets(folder).current(A, 1)
+
+
+def test_a_crash_between_replacing_and_overwriting_leaves_no_old_secret_once_the_folder_is_opened(
+    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "run-run-a.secret"
+    chain.current(A, 1)
+    before = path.read_bytes()
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with path.open("rb") as old:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_overwrite", crash)
+            with pytest.raises(KeyboardInterrupt):
+                chain.advance(A, 1)
+        assert old.read() == before
+        RunSecrets(folder)
+        old.seek(0)
+        assert old.read() == bytes(len(before))
+    assert sorted(each.name for each in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
+
+
+def test_a_crash_before_the_replacement_does_not_overwrite_the_secret_that_counts(
+    chain: RunSecrets, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has two names then."""
+    secret = chain.current(A, 1)
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", crash)
+        with pytest.raises(KeyboardInterrupt):
+            chain.advance(A, 1)
+    assert len(list(folder.iterdir())) == 3
+    assert RunSecrets(folder).current(A, 1) == secret
+    assert sorted(each.name for each in folder.iterdir()) == ["root.secret", "run-run-a.secret"]
 
 
 def test_what_a_crash_left_half_written_is_erased(chain: RunSecrets, folder: Path) -> None:

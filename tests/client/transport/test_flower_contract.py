@@ -30,7 +30,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
@@ -53,7 +53,7 @@ NODE, RUN, TASK = 2, 1, 3
         (pull_task_input, ["client"]),
         (push_message, ["client", "message", "context"]),
         (push_task_output, ["client", "context", "sub_status", "details"]),
-        (make_task_heartbeat_fn_http, ["client"]),
+        (RuntimeHttpClient.SendTaskHeartbeat, ["self", "request"]),
         (HeartbeatSender, ["heartbeat_fn"]),
         (RuntimeTokenHttpInterceptor, ["token"]),
         (RuntimeVersionHttpInterceptor, ["component_name"]),

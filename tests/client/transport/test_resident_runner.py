@@ -3,13 +3,16 @@
 import hashlib
 import io
 import zipfile
+from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest, SendTaskHeartbeatResponse
 from flwr.supercore.fab import Fab
 
-from pathfed_client.transport.resident_runner import _answered
+from pathfed_client.transport.resident_runner import _answered, _beat
 from pathfed_common.bundle import bundle_bytes, bundle_hash
 from pathfed_common.errors import ErrorCode, HostError
 from pathfed_common.protocol import wire
@@ -90,3 +93,30 @@ def test_a_refusal_that_cannot_be_written_down_does_not_leave():
 
     with pytest.raises(HostError, match="PF901"):
         _answered(app([]), full, message(), CONTEXT, fab(b""))
+
+
+class SuperNode:
+    """What a heartbeat meets: an answer, or none."""
+
+    def __init__(self, answer: bool | Exception) -> None:
+        self.answer = answer
+
+    def SendTaskHeartbeat(self, request: SendTaskHeartbeatRequest) -> SendTaskHeartbeatResponse:  # noqa: N802 - Flower's name
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return SendTaskHeartbeatResponse(success=self.answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"),
+    [
+        (True, True),
+        (False, False),
+        (httpx.ConnectError("away"), False),
+        (httpx.HTTPStatusError("401", request=httpx.Request("POST", "http://a"), response=httpx.Response(401)), False),
+    ],
+)
+def test_a_supernode_that_forgot_the_task_does_not_end_the_runner(answer, known):
+    """Flower's own function would raise SIGINT, and the training would be lost with its charge."""
+    client: Any = SuperNode(answer)
+    assert _beat(client) is known

@@ -24,7 +24,11 @@ FIELDS = {
     "DecideRequest": {"envelope": (1, "bytes")},
     "DecideReply": {},
     "ReportRequest": {"software": (1, "string"), "state": (2, "string")},
-    "ReportReply": {"now": (1, "double"), "certificate_until": (2, "double"), "log_size": (3, "uint64"), "renew": (4, "bool")},
+    "ReportReply": {
+        **{"now": (1, "double"), "certificate_until": (2, "double"), "log_size": (3, "uint64"), "renew": (4, "bool")},
+        **{"outcomes": (5, "message*"), "suspended": (6, "bool")},
+    },
+    "Outcome": {"run": (1, "string"), "round": (2, "uint64"), "state": (3, "string"), "code": (4, "string"), "offered_at": (5, "double")},
     "GetCheckpointRequest": {"known_size": (1, "uint64")},
     "GetCheckpointReply": {"note": (1, "bytes"), "consistency": (2, "bytes*")},
     "GetInclusionRequest": {"leaf_hash": (1, "bytes"), "size": (2, "uint64")},
@@ -67,6 +71,7 @@ TYPES = {
     FieldDescriptor.TYPE_DOUBLE: "double",
     FieldDescriptor.TYPE_UINT64: "uint64",
     FieldDescriptor.TYPE_BOOL: "bool",
+    FieldDescriptor.TYPE_MESSAGE: "message",
 }
 #: Messages as version 0.1.0 put them on the wire, and what they say.
 GOLDEN: dict[str, tuple[str, Message]] = {
@@ -85,6 +90,10 @@ GOLDEN: dict[str, tuple[str, Message]] = {
     "report reply": (
         "09000000000000f83f11000000000000044018808080808080808001",
         pb.ReportReply(now=1.5, certificate_until=2.5, log_size=2**56),
+    ),
+    "report reply with outcomes": (
+        "2a1e0a017210021a07726566757365642205504635303829000000000000f83f3001",
+        pb.ReportReply(outcomes=[pb.Outcome(run="r", round=2, state="refused", code="PF508", offered_at=1.5)], suspended=True),
     ),
     "checkpoint request": ("08ac02", pb.GetCheckpointRequest(known_size=300)),
     "checkpoint reply": ("0a046e6f7465120161120162", pb.GetCheckpointReply(note=b"note", consistency=[b"a", b"b"])),

@@ -17,7 +17,7 @@ from pathfed_common import digest, model
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import SiteName
-from pathfed_common.plan import AdaptersPlan, DinoPlan, EncoderPlan, Plan
+from pathfed_common.plan import AdaptersPlan, AggregationPlan, DinoPlan, EncoderPlan, Plan
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
@@ -274,6 +274,30 @@ def test_a_statement_that_came_too_late_leaves_a_gap_that_is_told(scene: Any, wr
     _refused(verify_record(write(denied)), ErrorCode.STATEMENT_CHAIN, record.statement_path(3, "c"))
 
 
+@pytest.mark.parametrize("code", ["PF564", "PF565"])
+def test_a_site_asked_by_an_attempt_that_failed_and_left_out_of_the_next_leaves_a_gap(code: str, scene: Any, write: Write) -> None:
+    """It chained a statement then, which is in no record: the round counted without it."""
+    left = _rounds(2, lambda value: {"silent": (), "excluded": (AbsentSite(site=SiteName("c"), code=code),)})
+    verdict = verify_record(write(scene.files(statement=_in_round(3, "c", previous=OTHER), round_record=left)))
+    assert verdict.findings == ()
+    assert "c: the statement of round 3 follows one that did not count and is not in the record" in verdict.notes
+
+
+def test_an_update_that_an_operator_released_is_told(scene: Any, write: Write) -> None:
+    released = _rounds(1, lambda value: {"admitted": (replace(value.admitted[0], released="PF508"), *value.admitted[1:])})
+    verdict = verify_record(write(scene.files(round_record=released)))
+    assert verdict.findings == ()
+    assert "a: the update of round 1 was refused (PF508), and an operator let it count" in verdict.notes
+
+
+@pytest.mark.parametrize("at_most", [0, 2, 3])
+def test_a_round_that_passed_over_a_site_whose_turn_it_was_is_found(at_most: int, scene: Any, write: Write) -> None:
+    scene.plan = scene.plan.model_copy(update={"rounds": scene.plan.rounds.model_copy(update={"ask_at_most": at_most})})
+    passed = {"silent": (), "excluded": (AbsentSite(site=SiteName("c"), code="PF562"),)}
+    verdict = verify_record(write(scene.files(round_record=_rounds(2, lambda value: passed if at_most != 2 else {}))))
+    _refused(verdict, ErrorCode.RECORD_CHANGED, record.round_path(2))
+
+
 def _rounds(index: int, change: Callable[[RoundRecord], dict[str, Any]]) -> Callable[[RoundRecord], RoundRecord]:
     return lambda value: replace(value, **change(value)) if value.round_index == index else value
 
@@ -436,6 +460,43 @@ def test_of_a_run_with_a_teacher_the_teachers_encoder_is_released_and_no_other(s
 
     error = _refused(verify_record(write(scene.files(files=students))), ErrorCode.RECORD_CHANGED, record.ENCODER)
     assert error.what == "the exported encoder is not the last state's"
+
+
+def _averaged(scene: Any) -> Any:
+    plan = scene.plan
+    return replace(scene, plan=plan.model_copy(update={"server_optimiser": plan.server_optimiser.model_copy(update={"ema": 0.9})}))
+
+
+def test_a_released_average_is_bound_by_the_last_rounds_record(scene: Any, write: Write) -> None:
+    averaged = _averaged(scene)
+    assert verify_record(write(averaged.files()), averaged.trusted).findings == ()
+    others = {"the last state's": scene.files()[record.ENCODER], "another round's": averaged._average(2)}
+    for data in others.values():
+        crooked = averaged.files(files=lambda made, data=data: made | {record.ENCODER: data})
+        _refused(verify_record(write(crooked)), ErrorCode.RECORD_CHANGED, record.ENCODER)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_round_names_an_average_just_where_the_plan_releases_one(ema: bool, scene: Any, write: Write) -> None:
+    made = _averaged(scene) if ema else scene
+    lie = None if ema else digest.of_bytes(b"average")
+    crooked = made.files(round_record=lambda found: replace(found, average=lie) if found.round_index == 2 else found)
+    _refused(verify_record(write(crooked)), ErrorCode.RECORD_CHANGED, record.round_path(2))
+
+
+@pytest.mark.parametrize("rule", ["mean", "norm_weighted"])
+def test_a_weights_factor_is_for_the_rule_that_gives_one(rule: str, scene: Any, write: Write) -> None:
+    plan = scene.plan
+    made = replace(
+        scene,
+        plan=plan.model_copy(update={"aggregation": AggregationPlan.model_validate({"rule": rule})}),
+        factors={(1, "b"): 0.5},
+    )
+    verdict = verify_record(write(made.files()))
+    if rule == "norm_weighted":
+        assert verdict.findings == ()
+    else:
+        _refused(verdict, ErrorCode.RECORD_CHANGED, record.round_path(1))
 
 
 def test_a_record_before_the_encoder_is_exported_verifies_and_says_so(scene: Any, write: Write) -> None:

@@ -10,6 +10,7 @@ from control_peer import Peer, call, control, control_channel, csr_of, enroll, n
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from pathfed_common import digest
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.protocol import control_pb2 as pb
 from pathfed_common.provenance.documents import SiteCard, open_plan, seal_card_change
@@ -21,6 +22,8 @@ from pathfed_common.provenance.note import Note
 from pathfed_common.units import UtcSeconds
 from pathfed_server import members
 from pathfed_server.db import certificate_store
+from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.rounds.state import Checkpoint, Participation, ParticipationState, RoundOpening
 from pathfed_server.transport.certificates import make_ca, make_site_certificate, read_key
 
 NORTH = SiteName("north")
@@ -290,6 +293,36 @@ def test_what_a_site_reports_is_what_the_operator_sees(serving, enrolled):
     (row,) = members.site_rows(serving.root)
     assert (row["site"], row["reports"], row["software"]) == ("north", "stopped", "0.2.0")
     assert row["certificate_until_at"] == reply.certificate_until
+
+
+def test_a_site_is_told_what_became_of_its_rounds_and_of_no_other_sites(serving, enrolled):
+    north, south = enrolled("north"), enrolled("south")
+    asked = pb.ReportRequest(software="0.1.0", state="running")
+    assert not control(serving, north, "Report", asked).outcomes
+    with SqlStore(serving.database_url) as store:
+        state = digest.of_bytes(b"state")
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="p", canonical=b"{}", signed=b"s", at=1.0)
+        store.create_run(RunName("run-9"), plan_digest=plan, sites=[SiteName("north")], at=1.0)
+        store.begin_attempt(RunName("run-9"), at=1.0)
+        first = Checkpoint(
+            round_index=0, state=state, state_path="s", state_bytes=1, optimiser=state, optimiser_path="o", optimiser_bytes=1
+        )
+        store.commit_initial(RunName("run-9"), 1, first, at=1.0)
+        row = Participation(site=SiteName("north"), state=ParticipationState.OFFERED, offered_at=1.0)
+        opening = RoundOpening(
+            run=RunName("run-9"), attempt=1, round_index=1, base_state=state, participations=(row,), offered_at=1.0, deadline=2.0
+        )
+        store.open_round(opening)
+        refused = replace(row, state=ParticipationState.REFUSED, code="PF508")
+        store.note_participation(RunName("run-9"), 1, 1, refused, at=1.5)
+        store.suspend_sites(RunName("run-9"), 1, after=1, at=1.6)
+    told = control(serving, north, "Report", asked)
+    (outcome,) = told.outcomes
+    assert (outcome.run, outcome.round, outcome.state, outcome.code, outcome.offered_at) == ("run-9", 1, "refused", "PF508", 1.0)
+    assert told.suspended
+    other = control(serving, south, "Report", asked)
+    assert (list(other.outcomes), other.suspended) == ([], False)
 
 
 @pytest.mark.parametrize("fields", [{"state": "dancing"}, {"state": ""}, {"software": "<b>"}, {"software": "x" * 41}])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
-from tests.server.db.test_sql_store import AT, PLAN, RUN, A, B, C, approved, checkpoint, enrol, envelopes, key_of, opening, result
+from tests.server.db.test_sql_store import AT, PLAN, RUN, A, B, C, approved, checkpoint, collected, enrol, envelopes, key_of, result
 
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode, ProvenanceError
@@ -48,7 +48,7 @@ def whole_run(store: SqlStore) -> None:
     store.create_run(RUN, plan_digest=PLAN, sites=[B, A, C], at=AT)
     store.begin_attempt(RUN, at=AT)
     store.commit_initial(RUN, 1, checkpoint(0), at=AT)
-    store.open_round(opening())
+    collected(store)
     store.commit_round(result(), envelopes())
     store.finish_run(RUN, 1, at=AT)
     store.add_release(RELEASE, run=RUN, at=AT)
@@ -182,7 +182,7 @@ def test_process_that_ends_between_record_and_leaf_leaves_neither(store: SqlStor
     store.begin_attempt(RUN, at=AT)
     if what != "initial":
         store.commit_initial(RUN, 1, checkpoint(0), at=AT)
-        store.open_round(opening())
+        collected(store)
     module, record = RECORDS[what]
     before = state_of(store)
 

@@ -28,6 +28,7 @@ from pathfed_common.provenance.log_leaves import (
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db import database, schema
 from pathfed_server.db.sql_store import SqlStore, migrate
+from pathfed_server.rounds.state import RoundState, RunState
 
 
 def engine_of(url: str) -> Engine:
@@ -64,6 +65,21 @@ def test_check_constraints_are_the_declared_ones(url: str) -> None:
     for table in schema.metadata.sorted_tables:
         found = {check["name"] for check in inspector.get_check_constraints(table.name)}
         assert found == {check.name for check in table.constraints if isinstance(check, CheckConstraint)}, table.name
+    engine.dispose()
+
+
+@pytest.mark.parametrize(("table", "states"), [("run", RunState), ("round", RoundState)])
+def test_every_state_of_a_run_or_round_can_be_kept_and_no_other(url: str, table: str, states: type[RunState] | type[RoundState]) -> None:
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        for statement in PARENTS:
+            connection.execute(text(statement))
+    change = text(f"UPDATE {table} SET state = :state, {'committed_at = 1, next_state = state' if table == 'round' else 'attempt = 1'}")
+    for state in states:
+        with engine.begin() as connection:
+            connection.execute(change, {"state": state.value})
+    with pytest.raises(DatabaseError, match=f"ck_{table}_state"), engine.begin() as connection:
+        connection.execute(change, {"state": "over"})
     engine.dispose()
 
 
@@ -275,3 +291,23 @@ def test_what_was_recorded_before_there_was_a_log_gets_its_leaves(empty_url: str
         ]
         store.revoke_site(a, at=50)
         assert store.log_size() == 9
+
+
+def test_a_database_that_is_there_is_upgraded_and_nothing_else_becomes_one(empty_url: str, tmp_path: Path) -> None:
+    """A server that is started on an empty database, or on none, must not take itself for a new consortium."""
+    database.migrate_existing(empty_url) if not empty_url.startswith("sqlite") else None
+    engine = engine_of(empty_url)
+    with engine.begin() as connection:
+        assert MigrationContext.configure(connection).get_current_heads() == ()
+        command.upgrade(database.alembic_config(connection), "0001")
+    engine.dispose()
+    with pytest.raises(RoundError, match="PF513"):
+        SqlStore(empty_url).open()
+    for _ in range(2):
+        database.migrate_existing(empty_url)
+        with SqlStore(empty_url) as store:
+            assert store.runs() == []
+    missing = tmp_path / "missing.db"
+    with pytest.raises(RoundError, match="PF512"):
+        database.migrate_existing(f"sqlite:///{missing}")
+    assert not missing.exists()

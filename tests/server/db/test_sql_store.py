@@ -15,9 +15,10 @@ from pathfed_common.provenance.documents import REJECTION, REVOCATION, Approval
 from pathfed_common.provenance.keys import SigningKey, VerifyKey
 from pathfed_common.provenance.log_leaves import PlanDecided
 from pathfed_common.units import UtcSeconds
-from pathfed_server.db import rounds_store
+from pathfed_server.db import rounds_store, transitions
 from pathfed_server.db.rows import ApprovalRow, DecisionRow
 from pathfed_server.db.sql_store import SqlStore
+from pathfed_server.rounds.machine import RoundEvent
 from pathfed_server.rounds.ports import RoundStore
 from pathfed_server.rounds.state import (
     Checkpoint,
@@ -153,6 +154,15 @@ def envelopes(index: int = 1) -> dict[SiteName, bytes]:
 
 def refusal(code: ErrorCode) -> pytest.RaisesExc[RoundError]:
     return pytest.raises(RoundError, check=lambda error: error.code is code)
+
+
+def collected(store: SqlStore, state: ParticipationState = ParticipationState.ADMITTED) -> None:
+    """Round 1 as it stands after its last reply: admitted, or without a quorum."""
+    store.open_round(opening())
+    quorum = state is ParticipationState.ADMITTED
+    store.note_participation(RUN, 1, 1, admitted(A) if quorum else participations()[1], at=AT)
+    if quorum:
+        store.advance_round(RUN, 1, 1, RoundEvent.ADMIT, at=AT)
 
 
 def test_store_is_what_the_loop_asks_for(store: SqlStore) -> None:
@@ -320,7 +330,13 @@ def test_run_goes_from_planned_over_running_to_finished(planned: SqlStore) -> No
     planned.finish_run(RUN, 2, at=AT + 3)
     run = planned.run(RUN)
     assert (run.state, run.started_at, run.ended_at, run.code) == (RunState.FINISHED, AT + 1, AT + 3, None)
-    for action in (lambda: planned.begin_attempt(RUN, at=AT), lambda: planned.stop_run(RUN, at=AT), lambda: planned.reopen_run(RUN, at=AT)):
+    for action in (
+        lambda: planned.begin_attempt(RUN, at=AT),
+        lambda: planned.stop_run(RUN, at=AT),
+        lambda: planned.pause_run(RUN, at=AT),
+        lambda: planned.drain_run(RUN, at=AT),
+        lambda: planned.reopen_run(RUN, at=AT),
+    ):
         with refusal(ErrorCode.RUN_STATE):
             action()
 
@@ -340,6 +356,98 @@ def test_stopped_and_failed_runs_are_taken_up_only_when_reopened(planned: SqlSto
         planned.begin_attempt(RUN, at=AT)
 
 
+def trail(store: SqlStore, prefix: str) -> list[tuple[str, str, str | None, str]]:
+    """The transitions in the audit trail: who, action, from, to."""
+    events = (event for event in store.audit_events() if event.action.startswith(prefix) and "to" in event.detail)
+    return [(event.actor, event.action, event.detail["from"], event.detail["to"]) for event in events]
+
+
+def test_run_pauses_after_its_round_and_begins_no_other(running: SqlStore) -> None:
+    running.open_round(opening())
+    assert running.pause_run(RUN, at=AT, by="operator:ann") is RunState.PAUSING
+    assert running.pause_run(RUN, at=AT, by="operator:ann") is RunState.PAUSING
+    running.note_participation(RUN, 1, 1, admitted(A), at=AT)
+    assert running.begin_attempt(RUN, at=AT).state is RunState.PAUSING, "a round under way is ended by whoever takes it up"
+    running.open_round(opening(attempt=2))
+    running.note_participation(RUN, 2, 1, admitted(A), at=AT)
+    running.advance_round(RUN, 2, 1, RoundEvent.ADMIT, at=AT)
+    running.commit_round(result(attempt=2), envelopes())
+    before = (running.rounds(RUN), running.audit_events())
+    with refusal(ErrorCode.RUN_STATE):
+        running.open_round(opening(2, attempt=2))
+    assert before == (running.rounds(RUN), running.audit_events())
+    assert running.rest_run(RUN, 2, at=AT + 70) is RunState.PAUSED
+    assert running.run(RUN).ended_at is None
+    with refusal(ErrorCode.RUN_STATE):
+        running.begin_attempt(RUN, at=AT)
+    assert running.reopen_run(RUN, at=AT + 80) is RunState.PLANNED
+    assert trail(running, "run.")[-4:] == [
+        ("operator:ann", "run.pausing", "running", "pausing"),
+        ("server", "run.taken_up", "pausing", "pausing"),
+        ("server", "run.paused", "pausing", "paused"),
+        ("operator", "run.resumed", "paused", "planned"),
+    ]
+
+
+def test_failed_round_is_not_offered_again_where_the_run_is_to_rest(running: SqlStore) -> None:
+    collected(running, ParticipationState.SILENT)
+    assert running.drain_run(RUN, at=AT) is RunState.DRAINING
+    running.fail_round(RUN, 1, 1, participations(), code="PF503", at=AT)
+    with refusal(ErrorCode.RUN_STATE):
+        running.open_round(opening())
+    assert running.rest_run(RUN, 1, at=AT + 9) is RunState.STOPPED
+    assert running.run(RUN).ended_at == AT + 9
+
+
+@pytest.mark.parametrize("order", ["pause", "stop"])
+def test_order_to_end_at_once_puts_the_round_under_way_back(running: SqlStore, order: str) -> None:
+    collected(running)
+    if order == "pause":
+        assert running.pause_run(RUN, now=True, at=AT, by="operator:ann") is RunState.PAUSED
+    else:
+        running.stop_run(RUN, at=AT, by="operator:ann")
+    assert running.rounds(RUN)[0].state is RoundState.PLANNED
+    assert trail(running, "round.")[-1] == ("operator:ann", "round.planned", "admitted", "planned")
+    running.reopen_run(RUN, at=AT)
+    running.begin_attempt(RUN, at=AT)
+    running.open_round(opening(attempt=2))
+    assert [row.attempt for row in running.rounds(RUN)] == [2]
+
+
+def test_orders_are_taken_back_and_given_twice_without_a_trace(planned: SqlStore) -> None:
+    planned.begin_attempt(RUN, at=AT)
+    assert planned.reopen_run(RUN, at=AT) is RunState.RUNNING
+    planned.pause_run(RUN, at=AT)
+    assert planned.drain_run(RUN, at=AT) is RunState.DRAINING
+    assert planned.reopen_run(RUN, at=AT) is RunState.RUNNING
+    planned.drain_run(RUN, at=AT)
+    seen = len(planned.audit_events())
+    planned.drain_run(RUN, at=AT)
+    assert len(planned.audit_events()) == seen
+    planned.finish_run(RUN, 1, at=AT)
+    assert planned.run(RUN).state is RunState.FINISHED
+
+
+def test_run_that_nobody_has_taken_up_pauses_and_stops_at_once(planned: SqlStore) -> None:
+    assert planned.pause_run(RUN, at=AT) is RunState.PAUSED
+    assert planned.drain_run(RUN, at=AT) is RunState.STOPPED
+    with refusal(ErrorCode.RUN_STATE):
+        planned.pause_run(RUN, at=AT)
+
+
+def test_round_makes_no_step_that_the_table_does_not_have(running: SqlStore) -> None:
+    running.open_round(opening())
+    before = (running.rounds(RUN), running.audit_events())
+    for write in (
+        lambda: running.advance_round(RUN, 1, 1, RoundEvent.ADMIT, at=AT),
+        lambda: running.commit_round(result(), envelopes()),
+        lambda: running.fail_round(RUN, 1, 1, participations(), code="PF503", at=AT),
+    ):
+        with refusal(ErrorCode.ROUND_STATE):
+            write()
+    assert before == (running.rounds(RUN), running.audit_events())
+
+
 def quarantined() -> Quarantined:
     return Quarantined(
         run=RUN, round_index=1, site=A, code="PF507", update=digest.of_bytes(b"u"), update_bytes=5_000_000_000, path="quarantine/x", at=AT
@@ -347,7 +455,9 @@ def quarantined() -> Quarantined:
 
 
 WRITES: list[Callable[[SqlStore], Any]] = [
-    lambda store: store.note_participation(RUN, 1, 1, participations()[1]),
+    lambda store: store.note_participation(RUN, 1, 1, participations()[1], at=AT),
+    lambda store: store.advance_round(RUN, 1, 1, RoundEvent.SEND, at=AT),
+    lambda store: store.rest_run(RUN, 1, at=AT),
     lambda store: store.note_quarantine(1, quarantined()),
     lambda store: store.open_round(opening()),
     lambda store: store.commit_round(result(), envelopes()),
@@ -383,9 +493,13 @@ def test_initial_state_is_committed_once(running: SqlStore) -> None:
 def test_round_is_offered_collected_and_committed(running: SqlStore) -> None:
     running.open_round(opening())
     assert running.rounds(RUN)[0].state is RoundState.OFFERED
-    running.note_participation(RUN, 1, 1, admitted(A))
+    running.advance_round(RUN, 1, 1, RoundEvent.SEND, at=AT)
+    assert running.rounds(RUN)[0].state is RoundState.TRAINING
+    running.note_participation(RUN, 1, 1, admitted(A), at=AT)
     assert running.rounds(RUN)[0].state is RoundState.COLLECTING
     assert running.participations(RUN, 1) == [admitted(A), *participations()[1:]]
+    running.advance_round(RUN, 1, 1, RoundEvent.ADMIT, at=AT)
+    assert running.rounds(RUN)[0].state is RoundState.ADMITTED
     running.commit_round(result(), envelopes())
     done = running.rounds(RUN)[0]
     assert (done.state, done.next_state, done.offered_at, done.deadline, done.committed_at, done.times) == (
@@ -403,14 +517,15 @@ def test_round_is_offered_collected_and_committed(running: SqlStore) -> None:
     assert running.progress(RUN).last == checkpoint(1)
     assert running.checkpoints(RUN) == [checkpoint(0), checkpoint(1)]
     last = running.audit_events()[-1]
-    assert (last.action, last.at, last.detail) == ("round.committed", AT + 61, {"round": 1, "state": name_of(1), "sites": [A]})
+    moved = {"attempt": 1, "round": 1, "offer": 1, "event": "commit", "from": "admitted", "to": "committed"}
+    assert (last.action, last.at, last.detail) == ("round.committed", AT + 61, {**moved, "state": name_of(1), "sites": [A]})
 
 
 @pytest.mark.parametrize(("index", "base"), [(2, 1), (2, 0), (1, 1)])
 def test_round_that_does_not_follow_the_last_committed_is_refused(running: SqlStore, index: int, base: int) -> None:
     with refusal(ErrorCode.RUN_STATE):
         running.open_round(replace(opening(index), base_state=name_of(base)))
-    running.open_round(opening())
+    collected(running)
     with refusal(ErrorCode.RUN_STATE):
         running.commit_round(replace(result(index), base_state=name_of(base)), envelopes())
     assert running.progress(RUN).last == checkpoint(0)
@@ -419,22 +534,22 @@ def test_round_that_does_not_follow_the_last_committed_is_refused(running: SqlSt
 def test_round_commits_only_once_and_only_when_opened(running: SqlStore) -> None:
     with refusal(ErrorCode.RUN_STATE):
         running.commit_round(result(), envelopes())
-    running.open_round(opening())
+    collected(running)
     running.commit_round(result(), envelopes())
     with refusal(ErrorCode.RUN_STATE):
         running.commit_round(result(), envelopes())
     assert len(running.statements(RUN)) == 1
 
 
-@pytest.mark.parametrize("fails_at", ["_set_round", "_write_participations", "add_event", "append_leaves"])
+@pytest.mark.parametrize("fails_at", ["change_round", "_write_participations", "add_event", "append_leaves"])
 def test_commit_that_fails_half_way_leaves_nothing_behind(running: SqlStore, fails_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    running.open_round(opening())
+    collected(running)
     before = (running.rounds(RUN), running.participations(RUN, 1), running.checkpoints(RUN), running.audit_events(), running.log_size())
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("the plug is pulled here")
 
-    monkeypatch.setattr(rounds_store, fails_at, fail)
+    monkeypatch.setattr(transitions if fails_at == "add_event" else rounds_store, fails_at, fail)
     with pytest.raises(OSError, match="plug"):
         running.commit_round(result(), envelopes())
     monkeypatch.undo()
@@ -453,15 +568,20 @@ def test_statements_must_be_those_of_the_admitted_sites(running: SqlStore) -> No
 
 
 def test_failed_round_is_told_counted_and_offered_again(running: SqlStore) -> None:
-    running.open_round(opening())
+    collected(running, ParticipationState.SILENT)
     assert running.fail_round(RUN, 1, 1, participations()[1:], code="PF503", at=AT) == 1
     row = running.rounds(RUN)[0]
     assert (row.state, row.code, row.attempt) == (RoundState.FAILED, "PF503", 1)
-    assert running.audit_events()[-1].detail == {"round": 1, "code": "PF503", "failures": 1, "sites": {B: "PF515", C: "PF407"}}
+    failed, lost = running.audit_events()[-2:]
+    sites = {B: "PF515", C: "PF407"}
+    moved = {"attempt": 1, "round": 1, "offer": 1, "event": "fail", "from": "collecting", "to": "failed"}
+    assert (failed.action, failed.detail) == ("round.failed", {**moved, "code": "PF503", "failures": 1, "sites": sites})
+    assert (lost.action, lost.detail) == ("quorum.lost", {"round": 1, "failures": 1, "sites": sites})
     running.open_round(opening())
     assert running.rounds(RUN)[0].attempt == 2
     assert running.begin_attempt(RUN, at=AT).failures == 1
     running.open_round(opening(attempt=2))
+    running.note_participation(RUN, 2, 1, participations()[1], at=AT)
     assert running.fail_round(RUN, 2, 1, participations(), code="PF503", at=AT) == 2
     running.fail_run(RUN, 2, code="PF503", at=AT)
     running.reopen_run(RUN, at=AT)
@@ -469,9 +589,9 @@ def test_failed_round_is_told_counted_and_offered_again(running: SqlStore) -> No
 
 
 def test_commit_forgets_the_failed_attempts(running: SqlStore) -> None:
-    running.open_round(opening())
+    collected(running, ParticipationState.SILENT)
     running.fail_round(RUN, 1, 1, participations(), code="PF503", at=AT)
-    running.open_round(opening())
+    collected(running)
     running.commit_round(result(), envelopes())
     assert running.progress(RUN).failures == 0
     assert running.rounds(RUN)[0].code is None
@@ -530,7 +650,7 @@ def test_one_of_several_enrolments_of_a_name_wins(store: SqlStore) -> None:
 
 
 def test_one_of_several_commits_of_a_round_wins(running: SqlStore) -> None:
-    running.open_round(opening())
+    collected(running)
     failed = in_threads(4, lambda _: running.commit_round(result(), envelopes()))
     assert [error.code for error in failed if isinstance(error, RoundError)] == [ErrorCode.RUN_STATE] * 3
     assert len(running.statements(RUN)) == 1
@@ -568,12 +688,12 @@ def test_an_update_is_wanted_from_who_is_asked_until_the_outcome_is_known(runnin
     assert not running.update_wanted(A, RUN, 2)
     assert not running.update_wanted(B, RUN, 1), "silent"
     assert not running.update_wanted(C, RUN, 1), "excluded"
-    running.note_participation(RUN, 1, 1, Participation(site=A, state=ParticipationState.SILENT, code="PF515", offered_at=AT))
+    running.note_participation(RUN, 1, 1, Participation(site=A, state=ParticipationState.SILENT, code="PF515", offered_at=AT), at=AT)
     assert not running.update_wanted(A, RUN, 1)
 
 
 def test_a_round_that_failed_takes_none_until_it_is_offered_again(running: SqlStore) -> None:
-    running.open_round(opening())
+    collected(running, ParticipationState.SILENT)
     running.fail_round(RUN, 1, 1, opening().participations, code="PF503", at=AT)
     assert not running.update_wanted(A, RUN, 1)
     running.open_round(replace(opening(), offered_at=AT + 1))

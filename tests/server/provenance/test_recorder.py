@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import AdaptersPlan, CohortPlan, DinoPlan, EncoderPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import AdaptersPlan, CohortPlan, DinoPlan, EncoderPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan, ServerOptimiserPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -24,7 +24,8 @@ from pathfed_common.provenance.record_reader import TrustedKeys
 from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatement
 from pathfed_common.provenance.verify import Verdict, verify_record
 from pathfed_common.units import UtcSeconds
-from pathfed_server.provenance.recorder import Recorder, _encoder_bytes
+from pathfed_server.provenance.recorder import Recorder
+from pathfed_server.rounds.released import average_digest, released_chunks
 from pathfed_server.rounds.state import Candidate, Checkpoint, Participation, ParticipationState, RoundResult, RoundTimes, SiteState
 
 RUN = RunName("run-1")
@@ -68,6 +69,7 @@ class World:
     server: SigningKey = field(default_factory=SigningKey.generate)
     keys: dict[SiteName, SigningKey] = field(default_factory=lambda: {SiteName(name): SigningKey.generate() for name in ("a", "b")})
     statements: dict[tuple[int, SiteName], bytes] = field(default_factory=dict)
+    average: Digest | None = None
 
     def recorder(self, *, retain: bool = False) -> Recorder:
         cards = {site: SiteCard(site=site, evidence_key=key.public, flower_key="ssh").to_bytes(key) for site, key in self.keys.items()}
@@ -98,8 +100,8 @@ class World:
             state=self.states[index],
         )
 
-    def finish(self, recorder: Recorder) -> None:
-        recorder.finish(run=RUN, rounds=ROUNDS, state=self.states[ROUNDS], state_digest=self.digest(ROUNDS))
+    def finish(self, recorder: Recorder, optimiser: Path = Path("not-read")) -> None:
+        recorder.finish(run=RUN, rounds=ROUNDS, state=self.states[ROUNDS], state_digest=self.digest(ROUNDS), optimiser=optimiser)
 
     def verify(self) -> Verdict:
         return verify_record(
@@ -185,6 +187,7 @@ class World:
             deadline=1.7e9 + 600,
             committed_at=1.7e9 + 5,
             times=RoundTimes(exchange_s=4.0),
+            average=self.average,
         )
 
 
@@ -229,27 +232,59 @@ def test_a_run_goes_on_after_a_site_changed_its_flower_node_key_and_not_after_an
 
 
 DINO = DinoPlan(local_crop_px=32, head_dim=16, bottleneck_dim=8, prototypes=16)
-ADAPTERS = EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "whole": ({}, "encoder."),
+    "teacher": ({"objective": DINO}, "teacher.encoder."),
+    "average": ({"server_optimiser": ServerOptimiserPlan(ema=0.9)}, "ema.encoder."),
+}
 
 
-@pytest.mark.parametrize("objective", [MaePlan(decoder_dim=32, decoder_depth=1), DINO], ids=["mae", "dino"])
-@pytest.mark.parametrize("encoder", [EncoderPlan(), ADAPTERS], ids=["whole", "adapters"])
-def test_the_released_encoder_is_the_plans_bit_for_bit(plan: Plan, objective: Any, encoder: EncoderPlan, tmp_path: Path) -> None:
-    made = plan.model_copy(update={"objective": objective, "encoder": encoder})
+@pytest.mark.parametrize("encoder", [EncoderPlan(), EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))], ids=["whole", "adapters"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_the_released_encoder_is_the_plans_bit_for_bit(plan: Plan, what: str, encoder: EncoderPlan, tmp_path: Path) -> None:
+    """The state's; the teacher's where there is one; the running average of what is trained; each with its adapters merged."""
+    changes, prefix = CHANGES[what]
+    made = plan.model_copy(update={"encoder": encoder, **changes})
     random = torch.Generator().manual_seed(1)
     numbers = {name: torch.randn(shape, generator=random) for name, shape in model.state_shapes(made).items()}
-    state = tmp_path / "state"
+    averages = {f"ema.{name}": tensor + 1 for name, tensor in numbers.items() if name.startswith("encoder.") and model.trained(made)(name)}
+    state, optimiser = tmp_path / "state", tmp_path / "optimiser"
     state.write_bytes(weights.dump(numbers, {}))
-    exported = weights.load(b"".join(_encoder_bytes(state, made)))
-    prefix = "encoder." if objective.name == "mae" else "teacher.encoder."
+    optimiser.write_bytes(weights.dump(averages, {}))
+    data = b"".join(released_chunks(made, state=state, optimiser=optimiser))
+    assert average_digest(made, state=state, optimiser=optimiser) == (digest.of_bytes(data) if what == "average" else None)
+    held = {**numbers, **averages} | {f"ema.{name}": tensor for name, tensor in numbers.items() if f"ema.{name}" not in averages}
+    exported = weights.load(data)
     assert exported.keys() == model.encoder_spec(made).shapes().keys()
     for name, tensor in exported.items():
-        due, stem = numbers[prefix + name].double(), prefix + name.removesuffix(".weight")
-        if encoder is ADAPTERS and f"{stem}.lora_a.weight" in numbers:
-            due = due + 0.5 * (numbers[f"{stem}.lora_b.weight"].double() @ numbers[f"{stem}.lora_a.weight"].double())
-            assert not torch.equal(tensor, numbers[prefix + name])
-        torch.testing.assert_close(tensor, due.float(), rtol=1e-6, atol=1e-7)
-        assert encoder is ADAPTERS or torch.equal(tensor, numbers[prefix + name])
+        due, stem = held[prefix + name], prefix + name.removesuffix(".weight")
+        if f"{stem}.lora_a.weight" not in held:
+            assert torch.equal(tensor, due)
+            continue
+        product = held[f"{stem}.lora_b.weight"].double() @ held[f"{stem}.lora_a.weight"].double()
+        assert not torch.equal(tensor, due)
+        torch.testing.assert_close(tensor, (due.double() + 0.5 * product).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_finish_wants_the_average_that_the_last_round_names(plan: Plan, states: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "updates").mkdir()
+    averaged = Plan.model_validate({**plan.model_dump(), "server_optimiser": {"ema": 0.9}})
+    held = weights.load(states[1].read_bytes())
+    optimiser, other = tmp_path / "optimiser", tmp_path / "other"
+    slots = {f"ema.{name}": tensor for name, tensor in held.items() if name.startswith("encoder.")}
+    optimiser.write_bytes(weights.dump(slots, {}))
+    other.write_bytes(weights.dump({name: tensor + 1 for name, tensor in slots.items()}, {}))
+    world = World(averaged, states, tmp_path / "record", tmp_path / "updates")
+    world.average = average_digest(averaged, state=states[ROUNDS], optimiser=optimiser)
+    recorder = world.recorder()
+    world.begin(recorder)
+    for index in (1, 2):
+        world.record_round(recorder, index)
+    with pytest.raises(ProvenanceError, match="PF601"):
+        world.finish(recorder, other)
+    world.finish(recorder, optimiser)
+    world.verify().require()
+    assert digest.of_bytes((world.folder / record.ENCODER).read_bytes()) == world.average
 
 
 class _KilledError(BaseException):
@@ -364,9 +399,9 @@ def test_finish_demands_every_round_and_the_last_state(world: World) -> None:
         world.finish(recorder)
     world.record_round(recorder, 2)
     with pytest.raises(ProvenanceError, match="PF601"):
-        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(1))
+        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(1), optimiser=world.states[1])
     with pytest.raises(ProvenanceError, match="PF601"):
-        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(2))
+        recorder.finish(run=RUN, rounds=ROUNDS, state=world.states[1], state_digest=world.digest(2), optimiser=world.states[1])
 
 
 def test_a_site_without_a_card_is_refused_by_name(world: World) -> None:

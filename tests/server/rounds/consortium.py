@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pathfed_common import digest, wire_format
 from pathfed_common.encoder import weights
+from pathfed_common.files import write_atomic
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.plan import Plan
 from pathfed_common.privacy.randomness import KeyedRandom
@@ -21,9 +22,10 @@ from pathfed_common.provenance.statement import Figures, Privacy, UpdateStatemen
 from pathfed_common.units import UtcSeconds
 from pathfed_server.db.rows import ApprovalRow
 from pathfed_server.db.sql_store import SqlStore
-from pathfed_server.rounds.loop import RunSettings, run_rounds
-from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.loop import run_rounds
+from pathfed_server.rounds.ports import Consent, Offer, Reply, Sending
 from pathfed_server.rounds.progress import Progress, RunOutcome
+from pathfed_server.rounds.settings import RunSettings
 from pathfed_server.rounds.state import Candidate, RoundResult
 
 SHAPES = {"encoder.blocks.0.w": (16, 12), "encoder.norm": (32,), "head.bias": (5,)}
@@ -93,7 +95,7 @@ class FakeRecorder:
         assert all(digest.of_bytes(path.read_bytes()) == stated[site] for site, path in updates.items())
         self.rounds[result.round_index] = (result, dict(statements), dict(approvals))
 
-    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: digest.Digest) -> None:
+    def finish(self, *, run: RunName, rounds: int, state: Path, state_digest: digest.Digest, optimiser: Path) -> None:
         assert digest.of_bytes(state.read_bytes()) == state_digest
         self.finished.append((rounds, state_digest))
 
@@ -109,7 +111,7 @@ class Answer:
 
     def reply(self, folder: Path, received_at: float) -> Reply:
         path = folder / f"{self.offer.site}.part"
-        path.write_bytes(self.update)
+        write_atomic(path, self.update)
         envelope = self.statement.to_envelope(self.key)
         return Reply(site=self.offer.site, code=None, statement=envelope, update=path, received_at=received_at, transfer_s=0.25)
 
@@ -188,15 +190,17 @@ class FakeSites:
     arrival: Callable[[list[Offer]], list[Offer]] = list
     asked: list[tuple[SiteName, int]] = field(default_factory=list)
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         for sent in self.arrival(list(offers)):
             code = withheld(sent.site)
             if code is not None:
                 yield Reply(site=sent.site, code=code, statement=None, update=None, received_at=self.clock.now(), transfer_s=0.0)
                 continue
+            sending(sent.site)
             payload = dsse.open_envelope(sent.envelope, payload_type=OFFER_TYPE, keys=KEYS[SiteName("server")].public)
             offer = RoundOffer.from_bytes(payload)
-            base = sent.base_state.read_bytes()
+            # The bulk plane gives what lies in the home: the state after the round before.
+            base = (spool.parents[2] / "states" / f"round-{offer.round_index - 1:06d}.safetensors").read_bytes()
             assert (offer.site, offer.base_state, offer.base_state_bytes) == (sent.site, digest.of_bytes(base), len(base))
             assert (offer.plan, offer.run, offer.deadline) == (self.plan.digest, RUN, sent.deadline)
             self.asked.append((offer.site, offer.round_index))

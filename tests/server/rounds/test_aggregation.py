@@ -14,9 +14,11 @@ from torch import Tensor
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
-from pathfed_server.rounds.aggregation import average, shares
+from pathfed_common.plan import AggregationPlan
+from pathfed_server.rounds.aggregation import aggregate, shares
 
 Tensors = dict[str, Tensor]
+MEAN = AggregationPlan()
 
 
 def write(folder: Path, updates: Mapping[str, Tensors]) -> dict[SiteName, Path]:
@@ -28,7 +30,7 @@ def write(folder: Path, updates: Mapping[str, Tensors]) -> dict[SiteName, Path]:
 
 
 def mean(folder: Path, updates: Mapping[str, Tensors], weights: Mapping[str, float]) -> Tensors:
-    average(write(folder, updates), {SiteName(name): weight for name, weight in weights.items()}, folder / "mean")
+    aggregate(MEAN, write(folder, updates), {SiteName(name): weight for name, weight in weights.items()}, folder / "mean")
     return tensor_files.load((folder / "mean").read_bytes())
 
 
@@ -58,7 +60,7 @@ def test_order_of_the_mappings_changes_no_bit(tmp_path: Path) -> None:
     seen = set()
     for order in permutations(updates):
         paths = write(tmp_path, {name: updates[name] for name in order})
-        average(paths, {SiteName(name): weights[name] for name in reversed(order)}, tmp_path / "mean")
+        aggregate(MEAN, paths, {SiteName(name): weights[name] for name in reversed(order)}, tmp_path / "mean")
         seen.add((tmp_path / "mean").read_bytes())
     assert len(seen) == 1
 
@@ -89,7 +91,7 @@ def test_size_of_blocks_changes_no_bit(tmp_path: Path, block: int) -> None:
     updates, weights = some(3), {"site-0": 0.5, "site-1": 3.0, "site-2": 1.25}
     whole = mean(tmp_path, updates, weights)
     paths = {SiteName(name): tmp_path / f"{name}.safetensors" for name in updates}
-    average(paths, {SiteName(name): weight for name, weight in weights.items()}, tmp_path / "blocks", block=block)
+    aggregate(MEAN, paths, {SiteName(name): weight for name, weight in weights.items()}, tmp_path / "blocks", block=block)
     assert (tmp_path / "blocks").read_bytes() == tensor_files.dump(whole, {})
 
 
@@ -99,7 +101,7 @@ def test_memory_is_a_few_blocks_however_many_the_sites_and_large_the_tensors(tmp
     for sites in (2, 40):
         updates = {SiteName(f"site-{index}"): paths[SiteName("site-0")] for index in range(sites)}
         tracemalloc.start()  # sees the byte strings; the tensors made of them are as many
-        average(updates, dict.fromkeys(updates, 1.0), tmp_path / "mean", block=block)
+        aggregate(MEAN, updates, dict.fromkeys(updates, 1.0), tmp_path / "mean", block=block)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 10 * 4 * block

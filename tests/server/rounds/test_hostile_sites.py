@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Conduct, str]] = {
     "names another round": (states(round_index=7), "PF509"),
     "names another base state": (states(base_state=OTHER), "PF509"),
     "envelope changed on the way": (reply_with(statement=b"{}"), "PF504"),
-    "too late": (late, "PF509"),
+    "too late": (late, "PF561"),
     "states a lower rate": (states_privacy(sampling_rate=0.1), "PF517"),
     "states more noise": (states_privacy(noise_multiplier=2.0), "PF517"),
     "states another clip norm": (states_privacy(clip_norm=0.5), "PF517"),

@@ -21,7 +21,7 @@ from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard
 from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import run_rounds
-from pathfed_server.rounds.ports import Consent, Offer, Reply, RunRecorder
+from pathfed_server.rounds.ports import Consent, Offer, Reply, RunRecorder, Sending
 from pathfed_server.rounds.state import RunState
 
 PLAN = make_plan(rounds=2, quorum=2)
@@ -71,9 +71,9 @@ class GuardedSites:
     def __init__(self, sites: FakeSites, fuse: Fuse) -> None:
         self._sites, self._fuse = sites, fuse
 
-    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent) -> Iterator[Reply]:
+    def exchange(self, offers: Sequence[Offer], spool: Path, *, withheld: Consent, sending: Sending) -> Iterator[Reply]:
         self._fuse("before the offers")
-        for reply in self._sites.exchange(offers, spool, withheld=withheld):
+        for reply in self._sites.exchange(offers, spool, withheld=withheld, sending=sending):
             self._fuse(f"reply of {reply.site}")
             yield reply
         self._fuse("after the replies")

@@ -1,6 +1,7 @@
 """The loop with honest sites: what it computes, and how it fails, retries, stops and cleans up."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -313,6 +314,104 @@ def test_stopped_run_ends_and_goes_on_when_reopened(consortium: Make, stage: Sta
     made.store.reopen_run(RUN, at=made.clock.now())
     made.told = []
     assert made.drive().last == calm.store.checkpoints(RUN)[-1]
+
+
+def told_to(made: Consortium, stage: Stage, order: Callable[[], object], index: int = 1) -> None:
+    """Let something happen at a stage of a round, once."""
+    done: list[object] = []
+
+    def watch(told: Progress) -> None:
+        if (told.stage, told.round_index) == (stage, index) and not done:
+            done.append(True)
+            order()
+
+    made.told = type("Watch", (list,), {"append": lambda _, told: watch(told)})()
+
+
+def states_of(made: Consortium) -> list[RoundState]:
+    return [row.state for row in made.store.rounds(RUN)]
+
+
+@pytest.mark.parametrize("stage", [Stage.OPENED, Stage.DECIDED, Stage.COLLECTED, Stage.STEPPED, Stage.COMMITTED])
+@pytest.mark.parametrize("order", ["pause", "drain"])
+def test_run_that_is_to_rest_ends_its_round_and_begins_no_other(consortium: Make, stage: Stage, order: str) -> None:
+    calm = consortium()
+    calm.drive()
+    made = consortium()
+    give = made.store.pause_run if order == "pause" else made.store.drain_run
+    told_to(made, stage, lambda: give(RUN, at=made.clock.now()))
+    outcome = made.drive()
+    assert outcome.state is (RunState.PAUSED if order == "pause" else RunState.STOPPED)
+    assert states_of(made) == [RoundState.COMMITTED]
+    assert outcome.last == calm.store.checkpoints(RUN)[1]
+    made.store.reopen_run(RUN, at=made.clock.now())
+    made.told = []
+    assert made.drive().last == calm.store.checkpoints(RUN)[-1]
+    assert len(made.sites.asked) == 2 * len(NAMES), "no site was asked twice for a round"
+
+
+@pytest.mark.parametrize("stage", [Stage.OPENED, Stage.DECIDED, Stage.COLLECTED, Stage.AVERAGED, Stage.STEPPED])
+def test_run_paused_at_once_begins_its_round_again_with_what_was_admitted(consortium: Make, stage: Stage) -> None:
+    calm = consortium()
+    calm.drive()
+    made = consortium()
+    told_to(made, stage, lambda: made.store.pause_run(RUN, now=True, at=made.clock.now()))
+    assert made.drive().state is RunState.PAUSED
+    assert states_of(made) == [RoundState.PLANNED]
+    made.store.reopen_run(RUN, at=made.clock.now())
+    made.told = []
+    assert made.drive().last == calm.store.checkpoints(RUN)[-1]
+    assert made.store.quarantined(RUN) == []
+
+
+def test_run_that_is_to_rest_offers_no_failed_round_again(consortium: Make) -> None:
+    made = consortium(make_plan(quorum=3))
+    made.sites.conduct[B] = silent
+    told_to(made, Stage.OPENED, lambda: made.store.pause_run(RUN, at=made.clock.now()))
+    assert made.drive().state is RunState.PAUSED
+    assert states_of(made) == [RoundState.FAILED]
+    made.sites.conduct.clear()
+    made.store.reopen_run(RUN, at=made.clock.now())
+    made.told = []
+    assert made.drive().state is RunState.FINISHED
+
+
+def test_loop_killed_while_its_run_drains_ends_the_round_first(consortium: Make) -> None:
+    made = consortium()
+
+    def drain_and_die() -> None:
+        made.store.drain_run(RUN, at=made.clock.now())
+        raise KeyboardInterrupt
+
+    told_to(made, Stage.DECIDED, drain_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        made.drive()
+    assert made.drive().state is RunState.STOPPED
+    assert states_of(made) == [RoundState.COMMITTED]
+
+
+def test_each_step_of_a_round_is_in_the_audit_trail(consortium: Make) -> None:
+    made = consortium(make_plan(rounds=1, quorum=3))
+    silent_at_first(made, times=1)
+    made.drive()
+    events = [event for event in made.store.audit_events() if event.action.startswith(("round.", "site.", "quorum."))]
+    shown = [(event.action, event.subject if event.subject != RUN else event.detail.get("offer", "")) for event in events]
+    first = [("round.planned", 1), ("round.offered", 1), ("round.training", 1), ("round.collecting", 1)]
+    enrolled = [("site.enrolled", site) for site in NAMES]
+    assert shown == [
+        *enrolled,
+        *first,
+        *(("site.admitted", site) for site in (A, C)),
+        ("site.silent", B),
+        ("round.failed", 1),
+        ("quorum.lost", ""),
+        ("round.planned", 2),
+        ("round.offered", 2),
+        ("round.collecting", 2),
+        *(("site.admitted", site) for site in (A, C, B)),  # two were kept
+        ("round.admitted", 2),
+        ("round.committed", 2),
+    ]
 
 
 def test_loop_that_another_superseded_ends_without_a_trace(consortium: Make) -> None:

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from tests.server.rounds.consortium import KEYS, NAMES, make_plan
+from tests.server.rounds.consortium import KEYS, NAMES, RUN, make_plan
 
 from pathfed_common.errors import PlanError
-from pathfed_server.rounds.participants import choose
+from pathfed_common.plan import Plan
+from pathfed_server.rounds.participants import Choice, choose
 from pathfed_server.rounds.state import Candidate, ParticipationState, SiteState
 
 A, B, C = NAMES
@@ -25,8 +26,12 @@ def candidate(site: str, **changes: object) -> Candidate:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def chosen(plan: Plan, candidates: list[Candidate], round_index: int = 1) -> Choice:
+    return choose(plan, candidates, run=RUN, round_index=round_index)
+
+
 def test_approved_enrolled_sites_take_part_in_name_order_with_their_weights() -> None:
-    choice = choose(PLAN, [candidate(C), candidate(A), candidate(B, declared_patients=80)])
+    choice = chosen(PLAN, [candidate(C), candidate(A), candidate(B, declared_patients=80)])
     assert [(each.site, each.weight, each.mechanism.sampling_rate) for each in choice.participants] == [
         (A, 1.0, 0.2),
         (B, 2.0, 0.1),
@@ -44,11 +49,15 @@ def test_approved_enrolled_sites_take_part_in_name_order_with_their_weights() ->
         ({"approval": None, "declared_patients": None, "reply_slots": None}, "PF407"),
         ({"declared_patients": 7}, "PF303"),
         ({"revoked": True}, "PF530"),
+        ({"suspended": True}, "PF565"),
+        ({"left": True}, "PF564"),
+        ({"left": True, "state": SiteState.REVOKED}, "PF564"),
+        ({"suspended": True, "state": SiteState.REVOKED}, "PF518"),
         ({"revoked": True, "approval": None, "declared_patients": None}, "PF530"),
     ],
 )
 def test_others_are_named_with_the_reason(changes: dict[str, object], code: str) -> None:
-    choice = choose(PLAN, [candidate(A), candidate(B, **changes)])
+    choice = chosen(PLAN, [candidate(A), candidate(B, **changes)])
     assert [each.site for each in choice.participants] == [A]
     assert [(each.site, each.state, each.code, each.offered_at) for each in choice.excluded] == [
         (B, ParticipationState.EXCLUDED, code, None)
@@ -56,8 +65,22 @@ def test_others_are_named_with_the_reason(changes: dict[str, object], code: str)
 
 
 def test_site_with_exactly_the_expected_patients_takes_part_with_rate_one() -> None:
-    choice = choose(PLAN, [candidate(A, declared_patients=8)])
+    choice = chosen(PLAN, [candidate(A, declared_patients=8)])
     assert choice.participants[0].mechanism.sampling_rate == 1.0
+
+
+def test_sites_beyond_the_plans_number_wait_for_their_turn() -> None:
+    plan = PLAN.model_copy(update={"rounds": PLAN.rounds.model_copy(update={"ask_at_most": 2})})
+    asked: dict[str, int] = dict.fromkeys(NAMES, 0)
+    for index in range(1, 7):
+        choice = chosen(plan, [candidate(name) for name in NAMES], index)
+        assert [(each.site, each.state, each.code) for each in choice.excluded] == [
+            (name, ParticipationState.EXCLUDED, "PF562") for name in NAMES if name not in {each.site for each in choice.participants}
+        ]
+        for each in choice.participants:
+            asked[each.site] += 1
+    assert set(asked.values()) == {4}
+    assert len(chosen(plan, [candidate(A), candidate(B), candidate(C, suspended=True)]).participants) == 2
 
 
 def test_mechanism_holds_the_plans_constants() -> None:

@@ -70,12 +70,29 @@ def torch_adamw(made: ServerOptimiserPlan, parameters: list[Tensor]) -> torch.op
     return torch.optim.AdamW(parameters, lr=made.learning_rate, betas=betas, eps=made.epsilon, weight_decay=made.weight_decay)
 
 
-REFERENCES: dict[str, Callable[[ServerOptimiserPlan, list[Tensor]], torch.optim.Optimizer]] = {"sgd": torch_sgd, "adamw": torch_adamw}
+def torch_nesterov(made: ServerOptimiserPlan, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=made.learning_rate, momentum=made.momentum, weight_decay=made.weight_decay, nesterov=True)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+REFERENCES: dict[str, Callable[[ServerOptimiserPlan, list[Tensor]], torch.optim.Optimizer]] = {
+    "sgd": torch_sgd,
+    "nesterov": torch_nesterov,
+    "adamw": torch_adamw,
+}
+
+
+CHANGES: list[dict[str, float]] = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.0},
+    {"momentum": 0.99, "beta2": 0.5},
+    {"beta2": 0.0},
+    {"epsilon": 0.1},
+]
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"weight_decay": 0.1}, {"momentum": 0.0}, {"momentum": 0.99, "beta2": 0.5}, {"beta2": 0.0}, {"epsilon": 0.1}]
+    ("name", "changes"), [(name, changes) for name in SLOTS for changes in CHANGES if name != "nesterov" or changes.get("momentum") != 0]
 )
 def test_steps_are_those_of_torch(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
     made = plan(name, **changes)
@@ -93,7 +110,7 @@ def test_steps_are_those_of_torch(tmp_path: Path, name: str, changes: dict[str, 
             torch.testing.assert_close(found[key].double(), parameter.detach(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", list(SLOTS))
 def test_step_goes_downhill(tmp_path: Path, name: str) -> None:
     target = some(9)
     run, state = Run(tmp_path, plan(name), some(0)), some(0)
@@ -103,7 +120,7 @@ def test_step_goes_downhill(tmp_path: Path, name: str) -> None:
     assert sum(float((state[key] - target[key]).square().sum()) for key in state) < 0.2 * first
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", list(SLOTS))
 def test_same_files_give_the_same_bytes_and_are_left_as_they_were(tmp_path: Path, name: str) -> None:
     seen = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -118,7 +135,7 @@ def test_same_files_give_the_same_bytes_and_are_left_as_they_were(tmp_path: Path
     assert seen[0][0] == tensor_files.dump(tensor_files.load(seen[0][0]), {})
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", list(SLOTS))
 def test_size_of_blocks_changes_no_bit(tmp_path: Path, name: str) -> None:
     seen = set()
     for block in (1, 5, 24, 10_000):
@@ -131,7 +148,7 @@ def test_size_of_blocks_changes_no_bit(tmp_path: Path, name: str) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", list(SLOTS))
 def test_number_of_threads_changes_no_bit(tmp_path: Path, name: str) -> None:
     random = torch.Generator().manual_seed(3)
     start, update = ({"w": torch.randn(300, 301, generator=random)} for _ in range(2))
@@ -180,7 +197,7 @@ def test_late_steps_need_no_bias_correction() -> None:
     torch.testing.assert_close(value, torch.full((3,), -0.05), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", list(SLOTS))
 def test_what_is_not_trained_keeps_every_bit_and_so_does_its_teacher(tmp_path: Path, name: str) -> None:
     """Weight decay and the teacher's mean would both move it; it has no slot, and no place in the update."""
     start = some(0) | {"frozen": torch.randn(7, generator=torch.Generator().manual_seed(8))}

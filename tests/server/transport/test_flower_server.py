@@ -7,13 +7,14 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
 from pathfed_server.rounds.ports import Consent, Offer, Reply
+from pathfed_server.rounds.uploads import arrived
 from pathfed_server.transport import flower_server
 from pathfed_server.transport.flower_server import FlowerSites
 
@@ -66,12 +67,8 @@ def key(name: str) -> bytes:
     return f"key of {name}".encode()
 
 
-def content(code: Any = "", envelope: Any = b"signed", update: bytes | None = UPDATE) -> RecordDict:
-    records: dict[str, Any] = {wire.REPLY: ConfigRecord({wire.CODE: code, wire.ENVELOPE: envelope})}
-    if update is not None:
-        bulk = Array(dtype="uint8", shape=(len(update),), stype=wire.BULK_STYPE, data=update)
-        records[wire.BULK] = ArrayRecord({wire.BYTES: bulk})
-    return RecordDict(records)
+def content(code: Any = "", envelope: Any = b"signed") -> RecordDict:
+    return RecordDict({wire.REPLY: ConfigRecord({wire.CODE: code, wire.ENVELOPE: envelope})})
 
 
 def answered(message: Message) -> Message:
@@ -84,9 +81,7 @@ def never(message: Message) -> None:
 
 @pytest.fixture
 def exchange(tmp_path):
-    """Offer a round to sites; the replies by site."""
-    state = tmp_path / "state"
-    state.write_bytes(b"state")
+    """Offer a round to sites, whose updates have arrived unless they are `without`; the replies by site."""
     spool = tmp_path / "spool"
     spool.mkdir()
 
@@ -96,23 +91,29 @@ def exchange(tmp_path):
         enrolled: Iterable[str] | None = None,
         within_s: float = LONG_S,
         withheld: Consent = lambda site: None,
+        without: Iterable[str] = (),
     ) -> dict[str, Reply]:
+        for name in set(grid.answers) - set(without):
+            (spool / f"{name}.manifest").write_bytes(b"announced")
+            arrived(spool, SiteName(name)).write_bytes(UPDATE)
         deadline = time.time() + within_s
-        offers = [Offer(site=SiteName(name), envelope=f"offer to {name}".encode(), base_state=state, deadline=deadline) for name in asked]
+        offers = [Offer(site=SiteName(name), envelope=f"offer to {name}".encode(), deadline=deadline) for name in asked]
         keys = {SiteName(name): key(name) for name in (enrolled or grid.answers)}
-        replies = list(FlowerSites(grid, keys).exchange(offers, spool, withheld=withheld))
+        announced: list[SiteName] = []
+        replies = list(FlowerSites(grid, keys).exchange(offers, spool, withheld=withheld, sending=announced.append))
+        assert set(announced) == {name for name, _ in grid.sent}, "each is announced before it is sent, and no other"
         assert len({reply.site for reply in replies}) == len(replies), "one reply a site"
         return {reply.site: reply for reply in replies}
 
     return call
 
 
-def test_each_site_gets_its_own_offer_and_the_state_and_its_update_is_spooled(exchange):
+def test_each_site_gets_its_own_offer_and_nothing_else_and_its_update_is_the_one_that_arrived(exchange):
     grid = LocalGrid({"site-a": answered, "site-b": answered})
     replies = exchange(grid, ["site-a", "site-b"])
     for name, message in grid.sent:
         assert message.content.config_records[wire.OFFER][wire.ENVELOPE] == f"offer to {name}".encode()
-        assert message.content.array_records[wire.BULK][wire.BYTES].data == b"state"
+        assert len(message.content) == 1
         assert message.metadata.message_type == wire.MESSAGE_TYPE
         assert LONG_S - 20 < message.metadata.ttl <= LONG_S
     assert sorted(replies) == ["site-a", "site-b"]
@@ -167,9 +168,8 @@ def test_an_offer_that_superlink_did_not_take_is_sent_again(exchange):
 @pytest.mark.parametrize(
     ("reply", "code"),
     [
-        (lambda message: Message(content(code="PF302", envelope=b"", update=None), reply_to=message), "PF302"),
-        (lambda message: Message(content(code="Muellerova.tif", envelope=b"", update=None), reply_to=message), "PF405"),
-        (lambda message: Message(content(update=None), reply_to=message), "PF405"),
+        (lambda message: Message(content(code="PF302", envelope=b""), reply_to=message), "PF302"),
+        (lambda message: Message(content(code="Muellerova.tif", envelope=b""), reply_to=message), "PF405"),
         (lambda message: Message(content(envelope="text"), reply_to=message), "PF405"),
         (lambda message: Message(RecordDict(), reply_to=message), "PF405"),
         (lambda message: Message(Error(code=1, reason="PF404"), reply_to=message), "PF404"),
@@ -177,10 +177,17 @@ def test_an_offer_that_superlink_did_not_take_is_sent_again(exchange):
         (lambda message: Message(Error(code=1), reply_to=message), "PF515"),
     ],
 )
-def test_what_is_no_update_becomes_a_code_and_no_file(exchange, tmp_path, reply, code):
+def test_what_is_no_statement_becomes_a_code_and_no_file(exchange, reply, code):
     got = exchange(LocalGrid({"site-a": reply}), ["site-a"])["site-a"]
     assert (got.code, got.statement, got.update) == (code, None, None)
-    assert not list((tmp_path / "spool").iterdir())
+
+
+def test_a_statement_whose_update_is_not_here_whole_is_refused_with_a_code(exchange, tmp_path):
+    grid = LocalGrid({"site-a": answered, "site-b": answered})
+    (tmp_path / "spool" / "site-a.part").write_bytes(UPDATE[:10])
+    replies = exchange(grid, ["site-a", "site-b"], without=["site-a"])
+    assert (replies["site-a"].code, replies["site-a"].update) == ("PF464", None)
+    assert replies["site-b"].code is None
 
 
 def test_sites_that_are_away_or_silent_are_told_at_the_deadline(exchange):
@@ -209,7 +216,7 @@ def test_an_error_while_a_reply_is_pulled_ends_the_exchange(exchange):
         exchange(LocalGrid({"site-a": broken}), ["site-a"])
 
 
-def test_stalled_uploads_hold_up_nobody_else_and_write_nothing_afterwards(exchange, monkeypatch, tmp_path):
+def test_stalled_replies_hold_up_nobody_else(exchange, monkeypatch):
     """More of them than are pulled at once."""
     monkeypatch.setattr(flower_server, "_STALL_S", 0.2)
     go_on, stalling = threading.Event(), []
@@ -232,7 +239,6 @@ def test_stalled_uploads_hold_up_nobody_else_and_write_nothing_afterwards(exchan
     for thread in threading.enumerate():
         if thread.name.startswith("reply of stalled"):
             thread.join(LONG_S)
-    assert [path.name for path in (tmp_path / "spool").iterdir()] == ["prompt.safetensors"]
 
 
 def test_a_site_revoked_while_it_is_away_holds_nobody_to_the_deadline(exchange, monkeypatch):
@@ -289,8 +295,7 @@ def test_a_site_at_work_is_not_asked_twice(exchange, monkeypatch):
     assert len(grid.sent) == 1
 
 
-def test_the_first_of_two_replies_counts_and_the_second_is_not_written(exchange, monkeypatch, tmp_path):
-    """The first one's file may be under examination when the second comes: it must not be replaced under the examiner."""
+def test_the_first_of_two_replies_counts(exchange, monkeypatch):
     monkeypatch.setattr(flower_server, "_ASK_S", 0.1)
     go_on = threading.Event()
 
@@ -300,16 +305,13 @@ def test_the_first_of_two_replies_counts_and_the_second_is_not_written(exchange,
             if len(grid.sent) == 1:
                 return None
             go_on.wait(LONG_S)  # pulled while the other is written
-            return Message(content(update=b"other"), reply_to=message)
+            return Message(content(envelope=b"other"), reply_to=message)
         return answered(message)
 
     grid = LocalGrid({"site-a": twice})
-    assert exchange(grid, ["site-a"])["site-a"].code is None
+    reply = exchange(grid, ["site-a"])["site-a"]
     go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "reply of site-a":
-            thread.join(LONG_S)
-    assert (tmp_path / "spool" / "site-a.safetensors").read_bytes() == UPDATE
+    assert (reply.code, reply.statement) == (None, b"signed")
 
 
 def test_a_site_revoked_while_its_offer_is_lost_is_told_once(exchange, monkeypatch):

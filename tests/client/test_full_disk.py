@@ -1,0 +1,81 @@
+"""A site whose disk fills at any write of a round: a code, nothing half-written, and with space again the same answer, charged once."""
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from answering_site import Site, bytes_of, opened
+from full_disk import full_disk
+
+from pathfed_client import app
+from pathfed_client.computing import RoundComputer
+from pathfed_client.home import SiteHome
+from pathfed_client.io.egress_log import EgressLog
+from pathfed_common import digest
+from pathfed_common.errors import HostError
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a round computes is remembered. It depends on nothing but its context, and this is about what is written down."""
+    prepared: set[str] = set()
+    contexts: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
+    prepare, context, run = RoundComputer.prepare, RoundComputer.context, RoundComputer.run
+
+    def prepare_once(self: RoundComputer, plan: Any, state: Any) -> None:
+        if plan.digest not in prepared:
+            prepare(self, plan, state)
+            contexts[plan.digest] = context(self, plan)
+            prepared.add(plan.digest)
+
+    def run_once(self: RoundComputer, **given: Any) -> Any:
+        name = digest.of_value(given["context"])
+        if name not in outcomes:
+            prepare(self, given["plan"], given["base_state"])
+            outcomes[name] = run(self, **given)
+        return outcomes[name]
+
+    monkeypatch.setattr(RoundComputer, "prepare", prepare_once)
+    monkeypatch.setattr(RoundComputer, "context", lambda self, plan: contexts[plan.digest])
+    monkeypatch.setattr(RoundComputer, "run", run_once)
+
+
+def asked(site: Site, world: Any) -> str | None:
+    """The code that the site answers with, or that it dies of without an answer; None: it answered."""
+    try:
+        return site.answer(world.offer(), world.base_state).code
+    except HostError as error:
+        return error.code.value
+
+
+def check_nothing_half_written(home: SiteHome) -> None:
+    assert list(home.root.rglob("*.part")) == []
+    with suppress(FileNotFoundError), EgressLog(home.egress) as record:
+        record.verified()
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["full from then on", "full for a moment"])
+def test_a_disk_that_fills_at_any_write_of_a_round_costs_a_code_and_no_answer(world, copy_home, tmp_path, quick, once: bool) -> None:
+    with full_disk(tmp_path) as disk:
+        with opened(copy_home("undisturbed")) as site:
+            disk.fill(None)
+            undisturbed = bytes_of(site.answer(world.offer(), world.base_state))
+        writes = list(disk.seen)
+        assert len(writes) > 30
+        wrong = {}
+        for number, write in list(enumerate(writes))[:: 3 if once else 1]:
+            home = copy_home(f"home-{number}")
+            with opened(home) as site:
+                disk.fill(number, once=once)
+                code = asked(site, world)
+                disk.free()
+                check_nothing_half_written(home)
+                again = site.answer(world.offer(), world.base_state)
+                found = (code, again.code, again.code is None and bytes_of(again) == undisturbed, site.charges())
+            with opened(SiteHome(home.root)) as later:
+                app.open_ledger(later.home, later.store).verify()
+                same = later.answer(world.offer(), world.base_state) == again
+            if (*found, same) != ("PF901", None, True, 1, True):
+                wrong[f"{number} {write}"] = (*found, same)
+        assert wrong == {}
