@@ -43,7 +43,8 @@ def main() -> int:
     options = arguments(__doc__)
     torch.set_num_threads(1)
     plan = _plan("vit_tiny_patch16_224" if options.quick else "vit_small_patch16_224")
-    update, figures = _noise(plan), {"machine": machine(), "encoder": plan.encoder.preset}
+    update = _noise(plan)
+    figures: dict[str, Any] = {"machine": machine(), "encoder": plan.encoder.preset}
     with tempfile.TemporaryDirectory() as folder:
         paths = {dtype: Path(folder) / dtype for dtype in WIRE_TYPES}
         sides: dict[str, Callable[[int], Sequence[float]]] = {
