@@ -21,7 +21,9 @@ from planted import found_in, mark, planted_words
 from pathfed_common.encoder import weights
 from pathfed_common.encoder.spec import preset
 from pathfed_common.encoder.vit import VisionTransformer
+from pathfed_common.model import noise_norm, update_shapes
 from pathfed_common.plan import load_plan
+from pathfed_common.wire_format import file_bytes, open_update
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
@@ -40,10 +42,22 @@ def _demo(out: Path, plan: Path, slides: Path, *more: str) -> subprocess.Complet
     return _run("pathfed", "demo", "--out", out, "--plan", plan, "--slides", slides, *more)
 
 
+#: Beside the plan of the other tests, in which the whole encoder is trained and travels in float32.
+ADAPTERS_IN_INT8 = """
+[encoder.adapters]
+rank = 2
+[wire]
+dtype = "int8"
+"""
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, plan_file, hospitals, processes_of):
-    out = tmp_path_factory.mktemp("demo") / "out"
-    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan_file), "--slides", str(hospitals)]
+    """Killed while it runs. Adapters alone are trained, beside an encoder that keeps its random weights, and travel as int8."""
+    folder = tmp_path_factory.mktemp("demo")
+    out, plan = folder / "out", folder / "adapters.toml"
+    plan.write_text(plan_file.read_text() + ADAPTERS_IN_INT8)
+    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan), "--slides", str(hospitals)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         try:
             killed = killed_while_it_runs(running, out, processes_of, list(KILLED), random.Random(0), between_s=(0.0, 1.0))
@@ -164,7 +178,28 @@ def test_the_encoder_loads_under_timms_names_and_has_moved(demo) -> None:
     VisionTransformer(preset("vit_tiny_patch16_224", img_size=96)).load_state_dict(tensors)
     first = weights.load((out / "record" / "states" / "round-0000.safetensors").read_bytes())
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
-    assert any(not torch.equal(tensors[name], first[f"encoder.{name}"]) for name in tensors)
+    moved = {name for name in tensors if not torch.equal(tensors[name], first[f"encoder.{name}"])}
+    adapted = {f"{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert moved == {f"blocks.{index}.{part}" for index in range(12) for part in adapted}, "where adapters are merged, and nowhere else"
+
+
+def test_nothing_but_adapters_and_head_travelled_in_the_stated_size(demo) -> None:
+    out, _ = demo
+    plan = load_plan((out / "plan.toml").read_text(), where="plan.toml")
+    shapes = update_shapes(plan)
+    sent = sorted((out / "record" / "updates").glob("*/*.safetensors"))
+    assert len(sent) == ROUNDS * SITES
+    for file in sent:
+        assert file.stat().st_size == file_bytes(shapes, "int8") < 500_000
+        opened = open_update(file)
+        assert opened.shapes == shapes
+        assert all(name.startswith("head.") or ".lora_" in name for name in shapes)
+        assert 0.005 < opened.rounding() / noise_norm(plan) < 0.02, "a hundredth of the noise"
+    first, last = (weights.load((out / "record" / "states" / f"round-{index:04d}.safetensors").read_bytes()) for index in (0, ROUNDS))
+    assert {name for name in first if not torch.equal(first[name], last[name])} == shapes.keys()
+    rows = json.loads(_run("pathfed-server", "rounds", "demo", "--home", out / "server", "--json").stdout)
+    assert all(0.005 < row["wire_rounding"] < 0.02 for row in rows)
+    assert "updates travelled as int8" in (out / "release" / "encoder" / "README.md").read_text()
 
 
 def test_rounds_and_participants_are_in_the_database(demo) -> None:

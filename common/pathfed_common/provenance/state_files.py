@@ -11,7 +11,7 @@ import torch
 
 from pathfed_common import digest, model
 from pathfed_common.encoder import weights
-from pathfed_common.encoder.blocks import FileBlocks, spans
+from pathfed_common.encoder.blocks import BlockReader, FileBlocks, spans
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
@@ -97,7 +97,7 @@ def _average_faults(contents: Contents) -> Faults:
         )
 
 
-def _state_faults(encoder: FileBlocks, due: ReleasedEncoder) -> Faults:
+def _state_faults(encoder: BlockReader, due: BlockReader) -> Faults:
     for name, shape in due.shapes.items():
         # Compared as bytes: a NaN equals itself here, and zero does not equal minus zero.
         pairs = ((encoder.read(name, *span), due.read(name, *span)) for span in spans(prod(shape)))

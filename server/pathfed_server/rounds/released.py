@@ -15,6 +15,7 @@ from torch import Tensor
 from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.encoder.blocks import BlockReader, FileBlocks, block_chunks
+from pathfed_common.encoder.weights import Shape
 from pathfed_common.plan import Plan
 from pathfed_common.released_encoder import ReleasedEncoder
 from pathfed_server.rounds.server_step import AVERAGE
@@ -31,27 +32,27 @@ def released_chunks(plan: Plan, *, state: Path, optimiser: Path) -> Iterator[byt
     Raises:
         ValueError: the files are not those of the plan.
     """
-    states: BlockReader = FileBlocks(state)
-    encoder = ReleasedEncoder(plan, _Averages(states, FileBlocks(optimiser)) if plan.server_optimiser.ema else states)
+    last: BlockReader = _Averaged(FileBlocks(state), FileBlocks(optimiser)) if plan.server_optimiser.ema else FileBlocks(state)
+    encoder = ReleasedEncoder(plan, last)
     return block_chunks({name: (torch.float32, shape) for name, shape in encoder.shapes.items()}, encoder.read, {"format": "pt"})
 
 
 @dataclass(frozen=True)
-class _Averages:
-    """Implements `BlockReader`: a state's tensors, the averages in the place of those that have one."""
+class _Averaged:
+    """Implements `BlockReader`: a state with the running averages in the place of what is averaged."""
 
-    states: BlockReader
-    averages: BlockReader
+    state: BlockReader
+    optimiser: BlockReader
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.states.shapes
+    def shapes(self) -> Mapping[str, Shape]:
+        """See `BlockReader.shapes`."""
+        return self.state.shapes
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See `BlockReader.read`."""
         averaged = f"{AVERAGE}.{name}"
-        if averaged in self.averages.shapes:
-            return self.averages.read(averaged, start, stop)
-        return self.states.read(name, start, stop)
+        return self.optimiser.read(averaged, start, stop) if averaged in self.optimiser.shapes else self.state.read(name, start, stop)
 
 
 def average_digest(plan: Plan, *, state: Path, optimiser: Path) -> Digest | None:

@@ -14,7 +14,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
-from pathfed_common.plan import AdaptersPlan, CohortPlan, DinoPlan, EncoderPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan
+from pathfed_common.plan import AdaptersPlan, CohortPlan, DinoPlan, EncoderPlan, MaePlan, Plan, PrivacyPlan, RoundsPlan, ServerOptimiserPlan
 from pathfed_common.privacy.accounting import PrivacyEvent, composed_epsilon
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import Approval, SiteCard
@@ -231,6 +231,41 @@ def test_a_run_goes_on_after_a_site_changed_its_flower_node_key_and_not_after_an
     world.verify().require()
 
 
+DINO = DinoPlan(local_crop_px=32, head_dim=16, bottleneck_dim=8, prototypes=16)
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "whole": ({}, "encoder."),
+    "teacher": ({"objective": DINO}, "teacher.encoder."),
+    "average": ({"server_optimiser": ServerOptimiserPlan(ema=0.9)}, "ema.encoder."),
+}
+
+
+@pytest.mark.parametrize("encoder", [EncoderPlan(), EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))], ids=["whole", "adapters"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_the_released_encoder_is_the_plans_bit_for_bit(plan: Plan, what: str, encoder: EncoderPlan, tmp_path: Path) -> None:
+    """The state's; the teacher's where there is one; the running average of what is trained; each with its adapters merged."""
+    changes, prefix = CHANGES[what]
+    made = plan.model_copy(update={"encoder": encoder, **changes})
+    random = torch.Generator().manual_seed(1)
+    numbers = {name: torch.randn(shape, generator=random) for name, shape in model.state_shapes(made).items()}
+    averages = {f"ema.{name}": tensor + 1 for name, tensor in numbers.items() if name.startswith("encoder.") and model.trained(made)(name)}
+    state, optimiser = tmp_path / "state", tmp_path / "optimiser"
+    state.write_bytes(weights.dump(numbers, {}))
+    optimiser.write_bytes(weights.dump(averages, {}))
+    data = b"".join(released_chunks(made, state=state, optimiser=optimiser))
+    assert average_digest(made, state=state, optimiser=optimiser) == (digest.of_bytes(data) if what == "average" else None)
+    held = {**numbers, **averages} | {f"ema.{name}": tensor for name, tensor in numbers.items() if f"ema.{name}" not in averages}
+    exported = weights.load(data)
+    assert exported.keys() == model.encoder_spec(made).shapes().keys()
+    for name, tensor in exported.items():
+        due, stem = held[prefix + name], prefix + name.removesuffix(".weight")
+        if f"{stem}.lora_a.weight" not in held:
+            assert torch.equal(tensor, due)
+            continue
+        product = held[f"{stem}.lora_b.weight"].double() @ held[f"{stem}.lora_a.weight"].double()
+        assert not torch.equal(tensor, due)
+        torch.testing.assert_close(tensor, (due.double() + 0.5 * product).float(), rtol=1e-6, atol=1e-6)
+
+
 def test_finish_wants_the_average_that_the_last_round_names(plan: Plan, states: list[Path], tmp_path: Path) -> None:
     (tmp_path / "updates").mkdir()
     averaged = Plan.model_validate({**plan.model_dump(), "server_optimiser": {"ema": 0.9}})
@@ -250,41 +285,6 @@ def test_finish_wants_the_average_that_the_last_round_names(plan: Plan, states: 
     world.finish(recorder, optimiser)
     world.verify().require()
     assert digest.of_bytes((world.folder / record.ENCODER).read_bytes()) == world.average
-
-
-DINO = DinoPlan(local_crop_px=32, head_dim=16, bottleneck_dim=8, prototypes=16)
-ADAPTERS = EncoderPlan(adapters=AdaptersPlan(rank=2, scale=0.5))
-
-
-@pytest.mark.parametrize(("objective", "ema"), [(MaePlan(decoder_dim=32, decoder_depth=1), 0.0), (DINO, 0.0), (MaePlan(), 0.9)])
-@pytest.mark.parametrize("encoder", [EncoderPlan(), ADAPTERS], ids=["whole", "adapters"])
-def test_the_released_encoder_is_the_plans_bit_for_bit(
-    plan: Plan, objective: Any, ema: float, encoder: EncoderPlan, tmp_path: Path
-) -> None:
-    """The state's, its teacher's, or the running average; with adapters merged."""
-    optimised = plan.server_optimiser.model_copy(update={"ema": ema})
-    made = plan.model_copy(update={"objective": objective, "encoder": encoder, "server_optimiser": optimised})
-    random = torch.Generator().manual_seed(1)
-    numbers = {name: torch.randn(shape, generator=random) for name, shape in model.state_shapes(made).items()}
-    state, optimiser = tmp_path / "state", tmp_path / "optimiser"
-    state.write_bytes(weights.dump(numbers, {}))
-    is_trained = model.trained(made)
-    if ema:
-        averages = {name: torch.randn(tensor.shape, generator=random) for name, tensor in numbers.items() if is_trained(name)}
-        optimiser.write_bytes(weights.dump({f"ema.{name}": tensor for name, tensor in averages.items()}, {}))
-        numbers |= averages
-    data = b"".join(released_chunks(made, state=state, optimiser=optimiser))
-    assert average_digest(made, state=state, optimiser=optimiser) == (digest.of_bytes(data) if ema else None)
-    exported = weights.load(data)
-    prefix = "encoder." if objective.name == "mae" else "teacher.encoder."
-    assert exported.keys() == model.encoder_spec(made).shapes().keys()
-    for name, tensor in exported.items():
-        due, stem = numbers[prefix + name].double(), prefix + name.removesuffix(".weight")
-        if encoder is ADAPTERS and f"{stem}.lora_a.weight" in numbers:
-            due = due + 0.5 * (numbers[f"{stem}.lora_b.weight"].double() @ numbers[f"{stem}.lora_a.weight"].double())
-            assert not torch.equal(tensor, numbers[prefix + name])
-        torch.testing.assert_close(tensor, due.float(), rtol=1e-6, atol=1e-7)
-        assert encoder is ADAPTERS or torch.equal(tensor, numbers[prefix + name])
 
 
 class _KilledError(BaseException):
