@@ -1,4 +1,4 @@
-"""The demo survives kill -9 of anything while it runs, and ends with a release that verifies."""
+"""The demo survives kill -9 of anything while its rounds run, and ends with a release that verifies."""
 
 import json
 import random

@@ -1,12 +1,7 @@
-"""`pathfed demo`, as a person runs it: on painted slides, then everything a newcomer would look at.
-
-While it runs, processes of it are killed: it survives that. More of them, at other moments, are killed by `make chaos`.
-"""
+"""`pathfed demo`, as a person runs it: on painted slides, then everything a newcomer would look at."""
 
 import csv
 import json
-import random
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from browser_fixtures import chromium
-from demo_kills import killed_while_it_runs
 from planted import found_in, mark, planted_words
 
 from pathfed_common.encoder import weights
@@ -27,8 +21,6 @@ from pathfed_common.wire_format import file_bytes, open_update
 
 BIN = Path(sys.executable).parent
 ROUNDS, SITES = 2, 3
-#: Killed while the rounds run, in this order. The others are killed, each by its name, in test_faults.
-KILLED = {"control plane": "control", "fleet door": "fleet-door", "agent": "agent"}
 #: A demo, and the fixture's, at a tenth of the usual speed.
 pytestmark = pytest.mark.timeout(1300)
 
@@ -52,28 +44,14 @@ dtype = "int8"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, plan_file, hospitals, processes_of):
-    """Killed while it runs. Adapters alone are trained, beside an encoder that keeps its random weights, and travel as int8."""
+def demo(tmp_path_factory, plan_file, hospitals):
+    """Adapters alone are trained, beside an encoder that keeps its random weights, and travel as int8."""
     folder = tmp_path_factory.mktemp("demo")
     out, plan = folder / "out", folder / "adapters.toml"
     plan.write_text(plan_file.read_text() + ADAPTERS_IN_INT8)
-    command = [str(BIN / "pathfed"), "demo", "--out", str(out), "--plan", str(plan), "--slides", str(hospitals)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        try:
-            killed = killed_while_it_runs(running, out, processes_of, list(KILLED), random.Random(0), between_s=(0.0, 1.0))
-            printed, _ = running.communicate(timeout=600)
-        finally:
-            running.kill()
-    assert running.returncode == 0, printed
-    assert killed == list(KILLED), "the demo had ended before"
-    return out, printed
-
-
-def test_it_names_what_was_killed_while_it_ran(demo) -> None:
-    _, printed = demo
-    said = re.sub(r"\s+", " ", printed)  # a terminal's lines are broken anywhere
-    for name in KILLED.values():
-        assert re.search(rf"PF\d+ {name} ended \(-9\) and is started again", said), printed
+    done = _demo(out, plan, hospitals)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
 
 
 def test_it_ends_by_itself_and_leaves_no_process(demo, processes_of, wait_for) -> None:

@@ -22,15 +22,17 @@ from pathfed_server.home import ServerHome
 
 BIN = Path(sys.executable).parent
 RUN = RunName("faults")
-#: The others are killed in test_demo; every process at every phase of a round, by `make chaos`.
 #: process -> words of its command, and what is told when it was killed ({owner}: the command that owns it)
 VICTIMS = {
     "runner": (("pathfed_client.app",), r"{owner}: PF903 runner ended \(-9\) and is started again"),
     "supernode": (("pathfed_client.transport.supernode",), r"{owner}: PF\d+ supernode ended \(-9\) and is started again"),
     "site": (("pathfed-site", "start"), r"PF903 {owner} ended \(-9\) and is started again"),
+    "fleet door": (("pathfed_server.transport.path_filter",), r"{owner}: PF903 fleet-door ended \(-9\) and is started again"),
     "superlink": (("pathfed_server.transport.superlink",), r"{owner}: PF903 superlink ended \(-9\) and is started again"),
     "superexec": (("flower-superexec",), r"{owner}: PF903 superexec ended \(-9\) and is started again"),
     "round loop": (("flwr-serverapp",), rf"{{owner}}: PF903 run {RUN}: the round loop ended early"),
+    "control plane": (("pathfed_server.control",), r"{owner}: PF903 control ended \(-9\) and is started again"),
+    "agent": (("pathfed_client.control.agent",), r"{owner}: PF\d+ agent ended \(-9\) and is started again"),
     "server": (("pathfed-server", "start"), r"PF903 {owner} ended \(-9\) and is started again"),
 }
 #: Generous: they bound a hang, and are reached by no machine that works. Their sum, and the fixture's time, stay below the limit.

@@ -23,7 +23,7 @@ def killed_while_it_runs(
     *,
     between_s: tuple[float, float],
 ) -> list[str]:
-    """Kill a process of each kind, one after the other, from the first round on, until the demo has ended; which ones were.
+    """Kill a process of each kind, one after the other, from when the round loop runs until the demo has ended; which ones were.
 
     Args:
         demo: the demo.
@@ -36,7 +36,7 @@ def killed_while_it_runs(
     killed: list[str] = []
     waiting, due = list(kinds), 0.0
     while demo.poll() is None and waiting:
-        if (out / "server" / "runs").is_dir() and time.monotonic() >= due:
+        if (out / "server" / "logs" / "server-app.log").exists() and time.monotonic() >= due:
             there = [each for each in processes_of(out) if _is(each, waiting[0])]
             if there:
                 with suppress(psutil.Error):
