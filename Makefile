@@ -47,7 +47,7 @@ chaos: $(VENV)/.installed-dev
 		CHAOS=$(CHAOS) SEED=$$seed ROUNDS=$(ROUNDS) $(BIN)/pytest -n 0 -q tests/chaos tests/client/test_power_loss.py; done
 
 bench: $(VENV)/.installed-dev
-	@for script in round_overhead demo_time enrol recovery scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance bulk_transfer simulation wire_formats; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
+	@for script in round_overhead demo_time enrol recovery scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance bulk_transfer aggregation_memory simulation wire_formats; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
