@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,7 @@ def _measure(root: Path, given: argparse.Namespace) -> dict[str, Any]:
             for size_mb in given.sizes:
                 _one_size(bench, given, size_mb)
             site.close()
-            flower = {} if given.no_flower else _flower(bench, given)
-            return _figures(bench, given, flower)
+            return _figures(bench, given)
     finally:
         supervisor.stop()
 
@@ -192,44 +192,49 @@ def _one_size(bench: Bench, given: argparse.Namespace, size_mb: int) -> None:
     first = {way: bench.seconds.pop((size_mb, way))[0] for way in ("down", "up")}
     tell(f"{size_mb} MB, first of all: {first}")
     bench.seconds[size_mb, "first down"] = [first["down"]]
-    interleaved(sides, given.blocks, tell)
+    flowers: list[FlowerSide] = []
+    try:
+        if not given.no_flower and (size_mb == given.sizes[0] or given.flower_large):
+            for each in (1, size_mb):
+                flowers.append(_flower(bench, each))
+                measure = partial(_flower_round, bench, flowers[-1], each)
+                sides["Flower" if each == size_mb else "Flower, 1 MB"] = measure
+                measure(given.blocks)  # its first round imports everything
+                bench.seconds.pop((each, "Flower down"))
+                bench.seconds.pop((each, "Flower up"))
+        interleaved(sides, given.blocks, tell)
+    finally:
+        for side in flowers:
+            side.stop()
     update.unlink()
     shutil.rmtree(run.files.state(0).parent)
     shutil.rmtree(run.incoming)
 
 
-def _flower(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds down and up of Flower's path, by MB, less those of a round of 1 MB."""
+def _flower(bench: Bench, size_mb: int) -> FlowerSide:
+    """A stock federation of one site whose model is one array of that size."""
     home = bench.server.home
+    state = bench.root / f"flower-{size_mb}.safetensors"
+    numbers = torch.randn(size_mb * _MB // 4, generator=torch.Generator().manual_seed(1))
+    state.write_bytes(weights.dump({"all": numbers}, {}))
     tls = Tls(ca=home.ca_file, certificate=home.tls_certificate, key=home.tls_key)
-    sizes = given.sizes if given.flower_large else given.sizes[:1]
-    found: dict[int, tuple[float, float]] = {}
-    for size_mb in [1, *sizes]:
-        state = bench.root / f"flower-{size_mb}.safetensors"
-        numbers = torch.randn(size_mb * _MB // 4, generator=torch.Generator().manual_seed(1))
-        state.write_bytes(weights.dump({"all": numbers}, {}))
-        side = FlowerSide(bench.root / f"flower-{size_mb}", 1, 1 if size_mb > 1 else 3, 0.0, state, tls, flat=True)
-        try:
-            side.start()
-            rounds = [one for block in range(1 if given.quick else 3) for one in side.measure(block)]
-        finally:
-            side.stop()
-        parts = [one.parts() for one in rounds]
-        found[size_mb] = (
-            statistics.median(one["to_last_site_training"] for one in parts),
-            statistics.median(one["from_last_site_trained_to_replies"] for one in parts),
-        )
-        tell(f"Flower, {size_mb} MB: {found[size_mb]}")
-        state.unlink()
-    small = found.pop(1)
-    return {
-        str(size): {"down_mb_s": round(size / max(1e-3, down - small[0]), 1), "up_mb_s": round(size / max(1e-3, up - small[1]), 1)}
-        for size, (down, up) in found.items()
-    }
+    side = FlowerSide(bench.root / f"flower-{size_mb}", 1, 1, 0.0, state, tls, flat=True)
+    side.start()
+    return side
 
 
-def _figures(bench: Bench, given: argparse.Namespace, flower: dict[str, Any]) -> dict[str, Any]:
-    rates = {f"{size_mb} MB {way}": spread([size_mb / one for one in found]) for (size_mb, way), found in sorted(bench.seconds.items())}
+def _flower_round(bench: Bench, side: FlowerSide, size_mb: int, block: int) -> list[float]:
+    """Seconds down and up of one round."""
+    parts = side.measure(block)[0].parts()
+    found = [parts["to_last_site_training"], parts["from_last_site_trained_to_replies"]]
+    for way, took in zip(("down", "up"), found, strict=True):
+        bench.note(size_mb, f"Flower {way}", took)
+    return found
+
+
+def _figures(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
+    ours = {key: found for key, found in sorted(bench.seconds.items()) if not key[1].startswith("Flower")}
+    rates = {f"{size_mb} MB {way}": spread([size_mb / one for one in found]) for (size_mb, way), found in ours.items()}
 
     def ratio(way: str) -> float:
         """The worst of the sizes: medians of interleaved runs."""
@@ -237,18 +242,21 @@ def _figures(bench: Bench, given: argparse.Namespace, flower: dict[str, Any]) ->
             statistics.median(bench.seconds[size, f"plain {way}"]) / statistics.median(bench.seconds[size, way]) for size in given.sizes
         )
 
-    def over_flower(size: str, found: dict[str, float]) -> float:
-        ours = {way: int(size) / statistics.median(bench.seconds[int(size), way]) for way in ("down", "up")}
-        return min(ours[way] / found[f"{way}_mb_s"] for way in ours)
+    def over_flower(size: int, way: str) -> float:
+        """Flower's seconds beyond those of a round of 1 MB, over ours."""
+        theirs, small = (statistics.median(bench.seconds[each, f"Flower {way}"]) for each in (size, 1))
+        return (theirs - small) / statistics.median(bench.seconds[size, way])
 
-    ours = [peak for name, peak in bench.peaks.items() if not name.startswith("plain")]
+    compared = [size for size in given.sizes if (size, "Flower up") in bench.seconds]
+    peaks = [peak for name, peak in bench.peaks.items() if not name.startswith("plain")]
     return {
         "down_over_plain": round(ratio("down"), 3),
         "up_over_plain": round(ratio("up"), 3),
-        "over_flower": round(min((over_flower(size, found) for size, found in flower.items()), default=float("nan")), 2),
-        "peak_mb": max(ours),
+        "over_flower": round(min((over_flower(size, way) for size in compared for way in ("down", "up")), default=float("nan")), 2),
+        "over_flower_by_way": {f"{size} MB {way}": round(over_flower(size, way), 2) for size in compared for way in ("down", "up")},
+        "peak_mb": max(peaks),
         "mb_s": rates,
-        "flower": flower,
+        "flower_s": {f"{size} MB {way}": spread(found) for (size, way), found in bench.seconds.items() if way.startswith("Flower")},
         "peaks_mb": bench.peaks,
         "blocks": given.blocks,
         "machine": machine(),
