@@ -74,7 +74,7 @@ def test_the_shipped_plans_load_and_name_only_keys_that_exist(path):
 
 
 def test_there_are_plans_to_ship():
-    assert [path.name for path in SHIPPED] == ["consortium.toml", "demo.toml", "demo_dino.toml"]
+    assert [path.name for path in SHIPPED] == ["consortium.toml", "demo.toml", "demo_dino.toml", "simulation.toml"]
     assert {plans.demo_plan("mae"), plans.demo_plan("dino")} < set(SHIPPED)
 
 

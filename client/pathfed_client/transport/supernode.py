@@ -1,6 +1,6 @@
 """Our launcher of Flower's SuperNode: the one place that touches its private loop.
 
-Three things are changed, and nothing else:
+Four things are changed, and nothing else:
 
     - A SuperNode whose connection loop has died can go on serving its health and runtime ports (a zombie). The launcher ends the whole
       process when the loop returns or raises, so that the supervisor sees it and starts it again.
@@ -10,6 +10,9 @@ Three things are changed, and nothing else:
     - A SuperNode with nothing to do asks SuperLink for a message, and sleeps three seconds, hard-coded. A round waits for the slowest of
       its sites, so with three sites it stood still for 2.25 s on average before the last one had even seen the offer. The launcher shortens
       that one sleep to `IDLE_POLL_S`; the loop's other sleeps, which wait for the site's own runner, stay as they are.
+    - The loop takes a message, waits for a reply, sends it, and only then takes the next: it looks for no reply but after a message. A
+      server's round loop that dies while a message is being taken leaves one whose reply comes uncounted: it is sent in the place of the
+      next one's, and so for ever, each reply a message too late. The launcher lets the loop send whenever a reply is there.
 
 flwr is pinned exactly, and tests/client/transport/test_supernode.py fails when the loop changes.
 
@@ -39,6 +42,8 @@ IDLE_POLL_S = 1.0
 _FLOWERS_IDLE_S = 3
 #: Seconds in which the loop comes round at least once, however long a round takes: while the site works it looks twice a second.
 STUCK_S = 900.0
+#: What the loop is told in place of a message's run, which it compares with None alone.
+_ANY_RUN = 0
 _LOOP = "flwr.supernode.start_client_internal"
 
 
@@ -71,6 +76,30 @@ def shorten_idle_sleep() -> _Time:
         raise RuntimeError(f"{_LOOP} no longer sleeps by `time.sleep`: look again before raising the pin")
     loop.time = clock = _Time()  # type: ignore[attr-defined]
     return clock
+
+
+def send_every_reply() -> None:
+    """Make the SuperNode's loop in this process send replies that are there though no message has come.
+
+    Raises:
+        RuntimeError: the loop takes messages in another way; look at it again before raising flwr's pin.
+    """
+    loop: Any = importlib.import_module(_LOOP)
+    take = getattr(loop, "_pull_and_store_message", None)
+    if take is None:
+        raise RuntimeError(f"{_LOOP} no longer takes messages by `_pull_and_store_message`: look again before raising the pin")
+
+    def take_or_send(*, state: Any, **given: Any) -> int | None:
+        run: int | None = take(state=state, **given)
+        return _ANY_RUN if run is None and _reply_waits(state) else run
+
+    loop._pull_and_store_message = take_or_send
+
+
+def _reply_waits(state: Any) -> bool:
+    """Whether a reply is there that was not sent; asked without taking it, which Flower's own question does."""
+    with state.lock_msg_store:
+        return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in state.msg_store.values())
 
 
 def end_when_stuck(clock: _Time, within_s: float = STUCK_S) -> None:
@@ -113,6 +142,7 @@ def main() -> None:
     """Run the SuperNode; end the process with it."""
     lock = hold_lock()  # until the process ends
     end_with_any_thread()
+    send_every_reply()
     end_when_stuck(shorten_idle_sleep())
     try:
         flower_supernode()

@@ -96,3 +96,60 @@ if sys.argv[1] == "stuck":
     }
     assert {how: done.returncode for how, done in ended.items()} == {"stuck": supernode.ENDED, "well": 0}
     assert "has not come round" in ended["stuck"].stderr
+
+
+_LATE_REPLY = """
+import importlib, sys, types
+from flwr.app import Message, RecordDict
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.nodestate import NodeStateFactory
+from pathfed_client.transport import supernode
+loop = importlib.import_module("flwr.supernode.start_client_internal")
+state = NodeStateFactory(ObjectStoreFactory()).state()
+taken = []
+loop._pull_and_store_message = lambda **given: taken.append(sorted(given)) or (7 if len(taken) == 1 else None)
+if sys.argv[1] == "sending":
+    supernode.send_every_reply()
+take = loop._pull_and_store_message
+told = [take(state=state, receive=None), take(state=state, receive=None)]  # a message, and then none
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+asked.metadata.__dict__["_message_id"] = "asked"
+reply = Message(RecordDict(), reply_to=asked)
+reply.metadata.__dict__["_message_id"] = "reply"
+state.store_message(asked)
+told.append(take(state=state, receive=None))  # a message that waits to be worked on is no reply
+state.store_message(reply)
+told.append(take(state=state, receive=None))
+found = [one.metadata.message_id for one in state.get_messages_legacy(is_reply=True)]
+told.append(take(state=state, receive=None))
+assert found == ["reply"], "the question did not take it"
+assert taken == [["receive", "state"]] * 5
+print([one is not None for one in told])
+"""
+
+
+def test_a_reply_that_comes_uncounted_is_sent_though_no_message_comes() -> None:
+    """With Flower's own state of a SuperNode. Left alone, the loop would pass the reply over until another message comes."""
+    found = {}
+    for how in ("sending", "left alone"):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", _LATE_REPLY, how], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found[how] = ast.literal_eval(done.stdout)
+    assert found == {"sending": [True, False, False, True, False], "left alone": [True, False, False, False, False]}
+
+
+def test_flowers_loop_compares_what_it_is_told_with_none_alone_and_then_sends_every_reply() -> None:
+    source = inspect.getsource(importlib.import_module(LOOP))
+    body = source[source.index("run_id = _pull_and_store_message(") : source.index("def _insert_message(")]
+    assert body.count("run_id") == 2, "once given, once compared"
+    assert "state=state," in body
+    assert "if run_id is None:" in body
+    assert "while not (reply_messages := state.get_messages_legacy(is_reply=True)):" in source
+
+
+def test_the_launcher_refuses_a_flower_that_takes_messages_in_another_way(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, LOOP, types.ModuleType(LOOP))
+    with pytest.raises(RuntimeError, match="raising the pin"):
+        supernode.send_every_reply()

@@ -50,6 +50,7 @@ UNHELD = {
     "decision.seq",
     "plan.published_at",
     "release.released_at",
+    *("site.suspended_at", "site.reinstated_at"),
     *(f"checkpoint.{name}" for name in ("state_path", "state_bytes", "optimiser", "optimiser_path", "optimiser_bytes", "committed_at")),
 }
 
