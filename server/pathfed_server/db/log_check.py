@@ -13,7 +13,8 @@ Leaves were written in the transactions of the rows, so the two agree unless som
 | release | its leaf |
 
 Not found is what no leaf holds: a site's first Flower node key, unless it is in use, or one that came with a new evidence key; times of
-rotation, publication, release and commit; places and sizes of files; the optimiser's digest; the audit trail.
+rotation, publication, release and commit; whether a site is suspended; places and sizes of files; the optimiser's digest; the audit
+trail.
 
 Leaves after the last signed checkpoint are compared with the rows alone: who changes a row and its leaf before a
 checkpoint is signed is found by the site that keeps the envelope, and cosigns nothing without its leaf.
