@@ -23,7 +23,8 @@ class ReleasedEncoder:
             state: the state's tensors by their own names.
         """
         self._state, self._prefix, self._adapters = state, model.released_prefix(plan), model.adapters_of(plan)
-        self._shapes = model.encoder_spec(plan).shapes()
+        named = ((name.removeprefix(self._prefix), shape) for name, shape in state.shapes.items() if name.startswith(self._prefix))
+        self._shapes = {name: shape for name, shape in named if not lora.is_adapter(name)}
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
