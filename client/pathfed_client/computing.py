@@ -142,9 +142,8 @@ class RoundComputer:
         """The engine, and how many tiles it takes at once, by trying passes over public tiles."""
         model = build_model(plan)
         # Weights and sum come first; what they leave is for activations.
-        room = (
-            None if self._most is None else max(1, self._most - sum(devices.parameter_bytes(model, trained=part) for part in (False, True)))
-        )
+        held = devices.parameter_bytes(model) + devices.parameter_bytes(model, trained=True)
+        room = None if self._most is None else max(1, self._most - held)
         asked = Compute(**plan.compute.model_dump(), memory_bytes=room)
         px, k, alone = plan.cohort.tile_px, plan.cohort.tiles_per_patient, len(places) == 1
         if alone:

@@ -20,9 +20,9 @@ from pathfed_common.encoder.published import Finding, Match, Outcome, converted,
 from pathfed_common.encoder.spec import EncoderSpec, Shape
 from pathfed_common.errors import ErrorCode, HostError, PlanError
 from pathfed_common.model import encoder_spec
+from pathfed_common.part_file import file_digest
 from pathfed_common.plan import Plan
 from pathfed_server.home import ServerHome
-from pathfed_server.rounds.admission import read_chunks
 
 _PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NAMED = 12
@@ -109,7 +109,7 @@ def stored_encoder(home: ServerHome, plan: Plan) -> StoredEncoder | None:
         return None
     path = home.checkpoint(digest.parse(plan.encoder.init_from))
     try:
-        found = digest.of_chunks(read_chunks(path))
+        found = file_digest(path)
     except OSError as error:
         raise _unusable(plan, f"the server does not have this checkpoint: {error.strerror}", path, _import_again(plan)) from None
     if not digest.equal(found, plan.encoder.init_from):

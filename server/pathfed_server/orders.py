@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, RoundError, TransportError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_common.provenance.documents import REVOCATION
 from pathfed_server.db.rows import QuarantineRow
 from pathfed_server.db.sql_store import SqlStore
@@ -137,9 +137,7 @@ def release(root: Path, number: int, *, reason: str) -> QuarantineRow:
 
 
 def _is_whole(root: Path, row: QuarantineRow) -> bool:
-    from pathfed_server.rounds.admission import read_chunks
-
     try:
-        return digest.of_chunks(read_chunks(ServerHome(root).root / row.aside.path)) == row.aside.update
+        return file_digest(ServerHome(root).root / row.aside.path) == row.aside.update
     except OSError:
         return False

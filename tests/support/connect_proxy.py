@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from loopback_server import serving
 
 
 @dataclass
@@ -45,23 +46,8 @@ def proxying(*, refuse: bool = False) -> Iterator[ConnectProxy]:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
 
-    async def stop() -> None:
-        server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        await asyncio.sleep(0.05)
-
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
-    seen.port = server.sockets[0].getsockname()[1]
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
+    with serving(loop, serve) as seen.port:
         yield seen
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

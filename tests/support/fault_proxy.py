@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from loopback_server import serving
+
 _CHUNK = 16 * 1024
 _ENDLESS = 2**62
 T = TypeVar("T")
@@ -166,20 +168,5 @@ def fault_proxy(*, to: str | None = None) -> Iterator[FaultProxy]:
                 finally:
                     proxy._lines.discard(line)
 
-    async def stop() -> None:
-        server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        await asyncio.sleep(0.05)
-
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
-    proxy.port = server.sockets[0].getsockname()[1]
-    thread = threading.Thread(target=loop.run_forever, name="fault proxy")
-    thread.start()
-    try:
+    with serving(loop, serve) as proxy.port:
         yield proxy
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()

@@ -89,10 +89,8 @@ class StateCache:
         try:
             for begin, stop in pieces_of(first, last):
                 part.write(read_piece(file, begin, stop))
-        except TransportError:
-            return False  # changed on the disk: PartFile has taken it back
-        except OSError:
-            return False
+        except (TransportError, OSError):
+            return False  # changed on the disk, and PartFile has taken it back; or it cannot be read
         finally:
             os.close(file)
         self._found[part.manifest.shards[index]] = found

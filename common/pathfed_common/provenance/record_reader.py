@@ -11,6 +11,7 @@ from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, PlanError, ProvenanceError
 from pathfed_common.ids import SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_common.plan import Plan, plan_from_bytes
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents, Sealed
@@ -18,8 +19,6 @@ from pathfed_common.provenance.documents import Approval, SiteCard, open_plan
 from pathfed_common.provenance.keys import VerifyKey
 from pathfed_common.provenance.record import FileEntry, Manifest, RoundRecord
 from pathfed_common.provenance.statement import UpdateStatement
-
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +139,7 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         # A link could show other bytes to the next reader.
         if path.is_symlink() or not path.is_file():
             raise ProvenanceError(ErrorCode.RECORD_INCOMPLETE, "a listed file is missing", where=entry.path)
-        with path.open("rb") as file:
-            found = digest.of_chunks(iter(lambda: file.read(_CHUNK), b""))
+        found = file_digest(path)
         size = path.stat().st_size
     except OSError as error:
         raise ProvenanceError(ErrorCode.RECORD_INCOMPLETE, f"cannot be read: {error.strerror}", where=entry.path) from None

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathfed_common import digest
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, HostError, ProvenanceError, RoundError
 from pathfed_common.ids import SiteName
+from pathfed_common.part_file import file_digest
 from pathfed_common.provenance import record
 from pathfed_common.provenance.consistency import Contents
 from pathfed_common.provenance.record import RoundRecord
@@ -16,8 +16,6 @@ from pathfed_common.wire_format import open_update
 
 if TYPE_CHECKING:
     from pathfed_server.rounds.replay import Replayed
-
-_CHUNK = 2**20
 
 
 def replay(updates: Path, folder: Path, contents: Contents) -> Iterator[ProvenanceError]:
@@ -108,8 +106,7 @@ def _place(updates: Path, index: int, site: SiteName) -> Path:
 
 def _digest(path: Path) -> Digest:
     try:
-        with path.open("rb") as file:
-            return digest.of_chunks(iter(lambda: file.read(_CHUNK), b""))
+        return file_digest(path)
     except OSError as error:
         raise HostError(ErrorCode.HOME_UNUSABLE, f"cannot be read: {error.strerror}", where=path) from None
 

@@ -14,13 +14,13 @@ from pathfed_common import digest, files, model
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName, SiteName
+from pathfed_common.part_file import file_digest, file_pieces
 from pathfed_common.plan import Plan, plan_from_bytes
 from pathfed_common.provenance import record
 from pathfed_common.provenance.documents import SiteCard, seal_plan
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.record import AbsentSite, AdmittedSite, FileEntry, Manifest, RoundRecord, ServerTimes
 from pathfed_common.units import UtcSeconds
-from pathfed_server.rounds.admission import read_chunks
 from pathfed_server.rounds.released import average_digest, released_chunks
 from pathfed_server.rounds.state import Candidate, Participation, ParticipationState, RoundResult
 
@@ -197,7 +197,7 @@ class Recorder:
         except OSError:
             # Another file system, or one without links. A full disk shows again below, with its code.
             part.unlink(missing_ok=True)
-            files.write_atomic(path, read_chunks(source))
+            files.write_atomic(path, file_pieces(source))
         return entry
 
     def _there(self, entry: FileEntry) -> bool:
@@ -266,7 +266,7 @@ def _admitted(part: Participation, result: RoundResult) -> AdmittedSite:
 
 
 def _entry(place: str, path: Path) -> FileEntry:
-    return FileEntry(path=place, digest=digest.of_chunks(read_chunks(path)), size=path.stat().st_size)
+    return FileEntry(path=place, digest=file_digest(path), size=path.stat().st_size)
 
 
 def _merged(earlier: Sequence[FileEntry], later: Sequence[FileEntry]) -> tuple[FileEntry, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from pathfed_common import digest, files
 from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, ProvenanceError
+from pathfed_common.part_file import file_pieces
 from pathfed_common.provenance import record, release
 from pathfed_common.provenance.keys import SigningKey
 from pathfed_common.provenance.log_checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from pathfed_common.provenance.release_card import make_card, read_evaluation
 from pathfed_common.provenance.release_readme import readme
 from pathfed_common.provenance.release_verify import verify_release
 from pathfed_common.provenance.verify import examine_record
-from pathfed_server.rounds.admission import read_chunks
 
 _ARCHIVE_MODE = 0o644
 
@@ -118,7 +118,7 @@ def write_bundle(prepared: Prepared, leaves: Sequence[bytes], notes: Sequence[No
         for place, data in small.items():
             files.write_atomic(_made(part, place), data)
         for place in release.record_files(prepared.manifest):
-            files.write_atomic(_made(part, place), read_chunks(prepared.record / place))
+            files.write_atomic(_made(part, place), file_pieces(prepared.record / place))
         # The server drew the first state itself; drawing it again would take the memory of a second model.
         findings = verify_release(part, redraw=False).findings
         if findings:

@@ -17,7 +17,7 @@ is `collection`'s to see. An operator may overrule the norm alone (`refusals`). 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +29,13 @@ from pathfed_common.digest import Digest
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName
+from pathfed_common.part_file import file_digest
 from pathfed_common.plan import Plan
 from pathfed_common.provenance.statement import UpdateStatement
 from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
 from pathfed_server.rounds.norms import l2_norm
 from pathfed_server.rounds.participants import Participant
 
-_CHUNK = 4 * 2**20
 #: Room for the header of an update, beside its numbers: 512 bytes a tensor and 64 kB.
 _HEADER_PER_TENSOR, _HEADER_FIXED = 512, 65_536
 #: Stated stds of figures are computed in float64 by sites, step by step.
@@ -208,7 +208,7 @@ def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) ->
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, f"{size} bytes came, {statement.update_bytes} were signed")
     if size > terms.most_bytes:
         raise _RefusalError(ErrorCode.UPDATE_SHAPE, f"{size} bytes are more than the plan's tensors need")
-    if not digest.equal(digest.of_chunks(read_chunks(update)), statement.update):
+    if not digest.equal(file_digest(update), statement.update):
         raise _RefusalError(ErrorCode.UPDATE_DIGEST, "the bytes do not have the signed digest")
 
 
@@ -245,10 +245,3 @@ def file_norm(path: Path, *, only: Callable[[str], bool] = lambda _: True) -> fl
         OSError: the file cannot be read.
     """
     return l2_norm(wire_format.open_update(path), only=only)
-
-
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes in pieces, for `digest.of_chunks`."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk

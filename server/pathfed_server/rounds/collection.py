@@ -9,7 +9,8 @@ from pathlib import Path
 from pathfed_common import digest
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
-from pathfed_server.rounds.admission import Admitted, Refused, RoundTerms, admit, read_chunks
+from pathfed_common.part_file import file_digest
+from pathfed_server.rounds.admission import Admitted, Refused, RoundTerms, admit
 from pathfed_server.rounds.files import RunFiles
 from pathfed_server.rounds.participants import Choice, Participant
 from pathfed_server.rounds.ports import Consent, Reply, RoundStore
@@ -131,7 +132,7 @@ class Collection:
         if isinstance(verdict, Refused):
             self._refuse(reply, verdict)
         elif reply.received_at > self.deadline:
-            self._keep_late(reply)
+            self._keep_late(reply, verdict)
         else:
             self._count(replace(reply, update=self.files.keep(self.terms.round_index, reply)), verdict)
 
@@ -179,15 +180,15 @@ class Collection:
         row = self._outcomes[reply.site]
         if reply.update is None or reply.statement is None:
             return reply.code == row.code
-        same = row.update == digest.of_chunks(read_chunks(reply.update))
+        same = row.update == file_digest(reply.update)
         return same and row.statement in (None, digest.of_bytes(reply.statement))
 
-    def _keep_late(self, reply: Reply) -> None:
+    def _keep_late(self, reply: Reply, verdict: Admitted) -> None:
         """Keep an update that passes every check but came late; the next attempt at this round recalls it."""
-        kept = self.files.keep(self.terms.round_index, reply)
+        self.files.keep(self.terms.round_index, reply)
         row = replace(self._offered(reply.site), state=ParticipationState.REFUSED, code=ErrorCode.UPDATE_LATE.value)
-        found, size = digest.of_chunks(read_chunks(kept)), kept.stat().st_size
-        self._decide(replace(row, update=found, update_bytes=size, received_at=reply.received_at, transfer_s=reply.transfer_s))
+        update, size = verdict.statement.update, verdict.statement.update_bytes
+        self._decide(replace(row, update=update, update_bytes=size, received_at=reply.received_at, transfer_s=reply.transfer_s))
 
     def _count(self, reply: Reply, verdict: Admitted, *, released: str | None = None) -> None:
         if reply.update is None:

@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 
-from pathfed_common import digest
 from pathfed_common.encoder import weights as tensor_files
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.files import write_atomic
 from pathfed_common.ids import SiteName
 from pathfed_common.model import trained
-from pathfed_server.rounds.admission import read_chunks
+from pathfed_common.part_file import file_digest
 from pathfed_server.rounds.aggregation import aggregate, shares
 from pathfed_server.rounds.collection import Collection, reasons
 from pathfed_server.rounds.files import RunFiles
@@ -234,10 +233,10 @@ class _Loop:
         state, optimiser = self.files.state(index), self.files.optimiser(index)
         return Checkpoint(
             round_index=index,
-            state=digest.of_chunks(read_chunks(state)),
+            state=file_digest(state),
             state_path=self.files.relative(state),
             state_bytes=state.stat().st_size,
-            optimiser=digest.of_chunks(read_chunks(optimiser)),
+            optimiser=file_digest(optimiser),
             optimiser_path=self.files.relative(optimiser),
             optimiser_bytes=optimiser.stat().st_size,
         )
@@ -246,7 +245,7 @@ class _Loop:
         """The checkpoint, once its files are found to be those that were committed."""
         for relative, due in ((last.state_path, last.state), (last.optimiser_path, last.optimiser)):
             path = self.settings.home / relative
-            if not path.is_file() or digest.of_chunks(read_chunks(path)) != due:
+            if not path.is_file() or file_digest(path) != due:
                 remedy = "restore the file from a backup of the server's home"
                 raise RoundError(
                     ErrorCode.RUN_FAILED, "a file of the last committed round is missing or changed", where=path, remedy=remedy
