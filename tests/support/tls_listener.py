@@ -12,7 +12,11 @@ from pathfed_server.transport.certificates import TlsFiles
 
 @contextlib.contextmanager
 def listening(folder: Path, tls: TlsFiles) -> Iterator[int]:
-    """Answer one connection with `hello`; gives the port. The certificate and its key are written to `folder`."""
+    """Answer one connection with `hello` and stay until the client goes; gives the port.
+
+    The certificate and its key are written to `folder`. To close while the client still sends would reset the connection, and a reset
+    discards what has arrived and was not read yet: `hello` itself.
+    """
     for name, data in {"cert": tls.certificate, "key": tls.key}.items():
         (folder / name).write_bytes(data)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -23,7 +27,10 @@ def listening(folder: Path, tls: TlsFiles) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
                 with connection, context.wrap_socket(connection, server_side=True) as secured:
+                    secured.settimeout(10)
                     secured.sendall(b"hello")
+                    while secured.recv(4096):
+                        pass
 
         thread = threading.Thread(target=serve)
         thread.start()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 _ESTABLISHED = "01"
+#: A table is longer than one read of the kernel's, and an entry can slip from one read into the next when another goes between them.
+_LOOKS = 3
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
@@ -20,9 +22,10 @@ def owner_of(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
     Not known: no such connection (any more), or a system without Linux's tables.
     """
     wanted = {(_written(peer), _written(here)), (_mapped(peer), _mapped(here))}
-    for local, remote, state, owner in _sockets():
-        if state == _ESTABLISHED and (local, remote) in wanted:
-            return owner
+    for _ in range(_LOOKS):
+        for local, remote, state, owner in _sockets():
+            if state == _ESTABLISHED and (local, remote) in wanted:
+                return owner
     return None
 
 

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from pathfed_client.transport import peer
 from pathfed_client.transport.bandwidth import Bandwidth
 from pathfed_client.transport.dial import Address, WebProxy, proxy_for
 from pathfed_client.transport.peer import owner_of
@@ -69,12 +70,18 @@ def test_the_owner_of_a_connection_is_known_while_it_lasts(family: socket.Addres
         else:
             client = socket.socket(socket.AF_INET6)
             client.connect((f"::ffff:{listener.getsockname()[0]}", listener.getsockname()[1]))
-        served, peer = listener.accept()
+        served, far = listener.accept()
         with served:
-            assert owner_of(peer, served.getsockname()) == os.geteuid()
-            assert owner_of((peer[0], peer[1] ^ 1), served.getsockname()) is None
+            assert owner_of(far, served.getsockname()) == os.geteuid()
+            assert owner_of((far[0], far[1] ^ 1), served.getsockname()) is None
             client.close()
-            assert owner_of(peer, served.getsockname()) is None
+            assert owner_of(far, served.getsockname()) is None
+
+
+def test_an_owner_that_slips_from_one_read_of_the_table_is_found_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([[], [(peer._written(("127.0.0.1", 1)), peer._written(("127.0.0.1", 2)), "01", 7)]])
+    monkeypatch.setattr(peer, "_sockets", lambda: iter(next(looks)))
+    assert owner_of(("127.0.0.1", 1), ("127.0.0.1", 2)) == 7
 
 
 def test_a_limit_lets_through_what_it_allows_and_not_less() -> None:
