@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -107,13 +108,38 @@ def test_events_and_ends_of_processes_are_told_once(tmp_path):
     consortium.stop()
 
 
-def test_a_command_that_was_killed_is_told(tmp_path):
+def test_a_command_that_was_killed_is_begun_again(tmp_path):
     consortium = Consortium(tmp_path, [])
-    begun = consortium.begin_site("site-a", "scan", tmp_path / "plan.dsse")
+    begun = consortium.begin("pathfed-server", "init", "--home", consortium.server)
     begun.kill()
+    assert consortium.finish(begun)["home"] == str(consortium.server)
+
+
+def killed_after_its_work(tmp_path: Path, often: int) -> Path:
+    """A program that does what it is asked, and is killed before it says so, so many times."""
+    script = tmp_path / "killed"
+    runs = f'echo run >> "{tmp_path}/runs"; test "$(wc -l < "{tmp_path}/runs")" -gt {often} && exec "$real" "$@"'
+    script.write_text(f'#!/bin/sh\nreal="{program("pathfed-server")}"\n{runs}\n"$real" "$@" > /dev/null; kill -9 $$\n')
+    script.chmod(0o755)
+    return script
+
+
+def test_a_command_that_was_killed_when_it_was_done_counts_as_done(tmp_path, monkeypatch):
+    script = killed_after_its_work(tmp_path, 1)
+    monkeypatch.setattr("pathfed_local.consortium.program", lambda name: script)
+    consortium = Consortium(tmp_path / "out", [])
+    assert consortium.server_command("init")["error"]["code"] == "PF904"
+    assert (consortium.server / "server.toml").exists()
+    with pytest.raises(HostError, match="PF904"):
+        consortium.server_command("init")
+
+
+def test_a_command_that_is_killed_again_and_again_is_told(tmp_path, monkeypatch):
+    script = killed_after_its_work(tmp_path, 100)
+    monkeypatch.setattr("pathfed_local.consortium.program", lambda name: script)
     with pytest.raises(HostError, match=r"PF903.*status -9"):
-        consortium.finish(begun)
-    consortium.stop()
+        Consortium(tmp_path / "out", []).server_command("--version")
+    assert (tmp_path / "runs").read_text().count("run") == 3
 
 
 def test_commands_that_were_begun_and_not_finished_end_with_the_consortium(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ SERVER = pathfed_instants.SERVER
 #: instant at the server -> who is killed there
 AT_SERVER: dict[str, tuple[str, ...]] = {
     "opened": ("round loop", "superlink"),
-    "base state leaves": ("round loop", "server"),
+    "offer made": ("round loop", "server"),
+    "base state leaves": ("control plane",),
+    "update arrives": ("control plane", "round loop"),
     "offered": ("round loop", "superexec", "fleet door"),
     "collecting": ("round loop", "server", "control plane", EVERYTHING),
     "spooled": ("round loop", "superlink"),
@@ -27,7 +29,9 @@ AT_SERVER: dict[str, tuple[str, ...]] = {
 #: instant at a site -> who is killed there
 AT_SITE: dict[str, tuple[str, ...]] = {
     "SuperNode receives": ("supernode", "superlink"),
-    "base state travels": ("runner", "relay"),
+    "offer travels": ("runner",),
+    "base state travels": ("runner", "relay", "control plane"),
+    "base state fetched": ("runner",),
     "offer taken": ("runner",),
     "before the charge": ("runner", "site", "agent"),
     "charge stored": ("runner",),
@@ -38,8 +42,10 @@ AT_SITE: dict[str, tuple[str, ...]] = {
     "sealed": ("runner", "site"),
     "secret erased": ("runner", "agent", EVERYTHING),
     "written down": ("runner", "supernode"),
-    "update travels": ("runner", "relay", "superlink", "fleet door"),
-    "update handed over": ("runner", "server"),
+    "update travels": ("runner", "relay", "superlink"),
+    "update handed over": ("runner", "control plane", EVERYTHING),
+    "statement travels": ("runner", "fleet door"),
+    "statement handed over": ("runner", "server"),
     "SuperNode sends": ("supernode", "site"),
 }
 #: The site that computes with two ranks, and reads with processes of their own.
@@ -50,11 +56,11 @@ AT_RANKS: dict[str, tuple[str, ...]] = {
 }
 #: The ordinary run's: each kind once.
 SHORT = (
-    ("server", "base state leaves", SERVER),
+    ("server", "offer made", SERVER),
     ("round loop", "averaged", SERVER),
     ("superlink", "committed", SERVER),
     ("superexec", "collected", SERVER),
-    ("control plane", "cleaned", SERVER),
+    ("control plane", "update arrives", SERVER),
     ("fleet door", "offered", SERVER),
     ("runner", "charged", 0),
     ("relay", "update travels", 0),

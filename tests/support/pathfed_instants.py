@@ -26,19 +26,24 @@ _SITE = re.compile(r"/sites/([^/\s]+)")
 #: module -> function in it -> the instants as it is entered and as it has returned; "": none; "stage": the name of the stage told.
 POINTS: dict[str, dict[str, tuple[str, str]]] = {
     "pathfed_server.driving": {"_tell": ("", "stage")},
-    "pathfed_server.transport.flower_server": {"_message": ("", "base state leaves"), "_Outbox.note_sent": ("", "offered")},
+    "pathfed_server.transport.flower_server": {"_message": ("", "offer made"), "_Outbox.note_sent": ("", "offered")},
+    "pathfed_server.bulk": {"BulkFiles.shard": ("base state leaves", ""), "BulkFiles.writer": ("update arrives", "")},
     "pathfed_server.rounds.collection": {"admit": ("collecting", "checked")},
     "pathfed_server.rounds.files": {"RunFiles.keep": ("", "spooled")},
     "pathfed_server.db.rounds_store": {"RoundsStore.commit_round": ("", "in the database")},
     "pathfed_client.transport.resident_runner": {
-        "pull_task_input": ("base state travels", ""),
+        "pull_task_input": ("offer travels", ""),
         "_answered": ("offer taken", ""),
-        "push_message": ("update travels", "update handed over"),
+        "push_message": ("statement travels", "statement handed over"),
         "push_task_output": ("", "answered"),
     },
     "flwr.supernode.start_client_internal": {
         "pull_objects": ("SuperNode receives", ""),
         "push_object_contents_from_iterable": ("SuperNode sends", ""),
+    },
+    "pathfed_client.transport.bulk_client": {
+        "BulkClient.fetch_shard": ("base state travels", "base state fetched"),
+        "BulkClient.send_shard": ("update travels", "update handed over"),
     },
     "pathfed_client.answering": {
         "SiteAnswerer._charge": ("before the charge", "charged"),

@@ -6,6 +6,7 @@ processes of their own. Every command is written to `commands.log`, so that a re
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,8 @@ from pathfed_common.processes import ProcessSpec, Supervisor, accepts_connection
 
 _RESTARTS = 2
 _COMMANDS_GRACE_S = 10.0
+#: What a command says that was killed between its work and its last word, when it is begun again: it is done.
+_DONE_ALREADY = (ErrorCode.HOME_UNUSABLE, ErrorCode.RUN_EXISTS, ErrorCode.ENROLMENT_UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,14 @@ def _site_name(folder_name: str) -> str:
     return name[:63].rstrip("-") or "site"
 
 
+@dataclass(frozen=True)
+class _Command:
+    """What is needed to begin a command again."""
+
+    argv: Sequence[str]
+    secret: str = field(repr=False)
+
+
 @dataclass
 class Consortium:
     """The consortium under one folder.
@@ -80,7 +91,7 @@ class Consortium:
     restarts: int = _RESTARTS
     _supervisor: Supervisor = field(default_factory=Supervisor, repr=False)
     _read_to: dict[Path, int] = field(default_factory=dict, repr=False)
-    _begun: list["subprocess.Popen[str]"] = field(default_factory=list, repr=False)
+    _begun: dict["subprocess.Popen[str]", "_Command"] = field(default_factory=dict, repr=False)
 
     @property
     def server(self) -> Path:
@@ -121,25 +132,31 @@ class Consortium:
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "commands.log").open("a", encoding="utf-8") as log:
             log.write(shlex.join([command, *argv[1:]]) + "\n")
-        stdin = subprocess.PIPE if secret else subprocess.DEVNULL
-        process = start_owned([*argv, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
-        self._begun.append(process)
+        return self._start(_Command([*argv, "--json"], secret))
+
+    def _start(self, command: "_Command") -> "subprocess.Popen[str]":
+        stdin = subprocess.PIPE if command.secret else subprocess.DEVNULL
+        process = start_owned(command.argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin, text=True)
+        self._begun[process] = command
         if process.stdin is not None:
             with suppress(BrokenPipeError), process.stdin:  # one that ended without reading says why when it is finished
-                process.stdin.write(secret)
+                process.stdin.write(command.secret)
             process.stdin = None
         return process
 
     def finish(self, process: "subprocess.Popen[str]") -> Any:
-        """Wait for a command; its result.
+        """Wait for a command; its result. One that is killed with -9 is begun again, as often as the server would be.
 
         Raises:
             PathfedError: the command's own error.
             HostError: PF903, it ended without a result.
         """
-        output, errors = process.communicate()
-        if process in self._begun:
-            self._begun.remove(process)
+        for left in range(self.restarts, -1, -1):
+            output, errors = process.communicate()
+            command = self._begun.pop(process)
+            if process.returncode != -signal.SIGKILL or not left:
+                break
+            process = self._start(command)
         try:
             result = json.loads(output.strip().splitlines()[-1])
         except (ValueError, IndexError):
@@ -147,7 +164,9 @@ class Consortium:
                 ErrorCode.PROCESS_ENDED, f"a command ended with status {process.returncode}", where=process.args, value=errors[-600:]
             ) from None
         if process.returncode and "error" in result:
-            raise error_from_dict(result["error"])
+            error = error_from_dict(result["error"])
+            if left == self.restarts or error.code not in _DONE_ALREADY:
+                raise error
         return result
 
     def enrol(self, options: Mapping[str, Sequence[str | Path]]) -> None:
