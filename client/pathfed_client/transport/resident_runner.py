@@ -31,6 +31,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from pathfed_client.gate.ports import Refusals
+from pathfed_client.transport.heartbeat import beat_often
 from pathfed_common.bundle import bundle_hash
 from pathfed_common.errors import ErrorCode, HostError
 
@@ -47,6 +48,7 @@ def run(address: str, secret_file: Path, app: ClientApp, refusals: Refusals, *, 
 
     A SuperNode that is away is waited for: its supervisor brings it back. `refusals` is told of a code that leaves in the app's place.
     """
+    beat_often()
     poller = _client(address, SuperExecAuthHttpInterceptor(master_secret=secret_file.read_bytes(), protected_methods=_ACQUIRE))
     while running():
         try:

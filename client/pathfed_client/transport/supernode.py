@@ -1,6 +1,6 @@
 """Our launcher of Flower's SuperNode: the one place that touches its private loop.
 
-Four things are changed, and nothing else:
+Five things are changed, and nothing else:
 
     - A SuperNode whose connection loop has died can go on serving its health and runtime ports (a zombie). The launcher ends the whole
       process when the loop returns or raises, so that the supervisor sees it and starts it again.
@@ -13,6 +13,7 @@ Four things are changed, and nothing else:
     - The loop takes a message, waits for a reply, sends it, and only then takes the next: it looks for no reply but after a message. A
       server's round loop that dies while a message is being taken leaves one whose reply comes uncounted: it is sent in the place of the
       next one's, and so for ever, each reply a message too late. The launcher lets the loop send whenever a reply is there.
+    - Heartbeats come twice as often (`heartbeat.py`).
 
 flwr is pinned exactly, and tests/client/transport/test_supernode.py fails when the loop changes.
 
@@ -31,6 +32,7 @@ from typing import Any, BinaryIO
 
 from flwr.supernode.cli import flower_supernode
 
+from pathfed_client.transport.heartbeat import beat_often
 from pathfed_client.transport.site_engine import LOCK_VARIABLE
 from pathfed_common import process_lock
 
@@ -142,6 +144,7 @@ def main() -> None:
     """Run the SuperNode; end the process with it."""
     lock = hold_lock()  # until the process ends
     end_with_any_thread()
+    beat_often()
     send_every_reply()
     end_when_stuck(shorten_idle_sleep())
     try:
