@@ -1,9 +1,9 @@
 """How soon a SuperNode or a runner that was killed is missed.
 
-Flower takes one for gone after two heartbeat intervals, 30 seconds each and hard-coded: for a minute the server refuses a SuperNode that was
-started again, and a SuperNode waits for a runner that is dead; the round waits for both. Here an interval is half as long. A server of
-sixty sites is sent about seven heartbeats a second. A line that is away for less than `2 * INTERVAL_S` is still not noticed; nor does it
-matter when it is, since the offer is sent again and the sealed answer too.
+Flower takes one for gone after two heartbeat intervals, 30 seconds each and hard-coded: for a minute the server refuses a SuperNode that
+was started again, and a SuperNode waits for a runner that is dead; the round waits for both. Here an interval is half as long. A server
+of sixty sites is sent about seven heartbeats a second. A line that is away for less than `2 * INTERVAL_S` is still not noticed; nor does
+it matter when it is, since the offer is sent again and the sealed answer too.
 
 The constant is copied into each module that imports it, so each has it replaced; flwr is pinned exactly, and
 tests/client/transport/test_heartbeat.py fails when another one reads it.
