@@ -68,7 +68,7 @@ def _command(process: psutil.Process) -> str:
 
 def _age_s(process: psutil.Process) -> float:
     try:
-        return time.time() - process.create_time()
+        return time.time() - float(process.create_time())
     except psutil.Error:
         return 0.0
 
