@@ -1,6 +1,6 @@
 """Which bulk files a site may fetch, and for which rounds it may send an update: asked at every call of the bulk plane."""
 
-from sqlalchemy import and_, exists, select
+from sqlalchemy import and_, exists, or_, select
 
 from pathfed_common.digest import Digest
 from pathfed_common.ids import RunName, SiteName
@@ -22,8 +22,11 @@ class BulkStore(AuditStore):
     def base_state(self, asking: SiteName, state: Digest) -> tuple[str, int] | None:
         """Where a state's file lies, relative to the home, and its length in bytes; None: there is none that this site may have.
 
-        It may have the states of the runs that it takes part in: that list it, and whose plan it has approved.
+        It may have the states of the runs that it takes part in: that list it, and whose plan it has approved. One that was taken out of a
+        run may have what was committed until then, since it may still answer the round that was going on.
         """
+        in_time = or_(run_site.c.left_at.is_(None), checkpoint.c.committed_at <= run_site.c.left_at)
+        asked = and_(checkpoint.c.state == state, run_site.c.site == asking, in_time)
         given = and_(approval.c.site == run_site.c.site, approval.c.plan == run.c.plan)
         taken_back = and_(decision.c.site == run_site.c.site, decision.c.plan == run.c.plan, decision.c.kind == REVOCATION)
         joined = (
@@ -35,7 +38,7 @@ class BulkStore(AuditStore):
         query = (
             select(checkpoint.c.state_path, checkpoint.c.state_bytes)
             .select_from(joined)
-            .where(checkpoint.c.state == state, run_site.c.site == asking, site.c.state == SiteState.ENROLLED, ~exists().where(taken_back))
+            .where(asked, site.c.state == SiteState.ENROLLED, ~exists().where(taken_back))
         )
         with self._read() as connection:
             row = connection.execute(query).first()

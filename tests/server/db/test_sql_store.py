@@ -681,6 +681,20 @@ def test_who_leaves_may_have_nothing(running: SqlStore) -> None:
     assert running.base_state(B, name_of(0)) is None
 
 
+def test_who_was_taken_out_may_have_what_was_committed_until_then(running: SqlStore) -> None:
+    running.open_round(opening())
+    running.change_run_sites(RUN, remove=[A], quorum=1, at=AT)
+    assert running.base_state(A, name_of(0)) is not None, "it may still answer the round that is going on"
+    running.advance_round(RUN, 1, 1, RoundEvent.SEND, at=AT)
+    running.note_participation(RUN, 1, 1, admitted(A), at=AT)
+    running.advance_round(RUN, 1, 1, RoundEvent.ADMIT, at=AT)
+    running.commit_round(replace(result(), committed_at=AT + 60), envelopes())
+    assert running.base_state(B, name_of(1)) is not None
+    assert running.base_state(A, name_of(1)) is None
+    running.change_run_sites(RUN, add=[A], quorum=1, at=AT + 70)
+    assert running.base_state(A, name_of(1)) is not None
+
+
 def test_an_update_is_wanted_from_who_is_asked_until_the_outcome_is_known(running: SqlStore) -> None:
     assert not running.update_wanted(A, RUN, 1), "no round is open"
     running.open_round(opening())
