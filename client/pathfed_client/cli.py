@@ -355,19 +355,19 @@ def doctor(
 @app.command()
 def start(home: Home = _HOME, as_json: Json = False) -> None:
     """Connect to the server and answer its offers, until Ctrl-C."""
-    from pathfed_client import app as site
+    from pathfed_client import starting
 
     interrupts.end_on_terminate()
 
-    site.start(SiteHome(home), console.teller(as_json=as_json))
+    starting.start(SiteHome(home), console.teller(as_json=as_json))
 
 
 @app.command()
 def status(home: Home = _HOME, as_json: Json = False) -> None:
     """Show plans, slides and budget."""
-    from pathfed_client import app as site
+    from pathfed_client import showing
 
-    found = site.status(SiteHome(home))
+    found = showing.status(SiteHome(home))
     if as_json:
         show(found, as_json=True)
         return
@@ -416,10 +416,11 @@ def egress(
 def ledger_show(home: Home = _HOME, as_json: Json = False) -> None:
     """Show every charge, and what all plans have cost, as it was computed with the last charge; `verify` computes it again."""
     from pathfed_client import app as site
+    from pathfed_client import showing
 
     here = SiteHome(home)
     with closing(site.open_store(here)) as store:
-        found = site.ledger_report(here, store)
+        found = showing.ledger_report(here, store)
     if as_json:
         show(found, as_json=True)
         return
@@ -446,10 +447,11 @@ def ledger_verify(
     Exit status 0: all of it holds. 13: it does not, and the code says what.
     """
     from pathfed_client import app as site
+    from pathfed_client import showing
 
     here = SiteHome(home)
     with closing(site.open_store(here)) as store:
-        found = site.verify_ledger(here, store, heads)
+        found = showing.verify_ledger(here, store, heads)
     show(
         found,
         as_json=as_json,

@@ -154,10 +154,10 @@ def stop(
 
     The agent goes on reporting that the site is stopped, handing over decisions, and co-signing the log.
     """
-    from pathfed_client import app as site
+    from pathfed_client import starting
 
     show(
-        site.stop(SiteHome(home), reason),
+        starting.stop(SiteHome(home), reason),
         as_json=as_json,
         title="Stopped. Nothing is computed and no answer to a round leaves until `pathfed-site resume`; the agent goes on reporting that "
         "the site is stopped, handing over decisions, and co-signing.",
@@ -166,9 +166,9 @@ def stop(
 
 def resume(home: Home = HOME, as_json: Json = False) -> None:
     """Let a stopped site answer again."""
-    from pathfed_client import app as site
+    from pathfed_client import starting
 
-    show(site.resume(SiteHome(home)), as_json=as_json, title="The site may answer again.")
+    show(starting.resume(SiteHome(home)), as_json=as_json, title="The site may answer again.")
 
 
 @approvers_app.command("add")

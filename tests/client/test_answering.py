@@ -16,7 +16,7 @@ import pytest
 import torch
 from answering_site import OFFERED_AT, Clock, Site, bytes_of, file_of, opened
 
-from pathfed_client import answering, app, computing, deciding
+from pathfed_client import answering, app, computing, deciding, showing
 from pathfed_client.cohort.patient_list import pseudonym
 from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
@@ -242,20 +242,20 @@ def test_the_statements_of_a_runs_record_show_a_home_that_was_restored_whole(wor
             folder.mkdir(parents=True)
             (folder / f"{home.name}.dsse").write_bytes(statement)
             (folder / "another-site.dsse").write_bytes(b"not read")
-        told = app.verify_ledger(site.home, site.store, record)
+        told = showing.verify_ledger(site.home, site.store, record)
         assert (told["releases"], told["statements_compared"], told["heads_compared"]) == (2, 2, 2)
     with opened(SiteHome(tmp_path / "backup")) as back:
-        assert app.verify_ledger(back.home, back.store)["releases"] == 1
+        assert showing.verify_ledger(back.home, back.store)["releases"] == 1
         with pytest.raises(PrivacyError, match=r"PF309.*round-0002"):
-            app.verify_ledger(back.home, back.store, record)
+            showing.verify_ledger(back.home, back.store, record)
         with pytest.raises(HostError, match=r"PF905.*no statement of site"):
-            app.verify_ledger(back.home, back.store, tmp_path / "backup")
+            showing.verify_ledger(back.home, back.store, tmp_path / "backup")
         forged = record / "statements" / "round-0001" / f"{home.name}.dsse"
         forged.write_bytes(
             replace(UpdateStatement.from_payload(dsse.parse(forged.read_bytes()).payload)).to_envelope(SigningKey.generate())
         )
         with pytest.raises(ProvenanceError, match="PF602"):
-            app.verify_ledger(back.home, back.store, record)
+            showing.verify_ledger(back.home, back.store, record)
 
 
 def test_a_policy_with_another_delta_than_the_ledgers_is_refused(world, copy_home):

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 from tls_listener import listening
 
-from pathfed_client import app, deciding
+from pathfed_client import app, deciding, showing, starting
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings, hold
 from pathfed_client.io.site_store import SiteStore
@@ -88,26 +88,26 @@ def test_a_plan_with_other_cohort_rules_wants_a_scan_of_its_own(world, copy_home
 
 def test_status_and_ledger_tell_what_was_spent(world, copy_home):
     home = copy_home()
-    assert app.status(home)["epsilon_spent"] == 0.0
+    assert showing.status(home)["epsilon_spent"] == 0.0
     charge(home, "a", 3)
-    status = app.status(home)
+    status = showing.status(home)
     expected = epsilon(sampling_rate=0.1, noise_multiplier=2.0, steps=3, delta=1e-6)
     assert status["epsilon_spent"] == pytest.approx(expected)
     assert status["epsilon_left"] == pytest.approx(100.0 - expected)
     (plan,) = status["plans"]
     assert (plan["plan"], plan["patients"], plan["declared_patients"], plan["slides"]) == ("tiny", 5, 4, {"usable": 5})
     with closing(app.open_store(home)) as store:
-        report = app.ledger_report(home, store)
+        report = showing.ledger_report(home, store)
     assert report["epsilon"] == pytest.approx(expected)
     assert [entry["round"] for entry in report["entries"]] == [1, 2, 3]
     with closing(app.open_store(home)) as store:
-        verified = app.verify_ledger(home, store)
+        verified = showing.verify_ledger(home, store)
     assert (verified["releases"], verified["statements_compared"], verified["heads_compared"]) == (3, 0, 0)
     assert verified["epsilon"] <= verified["epsilon_rdp_bound"]
     low, _, high = verified["epsilon_prv"]
     assert low - 1e-3 <= verified["epsilon"] <= high + 1e-3
     assert {name: report[name] for name in report if name != "entries"}.items() <= verified.items()
-    assert app.glance(home, world.plan.cohort).epsilon_total == pytest.approx(expected)
+    assert showing.glance(home, world.plan.cohort).epsilon_total == pytest.approx(expected)
 
 
 def test_a_ledger_of_which_one_byte_was_changed_is_damaged(copy_home):
@@ -118,9 +118,9 @@ def test_a_ledger_of_which_one_byte_was_changed_is_damaged(copy_home):
         (entry,) = database.execute("SELECT entry FROM ledger_entry").fetchone()
         database.execute("UPDATE ledger_entry SET entry = ?", (entry.replace(b'sig":"', b'sig":"A', 1),))
     with pytest.raises(PrivacyError, match="PF304"):
-        app.status(home)
+        showing.status(home)
     with pytest.raises(PrivacyError, match="PF304"):
-        app.start(home, print)
+        starting.start(home, print)
 
 
 @pytest.mark.parametrize("missing", ["slides", "patients"])
@@ -150,7 +150,7 @@ def test_a_site_does_not_start_with_a_key_that_others_may_read(copy_home, key):
     home = copy_home()
     (home.root / "keys" / key).chmod(0o644)
     with pytest.raises(HostError, match="PF906"):
-        app.start(home, print)
+        starting.start(home, print)
 
 
 def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(world, tmp_path):
@@ -168,7 +168,7 @@ def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(wo
         settings = SiteSettings(name=SiteName("late"), slides=(str(world.slides),), patients=str(world.patients))
         home = app.init(tmp_path / "home", settings, SitePolicy(max_epsilon=10.0, delta=1e-6), tmp_path / "card")
         with pytest.raises(TransportError, match=r"PF401.*expired"):
-            app.start(home, print)
+            starting.start(home, print)
     assert not list(home.logs.glob("*")), "no process was started"
 
 
@@ -185,22 +185,22 @@ def test_a_site_does_not_start_against_a_server_whose_certificate_has_expired(wo
 def test_a_process_that_ended_and_is_started_again_is_told_with_its_reason(copy_home, tmp_path, name, status, log, code):
     (tmp_path / "log").write_text(log)
     told: list[str] = []
-    app._tell_end(ProcessEnd(name=name, status=status, restarted=True, log=tmp_path / "log"), copy_home(), told.append)
+    starting._tell_end(ProcessEnd(name=name, status=status, restarted=True, log=tmp_path / "log"), copy_home(), told.append)
     assert len(told) == 1
     assert told[0].startswith(f"{code} {name} ended ({status}) and is started again")
     with pytest.raises(PathfedError, match=code):
-        app._tell_end(ProcessEnd(name=name, status=status, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
+        starting._tell_end(ProcessEnd(name=name, status=status, restarted=False, log=tmp_path / "log"), copy_home("other"), told.append)
 
 
 def test_a_second_start_in_the_same_home_is_refused(copy_home):
     home = copy_home()
     with hold(home, "site"), pytest.raises(HostError, match=r"PF904.*another process runs this site"):
-        app.start(home, print)
+        starting.start(home, print)
 
 
 def test_what_is_no_home_is_left_as_it_is(tmp_path):
     home = SiteHome(tmp_path)
-    for command in (app.status, lambda home: app.start(home, print), lambda home: app.glance(home, CohortPlan())):
+    for command in (showing.status, lambda home: starting.start(home, print), lambda home: showing.glance(home, CohortPlan())):
         with pytest.raises(PathfedError, match=r"PF90[46]"):
             command(home)
     assert list(tmp_path.iterdir()) == []

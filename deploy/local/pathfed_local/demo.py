@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pathfed_client.app import glance
 from pathfed_client.cohort.patient_list import read_patient_list
 from pathfed_client.home import SiteHome
 from pathfed_client.io.scan_workers import usable_cpus
+from pathfed_client.showing import glance
 from pathfed_common import files, interrupts
 from pathfed_common.errors import ErrorCode, RoundError, SiteDataError
 from pathfed_common.ids import RunName

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from control_server import ControlServer, Refused
 
-from pathfed_client import app
+from pathfed_client import showing
 from pathfed_client.control.agent import FETCH_EVERY, PASSES, Agent
 from pathfed_client.control.certificates import certificate_times, check_certificate
 from pathfed_client.control.rotating import rotate
@@ -437,11 +437,11 @@ def test_what_became_of_its_rounds_comes_to_the_site_and_nothing_unreadable(site
         ],
     }
     assert site.agent.pass_once()
-    shown = app.status(site.home)
+    shown = showing.status(site.home)
     assert shown["control"]["suspended"] is True
     assert shown["rounds"][0] == {"run": "lung-1", "round_index": 7, "state": "refused", "code": "PF508", "offered_at": 1.5}
     assert {one["round_index"] for one in shown["rounds"]} == {7, 2}
     assert len(shown["rounds"]) < 60
     server.told = {}
     assert site.agent.pass_once()
-    assert (app.status(site.home)["control"]["suspended"], app.status(site.home)["rounds"]) == (False, [])
+    assert (showing.status(site.home)["control"]["suspended"], showing.status(site.home)["rounds"]) == (False, [])
