@@ -52,7 +52,7 @@ quorum = 3
 reply_slot_s = 1
 [server_optimiser]
 name = "sgd"
-learning_rate = 0.1
+learning_rate = 0.001
 """
 _TICK_S = 0.3
 _APPROVED_WITHIN_S = 300.0
@@ -77,7 +77,10 @@ _SEVERAL = ("rank", "tile reader", "round loop")
 
 
 def matrix_plan(rounds: int) -> str:
-    """A plan of so many rounds, in TOML: each needs every site, has time for what is killed to come back, and costs next to nothing."""
+    """A plan of so many rounds, in TOML: each needs every site, has time for what is killed to come back, and costs next to nothing.
+
+    Its noise is large, so that epsilon stays small, and its learning rate so small that fifty rounds of it leave the encoder finite.
+    """
     return _PLAN.format(rounds=rounds)
 
 
