@@ -277,11 +277,11 @@ def _find_plan(store: SqlStore, text: str) -> PlanRow:
     return found[0]
 
 
-def drive_run(name: str, grid: "Grid") -> None:
+def drive_run(name: str, flower_run: int, grid: "Grid") -> None:
     """The ServerApp's main: drive one run over Flower. Runs in the process that Flower's superexec starts."""
     from pathfed_server.driving import drive
 
-    drive(ServerHome(Path(os.environ[HOME_VARIABLE])), RunName(name), grid)
+    drive(ServerHome(Path(os.environ[HOME_VARIABLE])), RunName(name), flower_run, grid)
 
 
 def __getattr__(name: str) -> Any:

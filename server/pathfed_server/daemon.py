@@ -74,7 +74,7 @@ class _Daemon:
             self.tell(f"run {run.name}: started")
             return
         status, sub_status = self.control.run_status(attempt.flower_run)
-        alive = server_app_alive(self.home, run.name)
+        alive = server_app_alive(self.home, run.name, attempt.flower_run)
         if status in ("pending", "starting") or (status == "running" and alive is not False):
             return
         if status == "running":
@@ -97,7 +97,7 @@ class _Daemon:
         self.tell(
             f"{ErrorCode.PROCESS_ENDED.value} run {run.name}: the round loop ended early ({why}); it goes on from the last committed round"
         )
-        forget_server_app(self.home, run.name)
+        forget_server_apps(self.home, run.name)
         attempt.flower_run = self._open(run)
 
     def _open(self, run: RunRow) -> int:
@@ -110,7 +110,7 @@ class _Daemon:
             "unknown",
         ):
             self.control.stop_run(attempt.flower_run)
-        forget_server_app(self.home, run.name)
+        forget_server_apps(self.home, run.name)
         self.tell(f"run {run.name}: {run.state.value}" + (f" ({run.code})" if run.code else ""))
 
 
@@ -223,25 +223,30 @@ def _engine_files(home: ServerHome) -> EngineFiles:
     )
 
 
-def _server_app_file(home: ServerHome, run: RunName) -> Path:
-    return home.run_folder(run) / "server-app.pid"
+def _server_app_file(home: ServerHome, run: RunName, flower_run: int) -> Path:
+    return home.run_folder(run) / f"server-app-{flower_run}.pid"
 
 
-def note_server_app(home: ServerHome, run: RunName) -> None:
-    """Write this process's id, so that the daemon notices at once when the round loop's process ends."""
+def note_server_app(home: ServerHome, run: RunName, flower_run: int) -> None:
+    """Write this process's id, so that the daemon notices at once when the round loop's process ends.
+
+    Each attempt has a file of its own: the process of one that was given up may come to this line after the next one was opened, and its
+    end says nothing about that.
+    """
     files.make_folder(home.run_folder(run))
-    files.write_atomic(_server_app_file(home, run), str(os.getpid()).encode())
+    files.write_atomic(_server_app_file(home, run, flower_run), str(os.getpid()).encode())
 
 
-def forget_server_app(home: ServerHome, run: RunName) -> None:
-    """Forget the process id of a round loop that ended."""
-    _server_app_file(home, run).unlink(missing_ok=True)
+def forget_server_apps(home: ServerHome, run: RunName) -> None:
+    """Forget the process ids of a run's round loops that ended."""
+    for file in home.run_folder(run).glob("server-app*.pid"):
+        file.unlink(missing_ok=True)
 
 
-def server_app_alive(home: ServerHome, run: RunName) -> bool | None:
-    """Whether the round loop's process lives; None: it has not said so yet."""
+def server_app_alive(home: ServerHome, run: RunName, flower_run: int) -> bool | None:
+    """Whether the round loop's process of an attempt lives; None: it has not said so yet."""
     try:
-        pid = int(_server_app_file(home, run).read_text())
+        pid = int(_server_app_file(home, run, flower_run).read_text())
         os.kill(pid, 0)
     except (FileNotFoundError, ValueError):
         return None

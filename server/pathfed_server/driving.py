@@ -49,8 +49,8 @@ class SystemClock:
         time.sleep(seconds)
 
 
-def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
-    """Drive a run from its last committed round to its end.
+def drive(home: ServerHome, run: RunName, flower_run: int, grid: Grid) -> None:
+    """Drive a run from its last committed round to its end, as Flower's run of this number.
 
     A full disk and a database that is away are waited for: the run is taken up again from its last committed round when they have passed,
     and neither uses up one of the daemon's attempts.
@@ -63,7 +63,7 @@ def drive(home: ServerHome, run: RunName, grid: Grid) -> None:
     # The server's arithmetic is bound by memory, tensor by tensor; more threads would only wait for each other beside other processes.
     torch.set_num_threads(1)
     try:
-        outlast(lambda: _drive(home, run, grid), time.sleep)
+        outlast(lambda: _drive(home, run, flower_run, grid), time.sleep)
     except PathfedError as error:
         _log.error("%s", error)
         raise
@@ -91,8 +91,8 @@ def outlast(work: Callable[[], None], sleep: Callable[[float], None]) -> None:
         sleep(next(pauses, _LONGEST_S))
 
 
-def _drive(home: ServerHome, run: RunName, grid: Grid) -> None:
-    note_server_app(home, run)
+def _drive(home: ServerHome, run: RunName, flower_run: int, grid: Grid) -> None:
+    note_server_app(home, run, flower_run)
     with SqlStore(home.database_url) as store:
         plan = store.plan(store.run(run).plan).plan()
         cards = _Cards(home, store)

@@ -96,32 +96,32 @@ def test_a_server_serves_alone_and_ends_all_it_started(server_home, tmp_path):
 
 
 def test_the_round_loops_process_is_known_by_its_number(server_home):
-    assert daemon.server_app_alive(server_home, RUN) is None
-    daemon.note_server_app(server_home, RUN)
-    assert daemon.server_app_alive(server_home, RUN) is True
-    daemon.forget_server_app(server_home, RUN)
-    daemon.forget_server_app(server_home, RUN)
-    assert daemon.server_app_alive(server_home, RUN) is None
+    assert daemon.server_app_alive(server_home, RUN, 1) is None
+    daemon.note_server_app(server_home, RUN, 1)
+    assert daemon.server_app_alive(server_home, RUN, 1) is True
+    daemon.forget_server_apps(server_home, RUN)
+    daemon.forget_server_apps(server_home, RUN)
+    assert daemon.server_app_alive(server_home, RUN, 1) is None
 
 
 def test_a_round_loop_that_ended_is_noticed_also_as_a_zombie(server_home):
-    note = server_home.run_folder(RUN) / "server-app.pid"
+    note = server_home.run_folder(RUN) / "server-app-1.pid"
     note.parent.mkdir(parents=True)
     with subprocess.Popen(["sleep", "60"]) as process:
         note.write_text(str(process.pid))
-        assert daemon.server_app_alive(server_home, RUN) is True
+        assert daemon.server_app_alive(server_home, RUN, 1) is True
         process.kill()
         # Nobody has waited for it yet.
-        assert eventually(lambda: daemon.server_app_alive(server_home, RUN) is False, 5)
-    assert daemon.server_app_alive(server_home, RUN) is False
+        assert eventually(lambda: daemon.server_app_alive(server_home, RUN, 1) is False, 5)
+    assert daemon.server_app_alive(server_home, RUN, 1) is False
 
 
 @pytest.mark.parametrize("text", ["", "nonsense"])
 def test_a_note_that_says_nothing_is_no_answer(server_home, text):
-    note = server_home.run_folder(RUN) / "server-app.pid"
+    note = server_home.run_folder(RUN) / "server-app-1.pid"
     note.parent.mkdir(parents=True)
     note.write_text(text)
-    assert daemon.server_app_alive(server_home, RUN) is None
+    assert daemon.server_app_alive(server_home, RUN, 1) is None
 
 
 def test_an_end_that_is_made_good_is_told_and_one_for_good_is_raised(tmp_path):
@@ -210,7 +210,7 @@ def test_a_paused_run_is_ended_in_flower_and_opened_again_only_when_resumed(serv
         daemon_of = daemon._Daemon(server_home, store, flower, lambda line: None)
         daemon_of.reconcile()
         store.begin_attempt(RUN, at=2.0)
-        daemon.note_server_app(server_home, RUN)
+        daemon.note_server_app(server_home, RUN, 1)
         assert store.pause_run(RUN, at=3.0) is RunState.PAUSING
         daemon_of.reconcile()
         assert (engine.started, engine.stopped) == ([RUN], []), "its round goes on"
@@ -224,6 +224,33 @@ def test_a_paused_run_is_ended_in_flower_and_opened_again_only_when_resumed(serv
         store.reopen_run(RUN, at=5.0)
         daemon_of.reconcile()
         assert engine.started == [RUN, RUN]
+
+
+def test_the_end_of_an_attempts_process_says_nothing_about_the_attempt_after_it(server_home):
+    """On a slow machine a round loop that was given up while it was still being loaded came to write its number after that, and ended."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    told: list[str] = []
+    with SqlStore(server_home.database_url) as store:
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
+        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        engine = RunningEngine()
+        flower: Any = engine
+        files.make_folder(server_home.run_folder(RUN))
+        earlier = server_home.run_folder(RUN) / "server-app-77.pid"  # an earlier server's, which was killed
+        earlier.write_text(str(ended.pid))
+        daemon_of = daemon._Daemon(server_home, store, flower, told.append)
+        for _ in range(3):
+            daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN], []), told
+        (server_home.run_folder(RUN) / "server-app-1.pid").write_text(str(ended.pid))
+        daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN, RUN], [1]), "its own end does"
+        (server_home.run_folder(RUN) / "server-app-1.pid").write_text(str(ended.pid))
+        for _ in range(3):
+            daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN, RUN], [1]), told
 
 
 def test_a_superlink_that_lives_and_does_not_answer_is_ended_and_started_again(server_home, tmp_path, monkeypatch):

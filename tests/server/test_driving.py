@@ -177,7 +177,7 @@ class Started:
     start: dict[str, Tensor]
 
     def drive(self) -> None:
-        driving.drive(self.home, RUN, cast(Grid, LocalGrid(self.sites)))
+        driving.drive(self.home, RUN, 1, cast(Grid, LocalGrid(self.sites)))
 
     def verify(self) -> Verdict:
         sites = {site.member.name: site.member.key.public for site in self.sites}

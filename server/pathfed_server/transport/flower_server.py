@@ -273,12 +273,12 @@ class _Inbox:
         return first
 
 
-def make_app(main: Callable[[str, Grid], None]) -> ServerApp:
-    """Flower's ServerApp around our own main: `main(run name, grid)`."""
+def make_app(main: Callable[[str, int, Grid], None]) -> ServerApp:
+    """Flower's ServerApp around our own main: `main(run name, Flower's number of its own run, grid)`."""
     app = ServerApp()
 
     def serve(grid: Grid, context: Context) -> None:
-        main(str(context.run_config[RUN_KEY]), grid)
+        main(str(context.run_config[RUN_KEY]), context.run_id, grid)
 
     app.main()(serve)
     return app
