@@ -4,7 +4,6 @@ then the server's PostgreSQL, which stops as in a crash and comes back. The run 
 `make chaos` runs it.
 """
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from kill_world import KINDS, find, matrix_plan
+from kill_world import KINDS, find, matrix_plan, write_trust
 from postgres import Postgres, running_postgres
 from tests.chaos.conftest import CHAOS
 from tests.end_to_end.conftest import processes_of, wait_for
@@ -22,7 +21,6 @@ from pathfed_client.home import SiteHome
 from pathfed_client.io.database.connection import BUSY_TIMEOUT_S
 from pathfed_common.errors import ErrorCode, RoundError
 from pathfed_common.ids import RunName
-from pathfed_common.provenance.documents import ServerCard, SiteCard
 from pathfed_local.consortium import Consortium, find_hospitals
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -157,11 +155,7 @@ def test_the_run_ends_as_it_should_with_every_round_charged_once(running: Runnin
         charged = [entry["round"] for entry in made.site_command(site, "ledger", "show")["entries"]]
         assert len(charged) == len(set(charged)), (site, charged)
         assert set(rounds) <= set(charged)
-    release, trust = tmp_path / "release", tmp_path / "trust.json"
+    release = tmp_path / "release"
     made.server_command("release", "create", RUN, "--out", release, "--wait", "180")
-    server = ServerCard.from_bytes((made.server / "server-card.dsse").read_bytes())
-    cards = [SiteCard.from_bytes(SiteHome(made.site(one.name)).card_file.read_bytes()) for one in made.hospitals]
-    keys = {"server": server.evidence_key.to_text(), "sites": {card.site: card.evidence_key.to_text() for card in cards}}
-    trust.write_text(json.dumps(keys), encoding="utf-8")
     updates = ServerHome(made.server).record(RUN) / "updates"
-    made.finish(made.begin("pathfed", "verify", release, "--trust", trust, "--replay", updates))
+    made.finish(made.begin("pathfed", "verify", release, "--trust", write_trust(made), "--replay", updates))

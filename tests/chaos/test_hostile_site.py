@@ -17,13 +17,12 @@ import hostile_site
 import pytest
 import torch
 from hostile_site import TURNS
-from kill_world import KINDS, find, matrix_plan
+from kill_world import KINDS, find, matrix_plan, write_trust
 from tests.chaos.conftest import CHAOS
 from tests.end_to_end.conftest import processes_of, wait_for
 
 from pathfed_common.encoder import weights
 from pathfed_common.ids import RunName
-from pathfed_common.provenance.documents import ServerCard, SiteCard
 from pathfed_local.consortium import Consortium, find_hospitals
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
@@ -113,13 +112,6 @@ def peak_mb(pid: int) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1000
 
 
-def _write_trust(made: Consortium) -> None:
-    server = ServerCard.from_bytes((made.server / "server-card.dsse").read_bytes())
-    cards = [SiteCard.from_bytes((made.site(one.name) / "site-card.dsse").read_bytes()) for one in made.hospitals]
-    trust = {"server": server.evidence_key.to_text(), "sites": {card.site: card.evidence_key.to_text() for card in cards}}
-    (made.out / "trust.json").write_text(json.dumps(trust), encoding="utf-8")
-
-
 def _start_hostile(made: Consortium, name: str, folder: Path, accomplice: str) -> None:
     """Start the site with its runner turned: its processes inherit these variables, nobody else's do."""
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +147,6 @@ def siege(tmp_path_factory, hospitals) -> Iterator[Siege]:
         _start_hostile(made, hostile, found.folder, honest[0])
         with SqlStore(ServerHome(made.server).database_url) as store:
             assert wait_for(lambda: len(store.approvals(digest)), until=lambda given: given == 3, within_s=_WITHIN_S) == 3
-        _write_trust(made)
         made.server_command("run", "start", digest, "--name", RUN)
         until = time.monotonic() + _RUN_WITHIN_S
         while found.look() in (RunState.PLANNED, RunState.RUNNING) and time.monotonic() < until:
@@ -212,7 +203,7 @@ def test_the_encoder_is_finite_and_the_release_is_proven_by_replay(siege: Siege)
     assert tensors
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
     updates = ServerHome(made.server).record(RUN) / "updates"
-    made.finish(made.begin("pathfed", "verify", out, "--trust", made.out / "trust.json", "--replay", updates))
+    made.finish(made.begin("pathfed", "verify", out, "--trust", write_trust(made), "--replay", updates))
 
 
 def test_no_process_of_the_server_died_or_grew(siege: Siege) -> None:
