@@ -21,6 +21,10 @@ from kill_world import KINDS, find, matrix_plan, write_trust
 from tests.chaos.conftest import CHAOS
 from tests.end_to_end.conftest import processes_of, wait_for
 
+from pathfed_client.answering import SiteAnswerer
+from pathfed_client.bulk import SiteBulk
+from pathfed_client.transport import flower_client
+from pathfed_client.transport.channel import Calls
 from pathfed_common.encoder import weights
 from pathfed_common.ids import RunName
 from pathfed_local.consortium import Consortium, find_hospitals
@@ -29,7 +33,8 @@ from pathfed_server.home import ServerHome
 from pathfed_server.rounds.refusals import FAULTS
 from pathfed_server.rounds.state import RoundState, RunState
 
-pytestmark = [pytest.mark.timeout(1500), pytest.mark.skipif(not CHAOS, reason="runs with `make chaos`")]
+pytestmark = pytest.mark.timeout(1800)
+long = pytest.mark.skipif(not CHAOS, reason="runs with `make chaos`")
 RUN = RunName("besieged")
 HOOK = Path(hostile_site.__file__).parent / "hostile"
 _OPTIONS = ("--no-reply-slots", "--max-epsilon", "900", "--delta", "1e-5")
@@ -157,6 +162,14 @@ def siege(tmp_path_factory, hospitals) -> Iterator[Siege]:
     assert not wait_for(lambda: processes_of(folder), until=lambda left: not left, within_s=60)
 
 
+def test_what_is_turned_is_in_the_program() -> None:
+    """A function that was renamed would leave the site honest, or unable to play a turn."""
+    assert all(callable(function) for function in (SiteAnswerer.__call__, flower_client._content, SiteBulk._connected, Calls.send))
+    assert len({turn.act for turn in TURNS}) == len(TURNS)
+    assert SUSPEND_AFTER > 3
+
+
+@long
 def test_every_round_is_committed_with_the_honest_sites_alone(siege: Siege) -> None:
     with SqlStore(ServerHome(siege.made.server).database_url) as store:
         assert store.run(RUN).state is RunState.FINISHED, siege.said
@@ -171,12 +184,14 @@ def test_every_round_is_committed_with_the_honest_sites_alone(siege: Siege) -> N
     assert len(statements) == 2 * ROUNDS + 1
 
 
+@long
 def test_what_it_tries_on_the_bulk_port_is_answered_with_a_code_and_leaves_the_round_as_it_was(siege: Siege) -> None:
     lines = (siege.folder / hostile_site.ANSWERED).read_text().splitlines()
     found = {line["round"]: (line["trial"], line["answered"]) for line in map(json.loads, lines)}
     assert found == {index: (turn.trial.__name__, turn.answered) for index, turn in enumerate(TURNS, 1) if turn.trial is not None}
 
 
+@long
 def test_the_operator_sees_each_refusal_and_the_suspension(siege: Siege) -> None:
     aside = siege.made.server_command("quarantine", "list", RUN)
     assert {row["round"]: (row["site"], row["code"]) for row in aside} == {
@@ -190,12 +205,14 @@ def test_the_operator_sees_each_refusal_and_the_suspension(siege: Siege) -> None
     assert rows[siege.hostile]["last_refusal"]["code"] == TURNS[-1].code
 
 
+@long
 def test_the_hostile_site_is_told_the_same(siege: Siege) -> None:
     status = wait_for(siege.ask_site, until=lambda status: status["control"]["suspended"], within_s=_WITHIN_S)
     assert status["control"]["suspended"] is True
     assert siege.told == {index: code or "" for index, code in siege.codes.items() if code != "PF565"}, "it is not asked any more"
 
 
+@long
 def test_the_encoder_is_finite_and_the_release_is_proven_by_replay(siege: Siege) -> None:
     made, out = siege.made, siege.made.out / "release"
     made.server_command("release", "create", RUN, "--out", out, "--wait", "180")
@@ -206,6 +223,7 @@ def test_the_encoder_is_finite_and_the_release_is_proven_by_replay(siege: Siege)
     made.finish(made.begin("pathfed", "verify", out, "--trust", write_trust(made), "--replay", updates))
 
 
+@long
 def test_no_process_of_the_server_died_or_grew(siege: Siege) -> None:
     ended = {"round loop": siege.pids["round loop"]}  # with its run
     assert all(siege.pids.values()), siege.pids
