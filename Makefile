@@ -3,7 +3,7 @@
 #   make demo                 a consortium of one server and three hospital sites on this machine
 #   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
 #   make test                 every test
-#   make chaos                kills at every phase of a round, three quarters of an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
+#   make chaos                kills at every phase of a round, hostile sites, full disks, databases that are away, an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
 #   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/
@@ -40,11 +40,13 @@ SEED ?= 0
 TIMES ?= 1
 ROUNDS ?= 0
 CHAOS ?= full
+# Tests that try every write of a round or of a run here, and some of them in the ordinary run.
+SWEEPS := tests/client/test_power_loss.py tests/client/test_full_disk.py tests/server/rounds/test_full_disk.py
 
 chaos: $(VENV)/.installed-dev
 	@for seed in $$(seq $(SEED) $$(($(SEED) + $(TIMES) - 1))); do \
 		echo "chaos, seed $$seed"; \
-		CHAOS=$(CHAOS) SEED=$$seed ROUNDS=$(ROUNDS) $(BIN)/pytest -n 0 -q tests/chaos tests/client/test_power_loss.py; done
+		CHAOS=$(CHAOS) SEED=$$seed ROUNDS=$(ROUNDS) $(BIN)/pytest -n 0 -q tests/chaos $(SWEEPS); done
 
 bench: $(VENV)/.installed-dev
 	@for script in round_overhead demo_time enrol recovery scan tile_reading tile_stream slow_mount noise accounting private_step scale provenance bulk_transfer aggregation_memory simulation wire_formats; do $(BIN)/python tests/benchmarks/$$script.py $(BENCH_ARGS); done

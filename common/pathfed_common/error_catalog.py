@@ -875,7 +875,8 @@ _ROUNDS: dict[Code, CatalogEntry] = {
     Code.UPDATE_PRIVACY: CatalogEntry(
         "The update's stated mechanism is not the plan's",
         "The site signed a statement whose sampling rate, noise, clip norm, number of steps or delta differ from those the plan "
-        "gives for the patients it declared, or that leaves one of them out. The update is in quarantine and did not count.",
+        "gives for the patients it declared, or that leaves one of them out; or it states a loss or a number of patients that patients and "
+        "that noise do not give. The update is in quarantine and did not count.",
         "Compare the site's declared patients in its approval with the plan. A site with changed software states another "
         "mechanism: check its version, and revoke it if nobody can explain the difference.",
         "operator",

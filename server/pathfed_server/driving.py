@@ -83,11 +83,11 @@ def outlast(work: Callable[[], None], sleep: Callable[[float], None]) -> None:
         except PathfedError as error:
             if error.code not in _PASSING:
                 raise
+            if time.monotonic() - begun > _LONGEST_S:
+                pauses, told = iter(_PAUSES_S), ""  # what was told before had passed meanwhile
             if str(error) != told:
                 told = str(error)
                 _log.warning("%s; waiting, then going on from the last committed round", error)
-        if time.monotonic() - begun > _LONGEST_S:
-            pauses, told = iter(_PAUSES_S), ""  # it had passed meanwhile
         sleep(next(pauses, _LONGEST_S))
 
 

@@ -14,6 +14,7 @@ import pytest
 from command_fixtures import Done, run_main, small_disk
 
 from pathfed_client import app, cli, deciding
+from pathfed_client.computing import RoundComputer
 from pathfed_client.gate.site_policy import SitePolicy
 from pathfed_client.home import SiteHome, SiteSettings
 from pathfed_common import digest
@@ -190,3 +191,29 @@ def copy_home(ready_home: Path, tmp_path: Path) -> Callable[..., SiteHome]:
 def site_cli(run_main: Callable[..., Done]) -> Callable[..., Done]:
     """Run `pathfed-site`, its `main` and all, in this process."""
     return partial(run_main, cli.main, "pathfed-site")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a round computes is remembered. It depends on nothing but its context, and this is about what is written down."""
+    prepared: set[str] = set()
+    contexts: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
+    prepare, context, run = RoundComputer.prepare, RoundComputer.context, RoundComputer.run
+
+    def prepare_once(self: RoundComputer, plan: Any, state: Any) -> None:
+        if plan.digest not in prepared:
+            prepare(self, plan, state)
+            contexts[plan.digest] = context(self, plan)
+            prepared.add(plan.digest)
+
+    def run_once(self: RoundComputer, **given: Any) -> Any:
+        name = digest.of_value(given["context"])
+        if name not in outcomes:
+            prepare(self, given["plan"], given["base_state"])
+            outcomes[name] = run(self, **given)
+        return outcomes[name]
+
+    monkeypatch.setattr(RoundComputer, "prepare", prepare_once)
+    monkeypatch.setattr(RoundComputer, "context", lambda self, plan: contexts[plan.digest])
+    monkeypatch.setattr(RoundComputer, "run", run_once)

@@ -5,40 +5,14 @@ from typing import Any
 
 import pytest
 from answering_site import Site, bytes_of, opened
-from full_disk import full_disk, tried
+from full_disk import WITHIN_S, full_disk, tried
 
 from pathfed_client import app
-from pathfed_client.computing import RoundComputer
 from pathfed_client.home import SiteHome
 from pathfed_client.io.egress_log import EgressLog
-from pathfed_common import digest
 from pathfed_common.errors import HostError
 
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a round computes is remembered. It depends on nothing but its context, and this is about what is written down."""
-    prepared: set[str] = set()
-    contexts: dict[str, Any] = {}
-    outcomes: dict[str, Any] = {}
-    prepare, context, run = RoundComputer.prepare, RoundComputer.context, RoundComputer.run
-
-    def prepare_once(self: RoundComputer, plan: Any, state: Any) -> None:
-        if plan.digest not in prepared:
-            prepare(self, plan, state)
-            contexts[plan.digest] = context(self, plan)
-            prepared.add(plan.digest)
-
-    def run_once(self: RoundComputer, **given: Any) -> Any:
-        name = digest.of_value(given["context"])
-        if name not in outcomes:
-            prepare(self, given["plan"], given["base_state"])
-            outcomes[name] = run(self, **given)
-        return outcomes[name]
-
-    monkeypatch.setattr(RoundComputer, "prepare", prepare_once)
-    monkeypatch.setattr(RoundComputer, "context", lambda self, plan: contexts[plan.digest])
-    monkeypatch.setattr(RoundComputer, "run", run_once)
+pytestmark = pytest.mark.timeout(WITHIN_S)
 
 
 def asked(site: Site, world: Any) -> str | None:

@@ -19,6 +19,8 @@ _CHANGES = ("INSERT", "UPDATE", "DELETE", "CREATE", "REPLACE", "ALTER", "DROP")
 _WATCHED: "list[FullDisk]" = []
 #: `make chaos` tries every write, the ordinary run of the tests some of each kind.
 FULL = os.environ.get("CHAOS", "") == "full"
+#: Bounds a hang. Every write of a run was tried in 7 minutes on two cores with a load of 11.
+WITHIN_S = 3600 if FULL else 300
 
 
 def tried(writes: Sequence[str], *, once: bool) -> list[tuple[int, str]]:

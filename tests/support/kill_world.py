@@ -150,7 +150,7 @@ class World:
                     time.sleep(_TICK_S)
         finally:
             made.stop()
-        self._write_trust(made)
+        write_trust(made)
         shutil.copytree(self.out, self._rest, symlinks=True)
 
     @contextmanager
@@ -206,11 +206,15 @@ class World:
         made.site_command(site, "ledger", "verify")
         return tuple(sorted(entry["round"] for entry in made.site_command(site, "ledger", "show")["entries"]))
 
-    def _write_trust(self, made: Consortium) -> None:
-        server = ServerCard.from_bytes((made.server / "server-card.dsse").read_bytes())
-        cards = [SiteCard.from_bytes(SiteHome(made.site(one.name)).card_file.read_bytes()) for one in self.hospitals]
-        trust = {"server": server.evidence_key.to_text(), "sites": {card.site: card.evidence_key.to_text() for card in cards}}
-        (self.out / "trust.json").write_text(json.dumps(trust), encoding="utf-8")
+
+def write_trust(made: Consortium) -> Path:
+    """What a verifier trusts, as a file: the keys of the server and of every site, read from their homes."""
+    server = ServerCard.from_bytes((made.server / "server-card.dsse").read_bytes())
+    cards = [SiteCard.from_bytes(SiteHome(made.site(one.name)).card_file.read_bytes()) for one in made.hospitals]
+    trust = {"server": server.evidence_key.to_text(), "sites": {card.site: card.evidence_key.to_text() for card in cards}}
+    file = made.out / "trust.json"
+    file.write_text(json.dumps(trust), encoding="utf-8")
+    return file
 
 
 def _replace_in(file: Path, *pairs: str) -> None:

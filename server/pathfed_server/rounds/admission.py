@@ -6,6 +6,7 @@
 | it names this site, run and plan | PF504 |
 | it names this round and base state | PF509 |
 | it states the plan's mechanism for the site's declared patients: rate, noise, clip norm, steps, delta, noise of the figures | PF517 |
+| its figures are such as patients and that noise give (an honest site's are not once in 10^11 rounds) | PF517 |
 | the file has the stated length and digest | PF505 |
 | it holds exactly the plan's tensors: names, shapes, wire dtype | PF506 |
 | every number is finite | PF507 |
@@ -31,7 +32,7 @@ from pathfed_common.errors import ErrorCode, ProvenanceError
 from pathfed_common.ids import RunName
 from pathfed_common.part_file import file_digest
 from pathfed_common.plan import Plan
-from pathfed_common.provenance.statement import UpdateStatement
+from pathfed_common.provenance.statement import Figures, UpdateStatement
 from pathfed_server.rounds.norm_bounds import NormBounds, norm_bounds
 from pathfed_server.rounds.norms import l2_norm
 from pathfed_server.rounds.participants import Participant
@@ -40,6 +41,10 @@ from pathfed_server.rounds.participants import Participant
 _HEADER_PER_TENSOR, _HEADER_FIXED = 512, 65_536
 #: Stated stds of figures are computed in float64 by sites, step by step.
 _STD_TOLERANCE = 1e-9
+#: How many standard deviations of its noise a figure may lie beside what patients give: a Gaussian lies beyond 7 once in 8 * 10^11.
+_FIGURE_STDS = 7.0
+#: More patients than any hospital draws in a step. A figure without a bound would be summed up, drawn and printed as whatever a site says.
+_MOST_PATIENTS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +205,19 @@ def _check_privacy(terms: RoundTerms, participant: Participant, statement: Updat
     for name, (found, one_step) in stds.items():
         if not math.isclose(found, one_step * math.sqrt(steps), rel_tol=_STD_TOLERANCE):
             raise _RefusalError(ErrorCode.UPDATE_PRIVACY, f"states {name} {found}, the plan gives {one_step * math.sqrt(steps)}")
+    _check_figures(terms, statement.figures)
+
+
+def _check_figures(terms: RoundTerms, figures: Figures) -> None:
+    """Each drawn patient counts once and has a loss of 0 to `loss_bound`; noise comes on top."""
+    bound, steps = terms.plan.privacy.loss_bound, terms.plan.rounds.steps
+    room = _FIGURE_STDS * figures.patients_std
+    if not -room <= figures.patients <= _MOST_PATIENTS * steps + room:
+        raise _RefusalError(ErrorCode.UPDATE_PRIVACY, f"states {figures.patients:.6g} patients")
+    # The loss of those that were drawn, at most; with the noise of both figures, which are independent.
+    most = bound * figures.patients + _FIGURE_STDS * math.hypot(figures.loss_sum_std, bound * figures.patients_std)
+    if not -_FIGURE_STDS * figures.loss_sum_std <= figures.loss_sum <= most:
+        raise _RefusalError(ErrorCode.UPDATE_PRIVACY, f"states a loss of {figures.loss_sum:.6g} for {figures.patients:.6g} patients")
 
 
 def _check_bytes(terms: RoundTerms, statement: UpdateStatement, update: Path) -> None:

@@ -9,20 +9,28 @@ An offer can be lost with the process that held it: Flower never delivers a mess
 - where the site's SuperNode is back under another session than the one that was sent to.
 
 A site that is asked again sends the bytes it has sealed, or goes on with the same release. The first reply counts.
+
+What a site sends is its own to write: a reply that is no message of ours, or larger than any, costs the site its update (PF405), and the
+loop nothing, neither memory nor its life.
 """
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode as FlowerErrorCode
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
+from google.protobuf.message import DecodeError
 
 from pathfed_common.errors import ErrorCode
 from pathfed_common.ids import SiteName
@@ -48,6 +56,12 @@ _LOST = frozenset(
     }
 )
 _CODES = frozenset(code.value for code in ErrorCode)
+#: Parts of a reply at most: Flower cuts ours into three. Each has at most the bytes that the fleet door passes (`path_filter.BODY_LIMIT`).
+_MOST_PARTS = 8
+_PULL_OBJECTS = "pull_objects"
+#: What Flower raises where a message's bytes are none. What goes wrong with SuperLink or on the line, httpx raises.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError, RecursionError)
+_log = logging.getLogger(__name__)
 
 
 class FlowerSites:
@@ -257,13 +271,17 @@ class _Inbox:
     def _look(self, site: SiteName, message_id: str) -> Reply | _Lost | None:
         try:
             messages = list(self._grid.pull_messages([message_id])) if not self._closed.is_set() else []
+            if not messages or self._closed.is_set():
+                return None
+            if _is_lost(messages[0]):
+                return _Lost(site, message_id)
+            said = _said(messages[0])
         except httpx.TransportError:
             return None  # SuperLink is away; the daemon brings it back
-        if not messages or self._closed.is_set():
-            return None
-        if _is_lost(messages[0]):
-            return _Lost(site, message_id)
-        return _reply(site, messages[0], self._incoming) if self._claim(site) else None
+        except _UNREADABLE as error:
+            _log.warning("%s: the reply cannot be read: %s", site, type(error).__name__)
+            said = ErrorCode.MESSAGE_MALFORMED.value
+        return _reply(site, said, self._incoming) if self._claim(site) else None
 
     def _claim(self, site: SiteName) -> bool:
         """Whether this is a site's first reply. A later one must not be written: the first one's file may be under examination."""
@@ -276,12 +294,36 @@ class _Inbox:
 def make_app(main: Callable[[str, int, Grid], None]) -> ServerApp:
     """Flower's ServerApp around our own main: `main(run name, Flower's number of its own run, grid)`."""
     app = ServerApp()
+    bound_replies()
 
     def serve(grid: Grid, context: Context) -> None:
         main(str(context.run_config[RUN_KEY]), context.run_id, grid)
 
     app.main()(serve)
     return app
+
+
+def bound_replies() -> None:
+    """Let Flower's grid pull no message of more than `_MOST_PARTS` parts: it would hold in memory all that a site has sent. Once is enough.
+
+    Raises:
+        RuntimeError: Flower pulls in another way than the pinned version.
+    """
+    pull = getattr(http_grid, _PULL_OBJECTS, None)
+    if pull is None:
+        raise RuntimeError("flwr no longer pulls a message's parts by http_grid.pull_objects: look again before raising the pin")
+    if not hasattr(pull, "__wrapped__"):
+        setattr(http_grid, _PULL_OBJECTS, _bounded(pull))
+
+
+def _bounded(pull: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+    @wraps(pull)
+    def pull_few(object_ids: list[str], *given: Any, **more: Any) -> dict[str, bytes]:
+        if len(object_ids) > _MOST_PARTS:
+            raise ValueError(f"a message of {len(object_ids)} parts")
+        return pull(object_ids, *given, **more)
+
+    return pull_few
 
 
 def _message(offer: Offer, node_id: int) -> Message:
@@ -293,22 +335,26 @@ def _is_lost(message: Message) -> bool:
     return message.has_error() and message.error.code in _LOST and message.error.reason not in _CODES
 
 
-def _reply(site: SiteName, message: Message, incoming: Path) -> Reply:
-    """What a message says. With a statement goes the update that has arrived over the bulk plane before."""
+def _said(message: Message) -> bytes | str:
+    """The statement that a reply holds, or a code: its own, or what is said of a reply that holds neither. Raises any of `_UNREADABLE`."""
     if message.has_error():
         reason = message.error.reason or ""
-        return _without_update(site, reason if reason in _CODES else ErrorCode.SITE_SILENT.value)
-    try:
-        record = message.content.config_records[wire.REPLY]
-        code, envelope = record[wire.CODE], record[wire.ENVELOPE]
-    except (KeyError, AttributeError, TypeError):
-        return _without_update(site, ErrorCode.MESSAGE_MALFORMED.value)
+        return reason if reason in _CODES else ErrorCode.SITE_SILENT.value
+    record = message.content.config_records[wire.REPLY]
+    code, envelope = record[wire.CODE], record[wire.ENVELOPE]
     if code or not isinstance(envelope, bytes):
-        return _without_update(site, code if code in _CODES else ErrorCode.MESSAGE_MALFORMED.value)
+        return str(code) if code in _CODES else ErrorCode.MESSAGE_MALFORMED.value
+    return envelope
+
+
+def _reply(site: SiteName, said: bytes | str, incoming: Path) -> Reply:
+    """What a site has said. With a statement goes the update that has arrived over the bulk plane before."""
+    if isinstance(said, str):
+        return _without_update(site, said)
     update, now = arrived(incoming, site), time.time()
     if not update.is_file():
         return _without_update(site, ErrorCode.UPDATE_ABSENT.value)
-    return Reply(site=site, code=None, statement=envelope, update=update, received_at=now, transfer_s=transfer_seconds(incoming, site))
+    return Reply(site=site, code=None, statement=said, update=update, received_at=now, transfer_s=transfer_seconds(incoming, site))
 
 
 def _without_update(site: SiteName, code: str) -> Reply:

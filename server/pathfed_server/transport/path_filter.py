@@ -20,8 +20,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 FLEET = b"/v1/fleet/"
-#: Largest body passed on, bytes. Flower cuts arrays into chunks of 5 MB.
-BODY_LIMIT = 64 * 2**20
+#: Largest body passed on, bytes. A site's messages carry statements and codes, some kilobytes; what is large moves over the bulk plane.
+BODY_LIMIT = 2**20
 _HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -59,10 +59,18 @@ def make_filter(upstream: str, ca_file: str) -> Starlette:
         if not passes(raw_path):
             return PlainTextResponse("not found", status_code=404)
         if int(request.headers.get("content-length", "0")) > BODY_LIMIT:
-            return PlainTextResponse("body too large", status_code=413)
+            return _too_large()
         return await _pass_on(request.app.state.client, request, raw_path)
 
     return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])], lifespan=lifespan)
+
+
+class _TooLargeError(Exception):
+    """A body without a stated length turned out to be larger than `BODY_LIMIT`."""
+
+
+def _too_large() -> Response:
+    return PlainTextResponse("body too large", status_code=413)
 
 
 async def _pass_on(client: httpx.AsyncClient, request: Request, raw_path: bytes) -> Response:
@@ -74,6 +82,8 @@ async def _pass_on(client: httpx.AsyncClient, request: Request, raw_path: bytes)
         answer = await client.send(outgoing, stream=True)
     except httpx.TransportError:
         return PlainTextResponse("upstream unavailable", status_code=503)
+    except _TooLargeError:
+        return _too_large()
 
     async def chunks() -> AsyncIterator[bytes]:
         try:
@@ -92,7 +102,7 @@ async def _limited(request: Request) -> AsyncIterator[bytes]:
     async for chunk in request.stream():
         passed += len(chunk)
         if passed > BODY_LIMIT:
-            raise httpx.RequestError(f"body above {BODY_LIMIT} bytes")
+            raise _TooLargeError
         yield chunk
 
 

@@ -1,11 +1,13 @@
 """A database that goes away under the loop: told as PF512 or waited for, no transition is lost, and the end is that of a calm run."""
 
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from sqlalchemy import event
 from tests.server.rounds.consortium import NAMES, RUN, Consortium, FakeClock, FakeRecorder, FakeSites, Make, found, make_plan
 
 from pathfed_common.errors import ErrorCode, RoundError
+from pathfed_server import driving
 from pathfed_server.db import database
 from pathfed_server.db.sql_store import SqlStore, migrate
 from pathfed_server.driving import outlast
@@ -164,6 +167,27 @@ def test_pauses_grow_to_a_minute_and_no_further() -> None:
     outlast(work, waited.append)
     assert waited == sorted(waited)
     assert (waited[0], waited[-1]) == (1.0, 60.0)
+
+
+def test_trouble_is_told_once_and_again_when_it_has_passed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long all went well before it."""
+    lasts = iter([100.0, 0.1, 0.1, 100.0, 0.1, 0.1])
+    clock = [0.0]
+    waited: list[float] = []
+
+    def work() -> None:
+        took = next(lasts, None)
+        if took is not None:
+            clock[0] += took
+            raise RoundError(ErrorCode.DATABASE_UNAVAILABLE, "away")
+
+    monkeypatch.setattr(driving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with caplog.at_level(logging.WARNING, logger="pathfed_server.driving"):
+        outlast(work, waited.append)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == ["PF512: away", "PF512: away"]
+    assert waited == [1.0, 2.0, 5.0] * 2
 
 
 def test_a_locked_sqlite_file_is_waited_for(consortium: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from full_disk import FULL, full_disk, tried
+from full_disk import FULL, WITHIN_S, full_disk, tried
 from tests.server.rounds.consortium import KEYS, NAMES, RUN, Consortium, FakeClock, FakeSites, Make, make_plan
 
 from pathfed_common import digest
@@ -16,6 +16,7 @@ from pathfed_server.provenance.recorder import Recorder
 from pathfed_server.rounds.loop import run_rounds
 from pathfed_server.rounds.state import RunState
 
+pytestmark = pytest.mark.timeout(WITHIN_S)
 PLAN = make_plan(rounds=2 if FULL else 1, quorum=2)
 SITES = NAMES[:2]
 SERVER = KEYS[SiteName("server")]

@@ -9,7 +9,10 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
+from google.protobuf.message import DecodeError
 
 from pathfed_common.ids import SiteName
 from pathfed_common.protocol import wire
@@ -171,6 +174,8 @@ def test_an_offer_that_superlink_did_not_take_is_sent_again(exchange):
         (lambda message: Message(content(code="PF302", envelope=b""), reply_to=message), "PF302"),
         (lambda message: Message(content(code="Muellerova.tif", envelope=b""), reply_to=message), "PF405"),
         (lambda message: Message(content(envelope="text"), reply_to=message), "PF405"),
+        (lambda message: Message(content(code=["PF301", "PF302"], envelope=b""), reply_to=message), "PF405"),
+        (lambda message: Message(content(code=b"PF301"), reply_to=message), "PF405"),
         (lambda message: Message(RecordDict(), reply_to=message), "PF405"),
         (lambda message: Message(Error(code=1, reason="PF404"), reply_to=message), "PF404"),
         (lambda message: Message(Error(code=1, reason="a text of Flower's"), reply_to=message), "PF515"),
@@ -180,6 +185,35 @@ def test_an_offer_that_superlink_did_not_take_is_sent_again(exchange):
 def test_what_is_no_statement_becomes_a_code_and_no_file(exchange, reply, code):
     got = exchange(LocalGrid({"site-a": reply}), ["site-a"])["site-a"]
     assert (got.code, got.statement, got.update) == (code, None, None)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError, DecodeError, RecursionError])
+def test_a_reply_that_cannot_be_read_costs_its_site_alone(exchange, error):
+    """What Flower raises for bytes that are no message. Whatever a site sends, the loop goes on with the others."""
+
+    def unreadable(message: Message) -> Message:
+        raise error("utf-8", b"", 0, 1, "no text") if error is UnicodeDecodeError else error("no message")
+
+    replies = exchange(LocalGrid({"site-a": unreadable, "site-b": answered}), ["site-a", "site-b"])
+    assert (replies["site-a"].code, replies["site-a"].update) == ("PF405", None)
+    assert replies["site-b"].code is None
+
+
+def test_a_message_of_many_parts_is_not_pulled_at_all(monkeypatch):
+    pulled: list[str] = []
+    monkeypatch.setattr(http_grid, "pull_objects", lambda object_ids, **more: pulled.extend(object_ids))
+    flower_server.bound_replies()
+    flower_server.bound_replies()
+    pull: Any = vars(http_grid)["pull_objects"]
+    pull(object_ids=["message", "records", "record"], pull_object_fn=bytes)
+    with pytest.raises(ValueError, match="9 parts"):
+        pull(object_ids=list("012345678"), pull_object_fn=bytes)
+    assert pulled == ["message", "records", "record"]
+
+
+def test_a_reply_of_ours_has_three_parts():
+    reply = Message(content(), reply_to=Message(content(), dst_node_id=1, message_type=wire.MESSAGE_TYPE))
+    assert len(list(iterate_object_tree(get_object_tree(reply)))) == 3
 
 
 def test_a_statement_whose_update_is_not_here_whole_is_refused_with_a_code(exchange, tmp_path):

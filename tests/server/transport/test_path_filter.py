@@ -2,12 +2,14 @@
 
 import http.client
 import ssl
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfed_server.transport.path_filter import FLEET, passes
+from pathfed_server.transport.path_filter import BODY_LIMIT, FLEET, passes
 
 CONTROL = "/v1/control/list-runs"
 RUNTIME = "/v1/runtime/acquire-task"
@@ -76,6 +78,24 @@ def test_the_door_passes_fleet_paths_on(engine) -> None:
 
 def test_a_body_above_the_limit_is_refused_before_superlink_sees_it(engine) -> None:
     assert _status(engine.fleet_port, engine.ca, FLEET_PATH, headers={"Content-Length": str(10**9)}, body=None) == 413
+
+
+def test_a_body_without_a_stated_length_is_cut_at_the_limit(engine) -> None:
+    context = ssl.create_default_context(cafile=str(engine.ca))
+    connection = http.client.HTTPSConnection("127.0.0.1", engine.fleet_port, context=context, timeout=20)
+    sent = [0]
+
+    def endless() -> Iterator[bytes]:
+        while sent[0] < 64:
+            sent[0] += 1
+            yield bytes(BODY_LIMIT // 4)
+
+    try:
+        with suppress(OSError):  # the door closes while more is on its way
+            connection.request("POST", FLEET_PATH, body=endless(), encode_chunked=True)
+        assert connection.getresponse().status == 413
+    finally:
+        connection.close()
 
 
 def test_methods_other_than_get_and_post_are_refused(engine) -> None:
