@@ -85,7 +85,7 @@ class SiteBulk:
             return cache.keep(part)
 
     def _persist(self, work: Callable[[BulkClient], Result], place: Callable[[], int], deadline: float) -> Result:
-        """Do work over a connection, again over another where it was cut, until the deadline.
+        """Do work over a connection, again over another where it was cut, until the deadline. Each place at which it is cut is told once.
 
         Args:
             work: may be done again from where it stopped.
@@ -95,7 +95,7 @@ class SiteBulk:
         Raises:
             TransportError: PF465, the deadline; as `work`.
         """
-        fruitless, farthest = 0, place()
+        fruitless, farthest, told = 0, place(), -1
         while True:
             try:
                 with self._connected() as client:
@@ -111,8 +111,9 @@ class SiteBulk:
                     raise TransportError(
                         ErrorCode.TRANSFER_UNFINISHED, "the round's deadline came first", value=f"last: {error.code.value}"
                     ) from error
-                if fruitless == 1:
+                if farthest != told:
                     _log.info("a transfer was cut (%s); it goes on from where it was", error.code.value)
+                    told = farthest
             self._sleep(pause)
 
     def _connected(self) -> BulkClient:
