@@ -3,7 +3,7 @@
 #   make demo                 a consortium of one server and three hospital sites on this machine
 #   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
 #   make test                 every test
-#   make chaos                kills at every phase of a round, three quarters of an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
+#   make chaos                kills at every phase of a round, and lines that fail; an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
 #   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/
