@@ -3,7 +3,8 @@
 #   make demo                 a consortium of one server and three hospital sites on this machine
 #   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
 #   make test                 every test
-#   make chaos                kills at every phase of a round, hostile sites, full disks, databases that are away, an hour; SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
+#   make chaos                kills at every phase of a round, lines that fail, hostile sites, full disks, absent databases; an hour and more
+#                             SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
 #   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/

@@ -81,11 +81,19 @@ class SiteBulk:
         if manifest.size != offer.base_state_bytes:
             raise TransportError(ErrorCode.BASE_STATE_MISMATCH, "the server's file has another length than the offer says")
         with cache.part(manifest) as part:
-            self._persist(lambda client: _fill(cache, part, client), lambda: part.here, offer.deadline)
+            self._persist(lambda client: self._fill(cache, part, client, offer.deadline), lambda: part.here, offer.deadline)
             return cache.keep(part)
 
+    def _fill(self, cache: StateCache, part: PartFile, client: BulkClient, deadline: float) -> None:
+        """Fill a part up: shard by shard from what is here, or else from the server, which is given no time beyond the deadline."""
+        while not part.is_whole:
+            if self._now() >= deadline:
+                raise TransportError(ErrorCode.TRANSFER_UNFINISHED, "the round's deadline came first")
+            if not cache.copy_shard(part):
+                client.fetch_shard(part)
+
     def _persist(self, work: Callable[[BulkClient], Result], place: Callable[[], int], deadline: float) -> Result:
-        """Do work over a connection, again over another where it was cut, until the deadline.
+        """Do work over a connection, again over another where it was cut, until the deadline. Each place at which it is cut is told once.
 
         Args:
             work: may be done again from where it stopped.
@@ -95,7 +103,7 @@ class SiteBulk:
         Raises:
             TransportError: PF465, the deadline; as `work`.
         """
-        fruitless, farthest = 0, place()
+        fruitless, farthest, told = 0, place(), -1
         while True:
             try:
                 with self._connected() as client:
@@ -111,8 +119,9 @@ class SiteBulk:
                     raise TransportError(
                         ErrorCode.TRANSFER_UNFINISHED, "the round's deadline came first", value=f"last: {error.code.value}"
                     ) from error
-                if fruitless == 1:
+                if farthest != told:
                     _log.info("a transfer was cut (%s); it goes on from where it was", error.code.value)
+                    told = farthest
             self._sleep(pause)
 
     def _connected(self) -> BulkClient:
@@ -135,10 +144,3 @@ class SiteBulk:
                 outlet=self._outlet,
                 tunnel=self._tunnel,
             )
-
-
-def _fill(cache: StateCache, part: PartFile, client: BulkClient) -> None:
-    """Fill a part up: shard by shard from what is here, or else from the server."""
-    while not part.is_whole:
-        if not cache.copy_shard(part):
-            client.fetch_shard(part)

@@ -1,5 +1,7 @@
 """Base states and updates between a site and the real server, over real mutual TLS: whatever breaks, the right bytes or none."""
 
+import itertools
+import logging
 import os
 import shutil
 import time
@@ -23,6 +25,7 @@ from pathfed_server import members
 from pathfed_server.bulk import BulkFiles
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.rounds import uploads
+from pathfed_server.transport import bulk_service
 
 SHARD, PIECE = 64 * 1024, 8 * 1024
 STATE = os.urandom(5 * SHARD + 1000)
@@ -88,6 +91,23 @@ def test_a_line_that_breaks_in_every_shard_costs_what_was_on_the_way(begin, site
     assert line.opened > 6
     handshakes = 9_000 * line.opened
     assert len(run.state) < line.carried["down"] < 2 * len(run.state) + handshakes
+
+
+def test_a_stream_that_the_server_ends_before_its_deadline_is_followed_by_another_and_nothing_was_cut(begin, site, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "pathfed_client.bulk")
+    monkeypatch.setattr(bulk_service, "_SENDING_S", 0.0)
+    run = begin()
+    before = len(sent(site, EgressKind.QUERY))
+    assert bulk_of(site).fetch(run.offer("north")).read_bytes() == STATE
+    assert len(sent(site, EgressKind.QUERY)) - before > len(STATE) / PIECE, "one question for each piece"
+    assert not [line for line in caplog.messages if "cut" in line]
+
+
+def test_streams_that_a_server_ends_again_and_again_take_no_longer_than_the_round(begin, site, monkeypatch):
+    monkeypatch.setattr(bulk_service, "_SENDING_S", 0.0)
+    clock = itertools.count()
+    bulk = bulk_of(site, now=lambda: float(next(clock)))
+    refused(ErrorCode.TRANSFER_UNFINISHED, lambda: bulk.fetch(begin().offer("north", deadline=3.0)))
 
 
 def test_unchanged_shards_of_an_earlier_state_do_not_travel_again(begin, site):

@@ -4,6 +4,7 @@ is sent again.
 The real client, the real server and mutual TLS, with a proxy of ours between them.
 """
 
+import logging
 import os
 import threading
 import time
@@ -124,7 +125,8 @@ long = pytest.mark.skipif(not os.environ.get("CHAOS"), reason="waits for minutes
 
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_line_that_fails_in_mid_shard_costs_what_was_on_the_way(fault, way, begin, site, line, tmp_path) -> None:
+def test_a_line_that_fails_in_mid_shard_costs_what_was_on_the_way_and_is_told(fault, way, begin, site, line, tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "pathfed_client.bulk")
     size = 6 * SHARD
     run, update = begin(os.urandom(size)), random_file(tmp_path / "update", size)
     line.bytes_per_s = 200_000.0  # so that there is a middle
@@ -136,6 +138,7 @@ def test_a_line_that_fails_in_mid_shard_costs_what_was_on_the_way(fault, way, be
     moving.done(60)
     assert arrived(way, site, run, update)
     assert carried(line)[way == "down"] < size + 2 * SHARD + _TALK * sum(line.opened.values())
+    assert ("a transfer was cut (PF403); it goes on from where it was" in caplog.messages) == (fault in ("cut", "reset"))
 
 
 @long

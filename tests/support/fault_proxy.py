@@ -18,7 +18,10 @@ from typing import TypeVar
 from loopback_server import serving
 
 _CHUNK = 16 * 1024
+#: What waits in front of a slow line, bytes each way of a connection, as in a router: who sends more has to wait.
+_QUEUE = 64 * 1024
 _ENDLESS = 2**62
+_LOOK_S = 0.02
 T = TypeVar("T")
 
 
@@ -27,11 +30,11 @@ class FaultProxy:
     """The proxy and what is wrong with it. Every attribute may be changed while it runs.
 
     Attributes:
-        port: on the loopback.
+        port: where it listens.
         is_cut: connections are reset and new ones refused, as by a firewall that says so.
         is_silent: nothing passes and nothing is said, while connections stay open; new ones are accepted and never answered.
         latency_s: seconds that every byte takes longer, each way.
-        bytes_per_s: most that passes each way over all connections; None: no limit.
+        bytes_per_s: most that passes each way, over all connections together; None: no limit.
         resets: bytes up after which the next connections are reset, one each; when none is left they last.
         up: bytes carried towards the server, by destination.
         down: bytes carried back, by destination.
@@ -48,6 +51,8 @@ class FaultProxy:
     down: Counter[str] = field(default_factory=Counter)
     opened: Counter[str] = field(default_factory=Counter)
     _lines: "set[_Line]" = field(default_factory=set, repr=False)
+    #: When each way is free again, on the loop's clock: up, down.
+    _free_at: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0}, repr=False)
     _loop: asyncio.AbstractEventLoop | None = field(default=None, repr=False)
 
     def cut(self) -> None:
@@ -77,6 +82,13 @@ class FaultProxy:
     def connections(self) -> int:
         """How many lines are open."""
         return len(self._lines)
+
+    async def take_turn(self, size: int, *, up: bool) -> None:
+        """Wait for as long as bytes take that share the line with those of every other connection."""
+        if self.bytes_per_s is not None:
+            now = asyncio.get_running_loop().time()
+            self._free_at[up] = max(now, self._free_at[up]) + size / self.bytes_per_s
+            await asyncio.sleep(self._free_at[up] - now)
 
     def _each(self, work: "Callable[[_Line], None]") -> None:
         assert self._loop is not None
@@ -119,9 +131,8 @@ class _Line:
                 at, data = await waiting.get()
                 await asyncio.sleep(max(0.0, at - loop.time()))
                 while self.is_stranded or self.proxy.is_silent:
-                    await asyncio.sleep(0.02)
-                if self.proxy.bytes_per_s is not None:
-                    await asyncio.sleep(len(data) / self.proxy.bytes_per_s)
+                    await asyncio.sleep(_LOOK_S)
+                await self.proxy.take_turn(len(data), up=up)
                 if not data:
                     writer.write_eof()
                     return
@@ -135,6 +146,8 @@ class _Line:
         delivering = asyncio.ensure_future(deliver())
         with contextlib.suppress(OSError, asyncio.CancelledError):
             while data := await reader.read(_CHUNK):
+                while self.proxy.bytes_per_s is not None and waiting.qsize() * _CHUNK >= _QUEUE:
+                    await asyncio.sleep(_LOOK_S)
                 await waiting.put((loop.time() + self.proxy.latency_s, data))
             await waiting.put((loop.time() + self.proxy.latency_s, b""))
         with contextlib.suppress(OSError, RuntimeError, asyncio.CancelledError):
@@ -142,8 +155,13 @@ class _Line:
 
 
 @contextlib.contextmanager
-def fault_proxy(*, to: str | None = None) -> Iterator[FaultProxy]:
-    """Run one; `to`: HOST:PORT that every connection leads to, in place of CONNECT."""
+def fault_proxy(*, to: str | None = None, host: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """Run one.
+
+    Args:
+        to: HOST:PORT that every connection leads to, in place of CONNECT.
+        host: address that it listens on.
+    """
     proxy, loop = FaultProxy(), asyncio.new_event_loop()
     proxy._loop = loop
 
@@ -153,13 +171,15 @@ def fault_proxy(*, to: str | None = None) -> Iterator[FaultProxy]:
                 writer.transport.abort()
                 return
             while proxy.is_silent:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(_LOOK_S)
             place = to or (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
             host, _, port = place.rpartition(":")
             there_reader, there_writer = await asyncio.open_connection(host, int(port))
             with contextlib.closing(there_writer):
                 if to is None:
                     writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                for end in (writer, there_writer):
+                    end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE)
                 proxy.opened[place] += 1
                 line = _Line(proxy, place, (writer, there_writer))
                 proxy._lines.add(line)
@@ -168,5 +188,5 @@ def fault_proxy(*, to: str | None = None) -> Iterator[FaultProxy]:
                 finally:
                     proxy._lines.discard(line)
 
-    with serving(loop, serve) as proxy.port:
+    with serving(loop, serve, host) as proxy.port:
         yield proxy

@@ -105,6 +105,7 @@ class World:
         hospitals: its hospitals. The last one computes with two ranks.
         plan_text: the plan, in TOML.
         digest: the plan's.
+        within: by site, the words that its start has before it when the run happens; see `Consortium.start_site`.
     """
 
     out: Path
@@ -112,6 +113,7 @@ class World:
     plan_text: str
     digest: Digest = field(default=Digest(""))
     told: list[str] = field(default_factory=list)
+    within: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def _rest(self) -> Path:
@@ -168,7 +170,8 @@ class World:
         self.told.clear()
         try:
             made.start_server()
-            made.start_sites()
+            for one in self.hospitals:
+                made.start_site(one.name, self.within.get(one.name, ()))
             made.server_command("run", "start", self.digest, "--name", run)
             yield made
         finally:

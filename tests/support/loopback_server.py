@@ -1,4 +1,4 @@
-"""An asyncio server on the loopback, in a thread of its own."""
+"""An asyncio server in a thread of its own, on the loopback unless it is told otherwise."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, Iterator
 
 @contextlib.contextmanager
 def serving(
-    loop: asyncio.AbstractEventLoop, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    loop: asyncio.AbstractEventLoop,
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    host: str = "127.0.0.1",
 ) -> Iterator[int]:
     """Serve on a new loop, which is closed at the end with all its connections; the port."""
 
@@ -18,7 +20,7 @@ def serving(
             task.cancel()
         await asyncio.sleep(0.05)
 
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    server = loop.run_until_complete(asyncio.start_server(serve, host, 0))
     thread = threading.Thread(target=loop.run_forever, name="loopback server")
     thread.start()
     try:

@@ -73,6 +73,10 @@ class Building:
         """Cut the wire: nobody is told."""
         subprocess.run(["ip", "link", "set", self.interface, "down"], check=True)
 
+    def join(self) -> None:
+        """Make the wire whole again."""
+        subprocess.run(["ip", "link", "set", self.interface, "up"], check=True)
+
 
 @contextlib.contextmanager
 def building() -> Iterator[Building]:

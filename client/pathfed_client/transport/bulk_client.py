@@ -100,18 +100,18 @@ class BulkClient:
             raise answer_unusable(f"the list of a file's shards: {error}", self._address) from None
 
     def fetch_shard(self, part: PartFile) -> None:
-        """Fetch the rest of the shard at which a part ends.
+        """Fetch the rest of the shard at which a part ends, or as much of it as the server's time for one stream allows.
 
         Raises:
             TransportError: PF463, its bytes are not those that its digest names; as `Calls.call`.
             HostError: PF901, PF904: it cannot be written.
         """
-        index, offset = part.index, part.here % shards.SHARD_BYTES
+        index, offset, before = part.index, part.here % shards.SHARD_BYTES, part.here
         request = pb.GetShardRequest(file=_bytes(part.manifest.file), index=index, offset=offset)
         for message in self._calls.receive("GetShard", request, pb.GetShardReply):
             part.write(message.piece)
-        if part.here < part.manifest.extent(index)[1]:
-            raise answer_unusable("a shard ends before its end", self._address)
+        if part.here == before:
+            raise answer_unusable("nothing comes of a shard", self._address)
 
     def begin(self, update: Outbound) -> int:
         """Announce an update; how many of its bytes lie at the server."""

@@ -200,9 +200,9 @@ class Consortium:
         for hospital in self.hospitals:
             self.start_site(hospital.name)
 
-    def start_site(self, name: str) -> None:
-        """Start `pathfed-site start` for one site."""
-        argv = [str(program("pathfed-site")), "start", "--home", str(self.site(name)), "--json"]
+    def start_site(self, name: str, within: Sequence[str] = ()) -> None:
+        """Start `pathfed-site start` for one site; `within`: the words before that command, of one that becomes it (`env A=B`)."""
+        argv = [*within, str(program("pathfed-site")), "start", "--home", str(self.site(name)), "--json"]
         self._supervisor.start(ProcessSpec(name=name, argv=argv, log=self.logs / f"{name}.log", restarts=self.restarts))
 
     def watch(self, tell: Callable[[str], None]) -> None:

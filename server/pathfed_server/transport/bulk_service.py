@@ -2,7 +2,8 @@
 
 Whose call it is, the certificate says, as for every call of the control port; that it still stands is asked again while a stream lasts, so
 that a revocation cuts it within seconds. What a site may fetch and send, `BulkDesk` decides at every call. A stream carries the rest of one
-shard in pieces of 1 MiB; it ends with the shard, with its deadline, or with a message that is none of these.
+shard in pieces of 1 MiB; it ends with the shard, with its deadline, or with a message that is none of these. On a line so slow that its
+deadline would cut a download, it ends before, between two pieces, and the site asks for the rest.
 """
 
 import time
@@ -25,6 +26,8 @@ BULK = "pathfed.control.v1.Bulk"
 _HASH_BYTES = 32
 #: Largest number of a round that a database holds.
 _LARGEST_ROUND = 2**31 - 1
+#: Seconds after which a download that is going well is ended: what is on the way has arrived well before its deadline.
+_SENDING_S = 60.0
 #: Seconds between two questions whether the caller of a stream still stands.
 _ASK_S = 5.0
 Request = TypeVar("Request", bound=Message)
@@ -87,11 +90,13 @@ class BulkService:
     def _shard(self, call: Call, request: pb.GetShardRequest) -> Iterator[pb.GetShardReply]:
         caller = self._caller(call)
         pieces = self._desk.shard(caller.site, _digest(request.file), request.index, request.offset)
-        stands = self._standing(call)
+        stands, until = self._standing(call), time.monotonic() + _SENDING_S
         with self._places.taken(caller.site):
             for piece in pieces:
                 stands()
                 yield pb.GetShardReply(piece=piece)
+                if time.monotonic() > until:
+                    return
 
     def _begin(self, call: Call, request: pb.BeginUpdateRequest) -> pb.BeginUpdateReply:
         caller = self._caller(call)
