@@ -3,14 +3,14 @@
 #   make demo                 a consortium of one server and three hospital sites on this machine
 #   make demo SLIDES=DIR      the same on your folders DIR/<hospital>/slides/* and DIR/<hospital>/patients.csv
 #   make test                 every test
-#   make chaos                kills at every phase of a round, lines that fail, hostile sites, full disks, absent databases; an hour and more
-#                             SEED=1 (other cases)  TIMES=3  ROUNDS=10  CHAOS=short
+#   make chaos                kills at every phase of a round, lines that fail, hostile sites, full disks, absent databases; two to three hours
 #   make bench                the benchmarks, some minutes each; BENCH_ARGS=--quick for a first look
 #   make lint                 formatting, style, types, import contracts
 #   make docs                 the documentation, into site/
 #   make check                lint, docs and test
 #   make protocol             the protobuf messages, from common/pathfed_common/protocol/*.proto
 #
+# Settings of chaos: SEED=1 (other cases)  TIMES=3 (in a row)  ROUNDS=10  CHAOS=short (each kind of process once)
 # Settings: PYTHON=python3.12  ARGS='--rounds 5' (more options for the demo)  T='tests/client -k ledger' (which tests)
 #           PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' (a CPU build of torch where the index would give a CUDA one)
 
