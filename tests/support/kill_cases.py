@@ -106,4 +106,4 @@ def rounds_for(cases: Sequence[Case]) -> int:
     """So many that the busiest owner's cases each have a round, with some left for those that have to wait for another."""
     owners = [case.owner for case in cases]
     most = max(owners.count(owner) for owner in owners)
-    return most + 2 + most // 6
+    return most + 2 + most // 3
