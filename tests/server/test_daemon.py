@@ -253,6 +253,23 @@ def test_the_end_of_an_attempts_process_says_nothing_about_the_attempt_after_it(
         assert (engine.started, engine.stopped) == ([RUN, RUN], [1]), told
 
 
+def test_a_superlink_that_has_lost_its_database_is_given_the_run_again(server_home):
+    told: list[str] = []
+    with SqlStore(server_home.database_url) as store:
+        plan = digest.of_bytes(b"plan")
+        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
+        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        engine = RunningEngine()
+        flower: Any = engine
+        daemon_of = daemon._Daemon(server_home, store, flower, told.append)
+        daemon_of.reconcile()
+        engine.run_status = lambda run: ("unknown", "SuperLink knows it no more") if run == 1 else ("running", "")
+        for _ in range(3):
+            daemon_of.reconcile()
+        assert (engine.started, engine.stopped) == ([RUN, RUN], [])
+        assert "ended early (SuperLink knows it no more)" in told[-1]
+
+
 def test_a_superlink_that_lives_and_does_not_answer_is_ended_and_started_again(server_home, tmp_path, monkeypatch):
     monkeypatch.setattr(daemon, "_HUNG_S", 0.2)
     told: list[str] = []

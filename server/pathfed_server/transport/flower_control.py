@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import httpx
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -78,10 +79,22 @@ class FlowerControl:
         return int(answer.run_id)
 
     def run_status(self, run_id: int) -> tuple[str, str]:
-        """Status and sub-status of a Flower run, as Flower words them, such as ("finished", "failed")."""
-        runs = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+        """Status and sub-status of a Flower run, as Flower words them, such as ("finished", "failed").
+
+        ("unknown", ...) where SuperLink does not know it: its database was damaged or lost, and a new one is in its place.
+
+        Raises:
+            httpx.HTTPError: SuperLink does not answer now.
+        """
+        unknown = ("unknown", "SuperLink knows it no more")
+        try:
+            runs = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.NOT_FOUND:
+                raise
+            return unknown
         if run_id not in runs:
-            return ("unknown", "")
+            return unknown
         return (runs[run_id].status.status, runs[run_id].status.sub_status)
 
     def stop_run(self, run_id: int) -> None:

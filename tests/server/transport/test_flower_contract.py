@@ -96,3 +96,9 @@ def test_a_database_that_cannot_be_read_is_set_aside_and_no_other(tmp_path, cont
     assert (found is not None) is aside
     assert database.exists() is (content is not None and not aside)
     assert (tmp_path / "superlink.db.damaged").exists() is aside
+
+
+def test_a_run_that_superlink_does_not_know_is_unknown_and_not_an_answer_that_failed(engine) -> None:
+    """It has lost its database: the daemon opens the next attempt. A failure would be waited for, for ever."""
+    with FlowerControl(f"127.0.0.1:{engine.superlink_port}", engine.ca) as control:
+        assert control.run_status(1288054683205069248)[0] == "unknown"
