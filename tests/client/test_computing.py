@@ -25,6 +25,7 @@ from pathfed_client.training.local_round import RoundOutcome, run_round
 from pathfed_common.encoder import weights
 from pathfed_common.errors import ErrorCode, HostError, PrivacyError
 from pathfed_common.model import build_model
+from pathfed_common.privacy.gaussian import grid
 from pathfed_common.privacy.randomness import KeyedRandom
 
 
@@ -76,7 +77,10 @@ def test_two_devices_answer_as_one_does_and_a_lost_rank_costs_no_second_charge(w
     assert {"device": "cpu", "ranks": 2, "mode": mode}.items() <= watched.contexts[0].items()
     single = watched.single
     assert single is not None
-    assert max(float((first.update[name] - single.update[name]).abs().max()) for name in first.update) < 3e-6
+    # Sums that differ in their last bits are rounded to one public grid: a number that lies between two of its values may fall either way.
+    apart = torch.cat([(first.update[name] - single.update[name]).abs().flatten() for name in first.update])
+    assert float(apart.max()) < 3e-6 + grid(0.5)
+    assert int((apart > 3e-6).sum()) <= 1 + apart.numel() // 10_000
     assert float(torch.cat([tensor.flatten() for tensor in single.update.values()]).std()) == pytest.approx(0.5, rel=0.01)
 
 
