@@ -44,7 +44,6 @@ def test_the_demo_survives_kills_and_its_release_verifies(tmp_path, demo_plan_fi
             demo.kill()
     assert len(set(killed) - {*COMMANDS}) >= _KILLS // 2, (killed, log.read_text(encoding="utf-8"))
     assert len({*COMMANDS} & set(killed)) >= len(COMMANDS) - 2, (killed, log.read_text(encoding="utf-8"))
-    print(killed)
     release, trust, updates = out / "release", out / "trust.json", out / "record" / "updates"
     verify = [str(BIN / "pathfed"), "verify", str(release), "--trust", str(trust), "--replay", str(updates), "--json"]
     done = subprocess.run(verify, capture_output=True, text=True, check=False)

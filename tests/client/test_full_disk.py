@@ -8,11 +8,19 @@ from answering_site import Site, bytes_of, opened
 from full_disk import WITHIN_S, full_disk, tried
 
 from pathfed_client import app
+from pathfed_client.gate.ports import Answer
 from pathfed_client.home import SiteHome
 from pathfed_client.io.egress_log import EgressLog
 from pathfed_common.errors import HostError
 
 pytestmark = pytest.mark.timeout(WITHIN_S)
+
+
+def answers_again(home: SiteHome, world: Any) -> Answer:
+    """What the site answers when it is started anew. Its ledger has been verified."""
+    with opened(SiteHome(home.root)) as later:
+        app.open_ledger(later.home, later.store).verify()
+        return later.answer(world.offer(), world.base_state)
 
 
 def asked(site: Site, world: Any) -> str | None:
@@ -50,9 +58,7 @@ def test_a_disk_that_fills_at_any_write_of_a_round_costs_a_code_and_no_answer(wo
                 check_nothing_half_written(home)
                 again = site.answer(world.offer(), world.base_state)
                 found = (code, again.code, again.code is None and bytes_of(again) == undisturbed, site.charges())
-            with opened(SiteHome(home.root)) as later:
-                app.open_ledger(later.home, later.store).verify()
-                same = later.answer(world.offer(), world.base_state) == again
+            same = answers_again(home, world) == again
             # A second name for a secret's file is done without where it cannot be had.
             expected = None if once and write.startswith("link ") else "PF901"
             if (*found, same) != (expected, None, True, 1, True):

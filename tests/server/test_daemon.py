@@ -145,12 +145,19 @@ class FailingEngine:
         return "finished", "failed"
 
 
-def test_a_run_whose_loop_never_began_is_given_up_and_the_server_goes_on(server_home):
-    told: list[str] = []
-    with SqlStore(server_home.database_url) as store:
+@contextlib.contextmanager
+def planned(home: ServerHome) -> Iterator[SqlStore]:
+    """The server's database, with a run that should go on."""
+    with SqlStore(home.database_url) as store:
         plan = digest.of_bytes(b"plan")
         store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
         store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+        yield store
+
+
+def test_a_run_whose_loop_never_began_is_given_up_and_the_server_goes_on(server_home):
+    told: list[str] = []
+    with planned(server_home) as store:
         engine: Any = FailingEngine()
         watched = daemon._Daemon(server_home, store, engine, told.append)
         for _ in range(daemon.ATTEMPTS + 2):
@@ -201,10 +208,7 @@ class RunningEngine(FailingEngine):
 
 
 def test_a_paused_run_is_ended_in_flower_and_opened_again_only_when_resumed(server_home):
-    with SqlStore(server_home.database_url) as store:
-        plan = digest.of_bytes(b"plan")
-        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
-        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+    with planned(server_home) as store:
         engine = RunningEngine()
         flower: Any = engine
         daemon_of = daemon._Daemon(server_home, store, flower, lambda line: None)
@@ -231,10 +235,7 @@ def test_the_end_of_an_attempts_process_says_nothing_about_the_attempt_after_it(
     ended = subprocess.Popen(["true"])
     ended.wait()
     told: list[str] = []
-    with SqlStore(server_home.database_url) as store:
-        plan = digest.of_bytes(b"plan")
-        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
-        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+    with planned(server_home) as store:
         engine = RunningEngine()
         flower: Any = engine
         files.make_folder(server_home.run_folder(RUN))
@@ -255,10 +256,7 @@ def test_the_end_of_an_attempts_process_says_nothing_about_the_attempt_after_it(
 
 def test_a_superlink_that_has_lost_its_database_is_given_the_run_again(server_home):
     told: list[str] = []
-    with SqlStore(server_home.database_url) as store:
-        plan = digest.of_bytes(b"plan")
-        store.add_plan(plan, name="plan", canonical=b"{}", signed=b"{}", at=1.0)
-        store.create_run(RUN, plan_digest=plan, sites=[], at=1.0)
+    with planned(server_home) as store:
         engine = RunningEngine()
         flower: Any = engine
         daemon_of = daemon._Daemon(server_home, store, flower, told.append)

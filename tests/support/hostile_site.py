@@ -7,18 +7,17 @@ is tried on the bulk port alone. What the server answered there is noted, a JSON
 Environment: PATHFED_TEST_HOSTILE, the folder; PATHFED_TEST_ACCOMPLICE, the home of a site that hands this one what it has sealed.
 """
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from after_import import after_import
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,26 +42,7 @@ _HEAVY_BYTES = 200 * 2**20
 
 def install() -> None:
     """Make the runner's answerer hostile as soon as its module has been imported."""
-    sys.meta_path.insert(0, _Turning())
-
-
-class _Turning(importlib.abc.MetaPathFinder):
-    """Finds what Python would find; modules of `_TURNED` are changed once they have run."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        if name not in _TURNED:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            run = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                _TURNED[name](module)
-
-            loader.exec_module = exec_module
-        return spec
+    after_import(_TURNED)
 
 
 @dataclass

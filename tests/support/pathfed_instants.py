@@ -7,17 +7,16 @@ The owner is `server`, or a site's name.
 """
 
 import functools
-import importlib.abc
-import importlib.machinery
 import os
 import re
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from after_import import after_import
 
 FOLDER_VARIABLE = "PATHFED_TEST_INSTANTS"
 SERVER = "server"
@@ -59,7 +58,7 @@ POINTS: dict[str, dict[str, tuple[str, str]]] = {
 
 def install() -> None:
     """Wrap the functions of `POINTS` as their modules are imported."""
-    sys.meta_path.insert(0, _Wrapping())
+    after_import(dict.fromkeys(POINTS, _wrap_all))
 
 
 def owner() -> str:
@@ -94,24 +93,9 @@ def reach(instant: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-class _Wrapping(importlib.abc.MetaPathFinder):
-    """Finds what Python would find; a module of `POINTS` is wrapped once it has run."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        if name not in POINTS:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            run = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                for function, instants in POINTS[name].items():
-                    _wrap(module, function, *instants)
-
-            loader.exec_module = exec_module
-        return spec
+def _wrap_all(module: ModuleType) -> None:
+    for function, instants in POINTS[module.__name__].items():
+        _wrap(module, function, *instants)
 
 
 def _wrap(module: ModuleType, function: str, entered: str, left: str) -> None:
