@@ -11,10 +11,13 @@ transfer, and nothing else. Equal bytes at the same place of two files are one s
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from pathfed_common import digest
 from pathfed_common.digest import Digest
+
+#: Bytes on the way, which nobody keeps.
+Piece: TypeAlias = bytes | memoryview
 
 SHARD_BYTES: Final = 64 * 2**20
 #: Bytes of one message on the way: the size at which gRPC moves most (docs/benchmarks).

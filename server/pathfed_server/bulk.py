@@ -12,7 +12,7 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import RunName, SiteName
 from pathfed_common.part_file import manifest_of, read_piece
-from pathfed_common.shards import Manifest, pieces_of
+from pathfed_common.shards import Manifest, Piece, pieces_of
 from pathfed_server.db.sql_store import SqlStore
 from pathfed_server.home import ServerHome
 from pathfed_server.rounds.files import RunFiles
@@ -67,7 +67,7 @@ class BulkFiles:
 
     def writer(
         self, site: SiteName, run: RunName, round_index: int, file: Digest, offset: int, *, end: Callable[[], None]
-    ) -> Callable[[bytes], int]:
+    ) -> Callable[[Piece], int]:
         """See `BulkDesk`."""
         return self._uploads.writer(self._wanted(site, run, round_index), site, file, offset, end=end)
 

@@ -120,10 +120,10 @@ class Hand:
         named = bytes.fromhex(manifest.file.removeprefix("sha256:"))
         given: dict[str, Any] = {"run": self.offer.run, "round_index": self.offer.round_index, "file": named, "offset": 0}
 
-        def messages() -> Iterator[Any]:
-            yield pb.PutShardRequest(**given, piece=next(pieces))
+        def messages() -> Iterator[bytes]:
+            yield pb.PutShardRequest(**given, piece=next(pieces)).SerializeToString()
             for piece in pieces:
-                yield pb.PutShardRequest(piece=piece)
+                yield pb.PutShardRequest(piece=piece).SerializeToString()
 
         with self.bulk._connected() as client:
             here: int = client._calls.send("PutShard", messages(), pb.PutShardReply).here

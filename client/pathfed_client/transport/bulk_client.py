@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from pathfed_common.errors import ErrorCode, PathfedError
 from pathfed_common.ids import RunName
 from pathfed_common.part_file import PartFile, read_piece
 from pathfed_common.protocol import control_pb2 as pb
+from pathfed_common.protocol.pieces import piece_of, with_piece
 from pathfed_common.shards import Manifest, pieces_of
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Bulk"].full_name
@@ -108,8 +110,8 @@ class BulkClient:
         """
         index, offset, before = part.index, part.here % shards.SHARD_BYTES, part.here
         request = pb.GetShardRequest(file=_bytes(part.manifest.file), index=index, offset=offset)
-        for message in self._calls.receive("GetShard", request, pb.GetShardReply):
-            part.write(message.piece)
+        for piece in self._calls.receive("GetShard", request, partial(piece_of, pb.GetShardReply)):
+            part.write(piece)
         if part.here == before:
             raise answer_unusable("nothing comes of a shard", self._address)
 
@@ -153,18 +155,14 @@ class BulkClient:
         return here
 
 
-def _messages(update: Outbound, file: int, start: int, end: int) -> Iterator[pb.PutShardRequest]:
+def _messages(update: Outbound, file: int, start: int, end: int) -> Iterator[bytes]:
     """The rest of a shard, piece by piece; the first names update and place."""
     until = time.monotonic() + _SENDING_S
+    head = pb.PutShardRequest(run=update.run, round_index=update.round_index, file=_bytes(update.manifest.file), offset=start)
     for first, last in pieces_of(start, end):
         piece = read_piece(file, first, last)
         update.handed = max(update.handed, last)
-        if first == start:
-            yield pb.PutShardRequest(
-                run=update.run, round_index=update.round_index, file=_bytes(update.manifest.file), offset=start, piece=piece
-            )
-        else:
-            yield pb.PutShardRequest(piece=piece)
+        yield with_piece(head if first == start else pb.PutShardRequest(), piece)
         if time.monotonic() > until:
             return
 

@@ -30,6 +30,7 @@ _CODE = "pathfed-code"
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 Reply = TypeVar("Reply", bound=Message)
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ class Calls:
         except grpc.RpcError as error:
             raise as_error(error, self._address) from error
 
-    def receive(self, method: str, request: Message, reply: type[Reply], kind: EgressKind = EgressKind.QUERY) -> Iterator[Reply]:
-        """Make a call that is answered by a stream, once; its messages as they come. Raises as `call`, at any of them."""
+    def receive(self, method: str, request: Message, read: Callable[[bytes], Read], kind: EgressKind = EgressKind.QUERY) -> Iterator[Read]:
+        """Make a call that is answered by a stream, once; what `read` makes of each message, as it comes. Raises as `call`, at any."""
         data = request.SerializeToString()
         self._outlet.message(self._address, kind, data)
-        made: grpc.UnaryStreamMultiCallable[bytes, Reply] = self._channel.unary_stream(
-            f"/{self._service}/{method}", request_serializer=None, response_deserializer=reply.FromString
+        made: grpc.UnaryStreamMultiCallable[bytes, Read] = self._channel.unary_stream(
+            f"/{self._service}/{method}", request_serializer=None, response_deserializer=read
         )
         streaming = made(data, timeout=STREAM_S)
         try:
@@ -145,12 +146,10 @@ class Calls:
         finally:
             streaming.cancel()
 
-    def send(self, method: str, messages: Iterator[Message], reply: type[Reply]) -> Reply:
-        """Send a stream, once; its answer. What it carries is written down by the caller, before. Raises as `call`."""
-        made: grpc.StreamUnaryMultiCallable[Message, Reply] = self._channel.stream_unary(
-            f"/{self._service}/{method}",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=reply.FromString,
+    def send(self, method: str, messages: Iterator[bytes], reply: type[Reply]) -> Reply:
+        """Send a stream of serialised messages, once; its answer. The caller writes down before what they carry. Raises as `call`."""
+        made: grpc.StreamUnaryMultiCallable[bytes, Reply] = self._channel.stream_unary(
+            f"/{self._service}/{method}", request_serializer=None, response_deserializer=reply.FromString
         )
         try:
             return made(messages, timeout=STREAM_S)

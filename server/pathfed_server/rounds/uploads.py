@@ -24,7 +24,7 @@ from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.files import disk_error, write_atomic
 from pathfed_common.ids import SiteName
 from pathfed_common.part_file import PartFile
-from pathfed_common.shards import Manifest
+from pathfed_common.shards import Manifest, Piece
 
 _TERMS = "terms.json"
 #: Uploads kept open; the one that was begun longest ago is closed first, and read again when it goes on.
@@ -99,7 +99,7 @@ class Uploads:
             upload.part = PartFile(part, manifest)
             return self._settle(incoming, site, upload)
 
-    def writer(self, incoming: Path, site: SiteName, file: Digest, offset: int, *, end: Callable[[], None]) -> Callable[[bytes], int]:
+    def writer(self, incoming: Path, site: SiteName, file: Digest, offset: int, *, end: Callable[[], None]) -> Callable[[Piece], int]:
         """A function that takes the next piece of an upload and says how many bytes are here then.
 
         Args:
@@ -120,7 +120,7 @@ class Uploads:
             upload.turn, upload.end_former = upload.turn + 1, end
             turn = upload.turn
 
-        def write(piece: bytes) -> int:
+        def write(piece: Piece) -> int:
             with upload.lock:
                 if upload.part is None or upload.turn != turn:
                     raise _moved(site)

@@ -17,9 +17,10 @@ from pathfed_common.digest import Digest
 from pathfed_common.errors import ErrorCode, TransportError
 from pathfed_common.ids import RunName, SiteName, run_name
 from pathfed_common.protocol import control_pb2 as pb
-from pathfed_common.shards import Manifest
+from pathfed_common.protocol.pieces import piece_of, with_piece
+from pathfed_common.shards import Manifest, Piece
 from pathfed_server.transport.control_service import Caller, ControlDesk, known_caller, presented
-from pathfed_server.transport.grpc_service import Call, Door, Handler
+from pathfed_server.transport.grpc_service import PIECE_LIMIT, Call, Door, Handler, read
 from pathfed_server.transport.limits import Places, RateLimit
 
 BULK = "pathfed.control.v1.Bulk"
@@ -58,7 +59,7 @@ class BulkDesk(Protocol):
 
     def writer(
         self, site: SiteName, run: RunName, round_index: int, file: Digest, offset: int, *, end: Callable[[], None]
-    ) -> Callable[[bytes], int]:
+    ) -> Callable[[Piece], int]:
         """What takes an upload's pieces (`rounds.uploads`).
 
         Raises:
@@ -87,14 +88,14 @@ class BulkService:
         found = self._desk.manifest(self._caller(call).site, _digest(request.file))
         return pb.GetManifestReply(size=found.size, shards=[bytes.fromhex(shard.removeprefix("sha256:")) for shard in found.shards])
 
-    def _shard(self, call: Call, request: pb.GetShardRequest) -> Iterator[pb.GetShardReply]:
+    def _shard(self, call: Call, request: pb.GetShardRequest) -> Iterator[bytes]:
         caller = self._caller(call)
         pieces = self._desk.shard(caller.site, _digest(request.file), request.index, request.offset)
         stands, until = self._standing(call), time.monotonic() + _SENDING_S
         with self._places.taken(caller.site):
             for piece in pieces:
                 stands()
-                yield pb.GetShardReply(piece=piece)
+                yield with_piece(pb.GetShardReply(), piece)
                 if time.monotonic() > until:
                     return
 
@@ -107,12 +108,13 @@ class BulkService:
             raise TransportError(ErrorCode.UPDATE_TOO_LARGE, "no file has these shards", value=caller.site) from None
         return pb.BeginUpdateReply(here=self._desk.begin(caller.site, run, round_index, manifest))
 
-    def _put(self, call: Call, messages: Iterator[pb.PutShardRequest], end: Callable[[], None]) -> pb.PutShardReply:
+    def _put(self, call: Call, messages: Iterator[bytes], end: Callable[[], None]) -> pb.PutShardReply:
         caller = self._caller(call)
         with self._places.taken(caller.site):
-            first = next(messages, None)
-            if first is None:
+            data = next(messages, None)
+            if data is None:
                 raise _refused("an upload names what it is of")
+            first = read(pb.PutShardRequest.FromString, data, PIECE_LIMIT)
             write = self._desk.writer(caller.site, *_round_of(first), first.offset, end=end)
             return pb.PutShardReply(here=_take(write, first, messages, self._standing(call)))
 
@@ -132,15 +134,14 @@ class BulkService:
         return ask
 
 
-def _take(
-    write: Callable[[bytes], int], first: pb.PutShardRequest, messages: Iterator[pb.PutShardRequest], stands: Callable[[], None]
-) -> int:
+def _take(write: Callable[[Piece], int], first: pb.PutShardRequest, messages: Iterator[bytes], stands: Callable[[], None]) -> int:
     """Take one stream's pieces; how many bytes of the update are here then.
 
     Every piece but the last is of full size: who cuts a file into tiny messages is turned away.
     """
     left = shards.SHARD_BYTES - first.offset % shards.SHARD_BYTES
-    here, piece = first.offset, first.piece
+    here = first.offset
+    piece: Piece = first.piece
     while True:
         if not 0 < len(piece) <= min(left, shards.PIECE_BYTES):
             raise _refused(f"a piece has 1 to {shards.PIECE_BYTES} bytes and ends with its shard")
@@ -151,7 +152,11 @@ def _take(
             return here
         if left == 0 or len(piece) != shards.PIECE_BYTES:
             raise _refused("a stream ends with its shard, and all but its last piece are of full size")
-        piece = following.piece
+        piece = read(_piece, following, PIECE_LIMIT)
+
+
+def _piece(data: bytes) -> Piece:
+    return piece_of(pb.PutShardRequest, data)
 
 
 def _round_of(request: pb.BeginUpdateRequest | pb.PutShardRequest) -> tuple[RunName, int, Digest]:

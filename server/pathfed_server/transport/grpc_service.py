@@ -44,6 +44,7 @@ else:
 
 _log = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=Message)
+Read = TypeVar("Read")
 
 _STATUS: Final[dict[ErrorCode, grpc.StatusCode]] = {
     ErrorCode.INVITATION_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
@@ -92,27 +93,25 @@ class Door:
 
         def serve(data: bytes, context: grpc.ServicerContext) -> bytes:
             with _answering(kind, context):
-                return handle(self._call(context), _read(kind, data)).SerializeToString()
+                return handle(self._call(context), read(kind.FromString, data)).SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(serve)
 
-    def download(self, kind: type[Request], handle: Callable[[Call, Request], Iterator[Message]]) -> Handler:
-        """A method that answers one message with many."""
+    def download(self, kind: type[Request], handle: Callable[[Call, Request], Iterator[bytes]]) -> Handler:
+        """A method that answers one message with many, which `handle` writes."""
 
         def serve(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
             with _answering(kind, context):
-                for message in handle(self._call(context), _read(kind, data)):
-                    yield message.SerializeToString()
+                yield from handle(self._call(context), read(kind.FromString, data))
 
         return grpc.unary_stream_rpc_method_handler(serve)
 
-    def upload(self, kind: type[Request], handle: Callable[[Call, Iterator[Request], Callable[[], None]], Message]) -> Handler:
-        """A method that takes many messages and answers when they end; `handle` is also given what ends the call from this side."""
+    def upload(self, kind: type[Request], handle: Callable[[Call, Iterator[bytes], Callable[[], None]], Message]) -> Handler:
+        """A method that takes many messages, which `handle` reads, and answers when they end; given also what ends the call from here."""
 
         def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             with _answering(kind, context):
-                read = (_read(kind, data, PIECE_LIMIT) for data in messages)
-                return handle(self._call(context), read, lambda: _end(context)).SerializeToString()
+                return handle(self._call(context), messages, lambda: _end(context)).SerializeToString()
 
         return grpc.stream_unary_rpc_method_handler(serve)
 
@@ -208,11 +207,16 @@ def _end(context: grpc.ServicerContext) -> None:
     context.cancel()
 
 
-def _read(kind: type[Request], data: bytes, most: int = REQUEST_LIMIT) -> Request:
+def read(parse: Callable[[bytes], Read], data: bytes, most: int = REQUEST_LIMIT) -> Read:
+    """A message, or what `parse` makes of it.
+
+    Raises:
+        TransportError: PF416, it is malformed, or has more than `most` bytes.
+    """
     if len(data) > most:
         raise TransportError(ErrorCode.REQUEST_REFUSED, f"a message has at most {most} bytes")
     try:
-        return kind.FromString(data)
+        return parse(data)
     except DecodeError:
         raise TransportError(ErrorCode.REQUEST_REFUSED, "the message is malformed") from None
 
