@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from kill_world import KINDS, find, matrix_plan, write_trust
+from kill_world import KINDS, bring_together, find, matrix_plan, write_trust
 from postgres import Postgres, running_postgres
 from tests.chaos.conftest import CHAOS
 from tests.end_to_end.conftest import processes_of, wait_for
@@ -29,7 +29,6 @@ from pathfed_server.rounds.state import RoundState, RunState
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.skipif(not CHAOS, reason="runs with `make chaos`")]
 RUN = RunName("away")
 ROUNDS = 8
-_OPTIONS = ("--no-reply-slots", "--max-epsilon", "900", "--delta", "1e-5")
 #: Longer than a site waits for its database, and than the daemon and the round loop wait between their first tries.
 _LOCKED_S, _AWAY_S = BUSY_TIMEOUT_S + 20.0, 30.0
 _WITHIN_S = 400.0
@@ -87,24 +86,11 @@ def running(tmp_path_factory: pytest.TempPathFactory, hospitals: Path) -> Iterat
     folder = tmp_path_factory.mktemp("away")
     made = Consortium(folder / "out", find_hospitals(hospitals, 3))
     with running_postgres() as postgres:
-        made.server_command("init", "--database", postgres.create())
-        settings = made.server / "server.toml"
-        settings.write_text(settings.read_text().replace("retain_updates = false", "retain_updates = true"))
+        plan = matrix_plan(ROUNDS).replace("quorum = 3", "quorum = 2").replace("deadline_s = 900", "deadline_s = 300")
         try:
-            made.start_server()
-            made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
-            plan, signed = folder / "plan.toml", folder / "plan.dsse"
-            plan.write_text(matrix_plan(ROUNDS).replace("quorum = 3", "quorum = 2").replace("deadline_s = 900", "deadline_s = 300"))
-            digest = made.server_command("plan", "publish", plan, "--out", signed)["plan"]
-            for one in made.hospitals:
-                made.site_command(one.name, "scan", signed)
-                made.site_command(one.name, "approve", signed, "--patients-at-least", "6")
-            made.start_sites()
-            found = Running(made, postgres)
-            given = lambda: found.see(lambda store: len(store.approvals(digest)))  # noqa: E731 - looked at twice, here alone
-            assert wait_for(given, until=lambda number: number == 3, within_s=_WITHIN_S) == 3
+            digest = bring_together(made, plan, init=("--database", postgres.create()))
             made.server_command("run", "start", digest, "--name", RUN)
-            yield found
+            yield Running(made, postgres)
         finally:
             made.stop()
     assert not wait_for(lambda: processes_of(folder), until=lambda left: not left, within_s=60)

@@ -17,7 +17,7 @@ import hostile_site
 import pytest
 import torch
 from hostile_site import TURNS
-from kill_world import KINDS, find, matrix_plan, write_trust
+from kill_world import KINDS, bring_together, find, matrix_plan, write_trust
 from tests.chaos.conftest import CHAOS
 from tests.end_to_end.conftest import processes_of, wait_for
 
@@ -37,7 +37,6 @@ pytestmark = pytest.mark.timeout(1800)
 long = pytest.mark.skipif(not CHAOS, reason="runs with `make chaos`")
 RUN = RunName("besieged")
 HOOK = Path(hostile_site.__file__).parent / "hostile"
-_OPTIONS = ("--no-reply-slots", "--max-epsilon", "900", "--delta", "1e-5")
 #: The turns, and a round after the suspension.
 ROUNDS = len(TURNS) + 1
 SUSPEND_AFTER = sum(turn.code in FAULTS for turn in TURNS)
@@ -133,25 +132,15 @@ def siege(tmp_path_factory, hospitals) -> Iterator[Siege]:
     *honest, hostile = (one.name for one in made.hospitals)
     found = Siege(made, hostile, tuple(honest), folder / "hostile")
     found.folder.mkdir()
-    made.server_command("init")
-    settings = made.server / "server.toml"
-    text = settings.read_text().replace("retain_updates = false", "retain_updates = true")
-    settings.write_text(text.replace("suspend_after = 3", f"suspend_after = {SUSPEND_AFTER}"))
-    assert f"suspend_after = {SUSPEND_AFTER}" in settings.read_text()
-    try:
-        made.start_server()
-        made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
-        plan, signed = folder / "plan.toml", folder / "plan.dsse"
-        plan.write_text(matrix_plan(ROUNDS).replace("quorum = 3", "quorum = 2").replace("deadline_s = 900", "deadline_s = 120"))
-        digest = made.server_command("plan", "publish", plan, "--out", signed)["plan"]
-        for one in made.hospitals:
-            made.site_command(one.name, "scan", signed)
-            made.site_command(one.name, "approve", signed, "--patients-at-least", "6")
+
+    def start() -> None:
         for name in honest:
             made.start_site(name)
         _start_hostile(made, hostile, found.folder, honest[0])
-        with SqlStore(ServerHome(made.server).database_url) as store:
-            assert wait_for(lambda: len(store.approvals(digest)), until=lambda given: given == 3, within_s=_WITHIN_S) == 3
+
+    plan = matrix_plan(ROUNDS).replace("quorum = 3", "quorum = 2").replace("deadline_s = 900", "deadline_s = 120")
+    try:
+        digest = bring_together(made, plan, settings=("suspend_after = 3", f"suspend_after = {SUSPEND_AFTER}"), start=start)
         made.server_command("run", "start", digest, "--name", RUN)
         until = time.monotonic() + _RUN_WITHIN_S
         while found.look() in (RunState.PLANNED, RunState.RUNNING) and time.monotonic() < until:

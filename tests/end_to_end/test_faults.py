@@ -14,6 +14,7 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from kill_world import bring_together, find
 
 from pathfed_common.ids import RunName
 from pathfed_local.consortium import Consortium, find_hospitals
@@ -22,49 +23,41 @@ from pathfed_server.home import ServerHome
 
 BIN = Path(sys.executable).parent
 RUN = RunName("faults")
-#: process -> words of its command, and what is told when it was killed ({owner}: the command that owns it)
+#: kind of process (`kill_world.KINDS`) -> what is told when it was killed ({owner}: the command that owns it)
 VICTIMS = {
-    "runner": (("pathfed_client.app",), r"{owner}: PF903 runner ended \(-9\) and is started again"),
-    "supernode": (("pathfed_client.transport.supernode",), r"{owner}: PF\d+ supernode ended \(-9\) and is started again"),
-    "site": (("pathfed-site", "start"), r"PF903 {owner} ended \(-9\) and is started again"),
-    "fleet door": (("pathfed_server.transport.path_filter",), r"{owner}: PF903 fleet-door ended \(-9\) and is started again"),
-    "superlink": (("pathfed_server.transport.superlink",), r"{owner}: PF903 superlink ended \(-9\) and is started again"),
-    "superexec": (("flower-superexec",), r"{owner}: PF903 superexec ended \(-9\) and is started again"),
-    "round loop": (("flwr-serverapp",), rf"{{owner}}: PF903 run {RUN}: the round loop ended early"),
-    "control plane": (("pathfed_server.control",), r"{owner}: PF903 control ended \(-9\) and is started again"),
-    "agent": (("pathfed_client.control.agent",), r"{owner}: PF\d+ agent ended \(-9\) and is started again"),
-    "server": (("pathfed-server", "start"), r"PF903 {owner} ended \(-9\) and is started again"),
+    "runner": r"{owner}: PF903 runner ended \(-9\) and is started again",
+    "supernode": r"{owner}: PF\d+ supernode ended \(-9\) and is started again",
+    "site": r"PF903 {owner} ended \(-9\) and is started again",
+    "fleet door": r"{owner}: PF903 fleet-door ended \(-9\) and is started again",
+    "superlink": r"{owner}: PF903 superlink ended \(-9\) and is started again",
+    "superexec": r"{owner}: PF903 superexec ended \(-9\) and is started again",
+    "round loop": rf"{{owner}}: PF903 run {RUN}: the round loop ended early",
+    "control plane": r"{owner}: PF903 control ended \(-9\) and is started again",
+    "agent": r"{owner}: PF\d+ agent ended \(-9\) and is started again",
+    "server": r"PF903 {owner} ended \(-9\) and is started again",
 }
 #: Generous: they bound a hang, and are reached by no machine that works. Their sum, and the fixture's time, stay below the limit.
 pytestmark = pytest.mark.timeout(1500)
 _COMMITS_WITHIN_S = 400
 _TOLD_WITHIN_S = 200
 _ENDS_WITHIN_S = 120
-_OPTIONS = ("--no-reply-slots", "--max-epsilon", "900", "--delta", "1e-5")
 
 
 @pytest.fixture(scope="module")
-def consortium(tmp_path_factory, plan_file, hospitals, wait_for) -> Iterator[Consortium]:
+def consortium(tmp_path_factory, plan_file, hospitals) -> Iterator[Consortium]:
     """A running consortium with a run of many rounds, set up through the commands."""
     out = tmp_path_factory.mktemp("faults")
     made = Consortium(out, find_hospitals(hospitals, 3), restarts=20)  # no victim uses up another's
-    plan = out / "plan.toml"
     text = plan_file.read_text().replace("count = 2", "count = 1000").replace("epsilon_limit = 8.0", "epsilon_limit = 900.0")
-    plan.write_text(text.replace("noise_multiplier = 4.0", "noise_multiplier = 20.0").replace("deadline_s = 120", "deadline_s = 40"))
-    made.server_command("init")
-    made.start_server()
-    try:
-        made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
-        signed = out / "plan.dsse"
-        digest = made.server_command("plan", "publish", plan, "--out", signed)["plan"]
-        for hospital in made.hospitals:
-            made.site_command(hospital.name, "scan", signed)
-            made.site_command(hospital.name, "approve", signed, "--patients-at-least", "6")
+    text = text.replace("noise_multiplier = 4.0", "noise_multiplier = 20.0").replace("deadline_s = 120", "deadline_s = 40")
+
+    def start() -> None:
         # Copied while nothing writes to it: the folder of a running site changes under a copy's hands.
         shutil.copytree(made.site(made.hospitals[0].name), _site_at_rest(made))
         made.start_sites()
-        with SqlStore(ServerHome(made.server).database_url) as store:
-            assert wait_for(lambda: len(store.approvals(digest)), until=lambda found: found == len(made.hospitals), within_s=_TOLD_WITHIN_S)
+
+    try:
+        digest = bring_together(made, text, start=start)
         made.server_command("run", "start", digest, "--name", RUN)
         yield made
     finally:
@@ -81,47 +74,34 @@ def _committed(consortium: Consortium) -> int:
         return max(0, len(store.checkpoints(RUN)) - 1)
 
 
-def _victim(consortium: Consortium, words: tuple[str, ...]) -> tuple[str, psutil.Process] | None:
-    """A living process whose command has these words, and its owner's name; None: none now (it is being started again)."""
-    for owner, pid in consortium.pids().items():
-        try:
-            tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        except psutil.Error:
-            continue
-        for process in tree:
-            try:
-                command = process.cmdline()
-                if process.status() != psutil.STATUS_ZOMBIE and all(any(word in part for part in command) for word in words):
-                    return owner, process
-            except psutil.Error:
-                continue
-    return None
+def _victim(consortium: Consortium, kind: str) -> tuple[str, psutil.Process] | None:
+    """A living process of a kind, and its owner's name; None: none now (it is being started again)."""
+    return next(((owner, process) for owner in consortium.pids() for process in find(consortium, kind, owner)), None)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_a_killed_process_is_named_and_rounds_go_on(consortium: Consortium, victim: str, wait_for) -> None:
     told: list[str] = []
-    words, telling = VICTIMS[victim]
 
     def look() -> int:
         consortium.watch(told.append)
         return _committed(consortium)
 
-    def find() -> tuple[str, psutil.Process] | None:
+    def one() -> tuple[str, psutil.Process] | None:
         consortium.watch(told.append)
-        return _victim(consortium, words)
+        return _victim(consortium, victim)
 
     before = look()
     assert wait_for(look, until=lambda rounds: rounds > before, within_s=_COMMITS_WITHIN_S) > before, told
-    found = wait_for(find, until=lambda found: found, within_s=_TOLD_WITHIN_S)
-    assert found, (words, told)
+    found = wait_for(one, until=lambda found: found, within_s=_TOLD_WITHIN_S)
+    assert found, told
     owner, process = found
     told.clear()
     process.send_signal(signal.SIGKILL)
 
     def named() -> bool:
         look()
-        return any(re.match(telling.format(owner=owner), line) for line in told)
+        return any(re.match(VICTIMS[victim].format(owner=owner), line) for line in told)
 
     assert wait_for(named, until=bool, within_s=_TOLD_WITHIN_S), told
     now = look()

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,24 +132,13 @@ class World:
     def set_up(self) -> None:
         """Make it, by the commands people use, up to the sites' approvals; then stop it and copy it."""
         made = Consortium(self.out, self.hospitals)
-        made.server_command("init")
-        _replace_in(made.server / "server.toml", "retain_updates = false", "retain_updates = true")
-        made.start_server()
-        try:
-            made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
-            plan = self.out / "plan.toml"
-            plan.write_text(self.plan_text, encoding="utf-8")
-            self.digest = Digest(made.server_command("plan", "publish", plan, "--out", self.out / "plan.dsse")["plan"])
-            for one in made.hospitals:
-                made.site_command(one.name, "scan", self.out / "plan.dsse")
-                made.site_command(one.name, "approve", self.out / "plan.dsse", "--patients-at-least", "6")
+
+        def start() -> None:
             _replace_in(made.site(self.last_site) / "policy.toml", 'device = "auto"', 'device = "cpu"', "devices = 1", "devices = 2")
             made.start_sites()
-            with SqlStore(ServerHome(made.server).database_url) as store:
-                until = time.monotonic() + _APPROVED_WITHIN_S
-                while len(store.approvals(self.digest)) < len(made.hospitals):
-                    assert time.monotonic() < until, "the approvals did not come"
-                    time.sleep(_TICK_S)
+
+        try:
+            self.digest = bring_together(made, self.plan_text, start=start)
         finally:
             made.stop()
         write_trust(made)
@@ -208,6 +197,37 @@ class World:
     def _charged(self, made: Consortium, site: str) -> tuple[int, ...]:
         made.site_command(site, "ledger", "verify")
         return tuple(sorted(entry["round"] for entry in made.site_command(site, "ledger", "show")["entries"]))
+
+
+def bring_together(
+    made: Consortium, plan_text: str, *, init: Sequence[str] = (), settings: Sequence[str] = (), start: Callable[[], None] | None = None
+) -> Digest:
+    """Make a consortium whose sites have approved a plan, by the commands people use. The caller stops it.
+
+    Args:
+        made: a new one.
+        plan_text: the plan, in TOML.
+        init: words of `pathfed-server init`.
+        settings: what stands in the server's settings and what shall stand there, in turn; updates are retained in any case.
+        start: starts the sites; None: all, as they are.
+    """
+    made.server_command("init", *init)
+    _replace_in(made.server / "server.toml", "retain_updates = false", "retain_updates = true", *settings)
+    made.start_server()
+    made.enrol({one.name: ["--slides", one.slides, "--patients", one.patients, *_OPTIONS] for one in made.hospitals})
+    plan, signed = made.out / "plan.toml", made.out / "plan.dsse"
+    plan.write_text(plan_text, encoding="utf-8")
+    digest = Digest(made.server_command("plan", "publish", plan, "--out", signed)["plan"])
+    for one in made.hospitals:
+        made.site_command(one.name, "scan", signed)
+        made.site_command(one.name, "approve", signed, "--patients-at-least", "6")
+    (start or made.start_sites)()
+    with SqlStore(ServerHome(made.server).database_url) as store:
+        until = time.monotonic() + _APPROVED_WITHIN_S
+        while len(store.approvals(digest)) < len(made.hospitals):
+            assert time.monotonic() < until, "the approvals did not come"
+            time.sleep(_TICK_S)
+    return digest
 
 
 def write_trust(made: Consortium) -> Path:
