@@ -1,4 +1,4 @@
-"""How many calls one caller may make, a token bucket each, and how many long ones at once; in memory."""
+"""How much one caller may ask, a token bucket each, and how many long calls at once; in memory."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ _MOST_CALLERS = 10_000
 
 
 class RateLimit:
-    """At most `burst` calls at once, and `per_second` in the long run, for each caller. Safe for several threads."""
+    """At most `burst` calls, or bytes, at once, and `per_second` in the long run, for each caller. Safe for several threads."""
 
     def __init__(self, *, per_second: float, burst: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         """Begin with nobody known.
@@ -27,14 +27,14 @@ class RateLimit:
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def allows(self, caller: str) -> bool:
-        """Whether the caller may make this call; counts it if so."""
+    def allows(self, caller: str, cost: int = 1) -> bool:
+        """Whether the caller may have so much; counts it if so."""
         now = self._monotonic()
         with self._lock:
             left, since = self._buckets.pop(caller, (float(self._burst), now))
             left = min(float(self._burst), left + (now - since) * self._per_second)
-            allowed = left >= 1
-            self._buckets[caller] = (left - 1 if allowed else left, now)
+            allowed = left >= cost
+            self._buckets[caller] = (left - cost if allowed else left, now)
             if len(self._buckets) > _MOST_CALLERS:
                 self._buckets.popitem(last=False)
         return allowed

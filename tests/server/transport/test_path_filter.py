@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfed_server.transport.path_filter import BODY_LIMIT, FLEET, passes
+from pathfed_server.transport.path_filter import BODY_LIMIT, FLEET, SITE_BURST, passes
 
 CONTROL = "/v1/control/list-runs"
 RUNTIME = "/v1/runtime/acquire-task"
@@ -96,6 +96,17 @@ def test_a_body_without_a_stated_length_is_cut_at_the_limit(engine) -> None:
         assert connection.getresponse().status == 413
     finally:
         connection.close()
+
+
+def test_a_site_that_sends_without_end_is_stopped_and_no_other_one(engine) -> None:
+    def send(key: str) -> int:
+        headers = {"flwr-public-key-bin": key, "Content-Type": "application/octet-stream"}
+        return _status(engine.fleet_port, engine.ca, FLEET_PATH, headers=headers, body=bytes(BODY_LIMIT))
+
+    answers = [send("loud") for _ in range(SITE_BURST // BODY_LIMIT)]
+    assert 429 not in answers[:-1]
+    assert answers[-1] == 429, "with what the requests themselves count, the last one is too much"
+    assert send("quiet") == answers[0]
 
 
 def test_methods_other_than_get_and_post_are_refused(engine) -> None:
