@@ -4,7 +4,7 @@ import json
 import re
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,8 +24,9 @@ _LOOK_S = 0.3
 _STOPS_WITHIN_S = 20.0
 #: The kind of a case that kills every process of everybody, as when a machine loses power.
 EVERYTHING = "everything"
-#: Rounds that may pass an armed instant by before it counts as missed.
-_ROUNDS = 2
+#: Rounds that may pass an armed instant by before it counts as missed, and how often a case is missed before it is given up. A rank trains
+#: only when a patient was drawn, and one round in eleven draws none (2 of 6 expected).
+_ROUNDS, _CHANCES = 2, 3
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Conductor:
     one_at_a_time: bool = False
     happened: list[Happened] = field(default_factory=list)
     _committed: int = -1
+    _missed: Counter[Case] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         lanes = dict.fromkeys("" if self.one_at_a_time else case.owner for case in self.cases)
@@ -166,8 +168,15 @@ class Conductor:
             if lane.armed is not None and committed is not None and committed >= lane.since + _ROUNDS:
                 with suppress(FileNotFoundError):
                     (self.world.instants / "armed" / lane.armed.name).unlink()
-                    self._write(Happened(case=lane.armed, round_index=committed, hit=False))
+                    self._miss(lane, lane.armed, committed)
                     lane.armed = None
+
+    def _miss(self, lane: _Lane, case: Case, committed: int) -> None:
+        self._missed[case] += 1
+        if self._missed[case] < _CHANCES:
+            lane.waiting.append(case)
+        else:
+            self._write(Happened(case=case, round_index=committed, hit=False))
 
     def _write(self, found: Happened) -> None:
         self.happened.append(found)

@@ -52,13 +52,14 @@ def reset(writer: asyncio.StreamWriter) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, handler: Handler = echo, *, plain: bool = False) -> AsyncIterator[Server]:
-    """A server on loopback whose certificate's CA is written to `folder`/ca.pem."""
+async def serving(folder: Path, handler: Handler = echo, *, plain: bool = False, port: int = 0) -> AsyncIterator[Server]:
+    """A server on loopback whose certificate's CA is written to `folder`/ca.pem, or is there from an earlier one."""
     context = None
     if not plain:
-        tls = make_tls("test", ["127.0.0.1"], now=NOW)
-        for name, data in {"ca.pem": tls.ca_certificate, "cert": tls.certificate, "key": tls.key}.items():
-            (folder / name).write_bytes(data)
+        if not (folder / "cert").exists():
+            tls = make_tls("test", ["127.0.0.1"], now=NOW)
+            for name, data in {"ca.pem": tls.ca_certificate, "cert": tls.certificate, "key": tls.key}.items():
+                (folder / name).write_bytes(data)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(folder / "cert", folder / "key")
     server = Server(0, handler)
@@ -76,7 +77,7 @@ async def serving(folder: Path, handler: Handler = echo, *, plain: bool = False)
             writer.close()
             await writer.wait_closed()
 
-    listener = await asyncio.start_server(begin, "127.0.0.1", 0, ssl=context)
+    listener = await asyncio.start_server(begin, "127.0.0.1", port, ssl=context)
     server.port = listener.sockets[0].getsockname()[1]
     try:
         yield server

@@ -44,6 +44,8 @@ IDLE_S = 600.0
 STALL_S = 120.0
 _MOST_CONNECTIONS = 64
 _HANDSHAKE_S = 10.0
+#: Seconds after which a destination that is still away is told of again. It is tried every two or three.
+_TELL_AGAIN_S = 600.0
 _AWAY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class Relay:
         self._count = 0
         self._open: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
+        self._told_away: dict[Address, tuple[str, float]] = {}
         self._refused: asyncio.Future[PathfedError] = asyncio.get_running_loop().create_future()
 
     async def serve(self, way: Way) -> int:
@@ -166,14 +169,19 @@ class Relay:
         except PathfedError as error:
             await self._away(client, way, error)
             return
+        if self._told_away.pop(way.destination, None):
+            _log.info("%s is there again", way.destination)
         try:
             await self._both_ways(client, server, count)
         finally:
             await close(server[1])
 
     async def _away(self, client: Stream, way: Way, error: PathfedError) -> None:
-        """Say why, and answer what the client asks with `503`."""
-        _log.error("%s %s (%s)", error.code.value, error.what, error.where)
+        """Say why, now and then, and answer what the client asks with `503`."""
+        line, (told, told_at) = f"{error.code.value} {error.what} ({error.where})", self._told_away.get(way.destination, ("", 0.0))
+        if line != told or self._now() >= told_at + _TELL_AGAIN_S:
+            _log.error("%s", line)
+            self._told_away[way.destination] = line, self._now()
         if error.code is ErrorCode.CERTIFICATE_REFUSED and not self._refused.done():
             self._refused.set_result(error)
         if way.inner is not None:

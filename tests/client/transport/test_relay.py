@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from packet_capture import Building, building
-from relay_world import NOW, echo, end, never_reads, relaying, reset, serving, until
+from relay_world import NOW, Relayed, echo, end, never_reads, relaying, reset, serving, until
 
 from pathfed_client.egress import connection as counting
 from pathfed_client.egress.entry import EgressKind
@@ -115,17 +115,31 @@ def test_a_server_with_another_consortiums_certificate_gets_nothing_and_the_clie
     asyncio.run(scene())
 
 
-def test_a_server_that_is_away_is_no_entry_and_the_client_is_told_to_try_again(tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_no_entry_and_the_client_is_told_to_try_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def ask(relayed: Relayed) -> None:
+        reader, writer = await relayed.client()
+        writer.write(SENT)
+        assert (await reader.read(1000)).startswith(b"HTTP/1.1 503 ")
+        await end(writer)
+
     async def scene() -> None:
         async with serving(tmp_path) as server:
             port = server.port
         async with relaying(tmp_path, port) as relayed:
-            reader, writer = await relayed.client()
-            writer.write(SENT)
-            assert (await reader.read(1000)).startswith(b"HTTP/1.1 503 ")
-            await end(writer)
-        assert relayed.left() == []
+            for _ in range(3):
+                await ask(relayed)
+            assert sum(line.startswith("PF403") for line in caplog.messages) == 1, "the log tells of it once"
+            async with serving(tmp_path, port=port):
+                reader, writer = await relayed.client()
+                writer.write(SENT)
+                assert await reader.readexactly(len(SENT)) == SENT
+                await end(writer)
+            assert f"127.0.0.1:{port} is there again" in caplog.messages
+            await ask(relayed)
+            assert sum(line.startswith("PF403") for line in caplog.messages) == 2
+        assert {one.size for one in relayed.left()} == {0, len(SENT)}
 
+    caplog.set_level(logging.INFO)
     asyncio.run(scene())
 
 
