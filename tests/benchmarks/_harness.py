@@ -31,9 +31,9 @@ class Target:
     relation: str
     bound: float
 
-    def met(self, figure: float) -> bool:
-        """Whether the figure keeps it; a figure that is not a number does not."""
-        return _COMPARE[self.relation](figure, self.bound)
+    def met(self, figure: float | None) -> bool:
+        """Whether the figure keeps it; one that was not measured, or is not a number, does not."""
+        return figure is not None and _COMPARE[self.relation](figure, self.bound)
 
 
 def arguments(description: str | None, *extra: tuple[str, dict[str, Any]]) -> argparse.Namespace:
@@ -94,7 +94,7 @@ def finish(name: str, figures: Mapping[str, Any], targets: Mapping[str, Target])
     Returns:
         Exit status: 0 when every target is met, else 1.
     """
-    met = all(target.met(float(figures[key])) for key, target in targets.items())
+    met = all(target.met(figures[key]) for key, target in targets.items())
     line = {
         "name": name,
         "figures": dict(figures),

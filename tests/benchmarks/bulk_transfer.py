@@ -129,7 +129,7 @@ def main() -> int:
         ("--blocks", {"type": int, "help": "runs of each side"}),
         ("--sizes", {"type": int, "nargs": "+", "help": "MB"}),
         ("--relay", {"action": "store_true", "help": "also through a site's relay"}),
-        ("--no-flower", {"action": "store_true", "help": "leave Flower's side out; its figure is then not a number"}),
+        ("--no-flower", {"action": "store_true", "help": "leave Flower's side out; its figure is then null, and its target not met"}),
         ("--flower-large", {"action": "store_true", "help": "Flower's side at the largest size, too"}),
     )
     end_on_terminate()
@@ -248,12 +248,13 @@ def _figures(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
         return (theirs - small) / statistics.median(bench.seconds[size, way])
 
     compared = [size for size in given.sizes if (size, "Flower up") in bench.seconds]
+    by_way = {f"{size} MB {way}": round(over_flower(size, way), 2) for size in compared for way in ("down", "up")}
     peaks = [peak for name, peak in bench.peaks.items() if not name.startswith("plain")]
     return {
         "down_over_plain": round(ratio("down"), 3),
         "up_over_plain": round(ratio("up"), 3),
-        "over_flower": round(min((over_flower(size, way) for size in compared for way in ("down", "up")), default=float("nan")), 2),
-        "over_flower_by_way": {f"{size} MB {way}": round(over_flower(size, way), 2) for size in compared for way in ("down", "up")},
+        "over_flower": min(by_way.values(), default=None),
+        "over_flower_by_way": by_way,
         "peak_mb": max(peaks),
         "mb_s": rates,
         "flower_s": {f"{size} MB {way}": spread(found) for (size, way), found in bench.seconds.items() if way.startswith("Flower")},
