@@ -70,7 +70,7 @@ def main() -> int:
     before = machine()
     wanted = _AT_SERVER if given.quick else (*_AT_SERVER, *_AT_SITES)
     cases = [_case(each, [one.name for one in hospitals]) for each in wanted]
-    world = World(out=root / "consortium", hospitals=hospitals, plan_text=matrix_plan(2 * len(cases) + 3))
+    world = World(out=root / "consortium", hospitals=hospitals, plan_text=matrix_plan(2 * len(cases) + 9))
     tell("setting the consortium up")
     world.set_up()
     with world.again() as made:
