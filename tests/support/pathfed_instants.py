@@ -30,6 +30,8 @@ POINTS: dict[str, dict[str, tuple[str, str]]] = {
     "pathfed_server.rounds.collection": {"admit": ("collecting", "checked")},
     "pathfed_server.rounds.files": {"RunFiles.keep": ("", "spooled")},
     "pathfed_server.db.rounds_store": {"RoundsStore.commit_round": ("", "in the database")},
+    # SuperLink has marked the offer as delivered, and its answer has not left.
+    "flwr.superlink.servicer.fleet.fleet_handlers": {"message_to_proto": ("", "offer delivered")},
     "pathfed_client.transport.resident_runner": {
         "pull_task_input": ("offer travels", ""),
         "_answered": ("offer taken", ""),

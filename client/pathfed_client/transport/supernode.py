@@ -1,6 +1,6 @@
 """Our launcher of Flower's SuperNode: the one place that touches its private loop.
 
-Five things are changed, and nothing else:
+Six things are changed, and nothing else:
 
     - A SuperNode whose connection loop has died can go on serving its health and runtime ports (a zombie). The launcher ends the whole
       process when the loop returns or raises, so that the supervisor sees it and starts it again.
@@ -14,6 +14,7 @@ Five things are changed, and nothing else:
       server's round loop that dies while a message is being taken leaves one whose reply comes uncounted: it is sent in the place of the
       next one's, and so for ever, each reply a message too late. The launcher lets the loop send whenever a reply is there.
     - Heartbeats come twice as often (`heartbeat.py`).
+    - After an answer that was cut on its way, and may have taken an offer with it, a new session is begun (`session.py`).
 
 flwr is pinned exactly, and tests/client/transport/test_supernode.py fails when the loop changes.
 
@@ -33,6 +34,7 @@ from typing import Any, BinaryIO
 from flwr.supernode.cli import flower_supernode
 
 from pathfed_client.transport.heartbeat import beat_often
+from pathfed_client.transport.session import renew_after_cut
 from pathfed_client.transport.site_engine import LOCK_VARIABLE
 from pathfed_common import process_lock
 
@@ -145,6 +147,7 @@ def main() -> None:
     lock = hold_lock()  # until the process ends
     end_with_any_thread()
     beat_often()
+    renew_after_cut()
     send_every_reply()
     end_when_stuck(shorten_idle_sleep())
     try:

@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -133,6 +133,8 @@ async def _pass_on(client: httpx.AsyncClient, request: Request, raw_path: bytes,
         return _too_large()
     except _TooMuchError:
         return _too_much()
+    except ClientDisconnect:
+        return PlainTextResponse("cut off", status_code=400)  # nobody reads it
 
     async def chunks() -> AsyncIterator[bytes]:
         try:
