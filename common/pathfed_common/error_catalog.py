@@ -578,7 +578,7 @@ _TRANSPORT: dict[Code, CatalogEntry] = {
     ),
     Code.RATE_LIMITED: CatalogEntry(
         "Too many requests in a short time",
-        "The server takes so many requests a second from one site or address, and no more.",
+        "The server takes so many requests a second from one site or address, and so many bytes at the fleet door, and no more.",
         "Wait a minute. If pathfed does this by itself, tell us: it should not.",
         "both",
     ),

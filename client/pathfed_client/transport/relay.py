@@ -178,7 +178,8 @@ class Relay:
 
     async def _away(self, client: Stream, way: Way, error: PathfedError) -> None:
         """Say why, now and then, and answer what the client asks with `503`."""
-        line, (told, told_at) = f"{error.code.value} {error.what} ({error.where})", self._told_away.get(way.destination, ("", 0.0))
+        line = f"{error.code.value} {error.what} ({error.where})"
+        told, told_at = self._told_away.get(way.destination, ("", 0.0))
         if line != told or self._now() >= told_at + _TELL_AGAIN_S:
             _log.error("%s", line)
             self._told_away[way.destination] = line, self._now()

@@ -20,12 +20,14 @@ _MOST_LENGTH_BYTES = 4
 
 def with_piece(head: pb.GetShardReply | pb.PutShardRequest, piece: Piece) -> bytes:
     """A message, whose other fields `head` has, with a piece."""
+    if not piece:
+        return head.SerializeToString()
     length, left = bytearray(), len(piece)
     while left >> _BITS:
         length.append(left & 0x7F | 0x80)
         left >>= _BITS
     length.append(left)
-    return b"".join((head.SerializeToString(), _tag(type(head)), length, piece)) if piece else head.SerializeToString()
+    return b"".join((head.SerializeToString(), _tag(type(head)), length, piece))
 
 
 def piece_of(kind: Kind, data: bytes) -> Piece:

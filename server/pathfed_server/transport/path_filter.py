@@ -104,12 +104,11 @@ def make_filter(upstream: str, ca_file: str) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])], lifespan=lifespan)
 
 
-class _TooLargeError(Exception):
-    """A body without a stated length turned out to be larger than `BODY_LIMIT`."""
+class _RefusedError(Exception):
+    """A body is refused in its middle: it is larger than `BODY_LIMIT`, or its sender's allowance is spent."""
 
-
-class _TooMuchError(Exception):
-    """The sender's allowance is spent."""
+    def __init__(self, response: Response) -> None:
+        self.response = response
 
 
 def _too_large() -> Response:
@@ -129,10 +128,8 @@ async def _pass_on(client: httpx.AsyncClient, request: Request, raw_path: bytes,
         answer = await client.send(outgoing, stream=True)
     except httpx.TransportError:
         return PlainTextResponse("upstream unavailable", status_code=503)
-    except _TooLargeError:
-        return _too_large()
-    except _TooMuchError:
-        return _too_much()
+    except _RefusedError as error:
+        return error.response
     except ClientDisconnect:
         return PlainTextResponse("cut off", status_code=400)  # nobody reads it
 
@@ -153,9 +150,9 @@ async def _limited(request: Request, allowance: Allowance) -> AsyncIterator[byte
     async for chunk in request.stream():
         passed += len(chunk)
         if passed > BODY_LIMIT:
-            raise _TooLargeError
+            raise _RefusedError(_too_large())
         if not allowance.takes(request, len(chunk)):
-            raise _TooMuchError
+            raise _RefusedError(_too_much())
         yield chunk
 
 

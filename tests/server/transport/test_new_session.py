@@ -1,23 +1,19 @@
 """A SuperNode whose question for messages was cut is in a new session with the real SuperLink afterwards; otherwise it stays in its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.control_pb2 import ListNodesRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import Message
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from pathfed_client.transport import session
-from pathfed_server.transport.flower_control import FlowerControl, node_key
+from pathfed_server.transport.flower_control import FlowerControl
 
 ASKED = "pull-messages"
 
@@ -57,29 +53,12 @@ class Asking:
 
 
 @pytest.fixture
-def asking(engine, tmp_path, write_node_key, monkeypatch) -> Iterator[Asking]:
-    for name in ("PullMessages", "SendNodeHeartbeat", "DeactivateNode"):
-        monkeypatch.setattr(FleetHttpClient, name, getattr(FleetHttpClient, name))  # put back afterwards
+def asking(engine, sign_in, monkeypatch) -> Asking:
+    monkeypatch.setattr(FleetHttpClient, "PullMessages", FleetHttpClient.PullMessages)  # put back afterwards
     session.renew_after_cut()
-    public = node_key(write_node_key(tmp_path / "key"))
-    private = load_ssh_private_key((tmp_path / "key").read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    with FlowerControl(f"127.0.0.1:{engine.superlink_port}", engine.ca) as control:
-        control.ensure_nodes([public])
     line = Line()
-    client = FleetHttpClient.from_server_address(
-        server_address=f"127.0.0.1:{engine.fleet_port}",
-        insecure=False,
-        root_certificates=engine.ca.read_bytes(),
-        interceptors=[
-            line,
-            RuntimeVersionHttpInterceptor(component_name="supernode"),
-            NodeAuthHttpInterceptor(private, private.public_key()),
-        ],
-    )
-    node = Node(node_id=client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)).node_id)
-    yield Asking(engine, client, public, line, node)
-    client.close()
+    made = sign_in("north", line)
+    return Asking(engine, made.client, made.public, line, made.node)
 
 
 def cut() -> Exception:

@@ -8,17 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from pathfed_server.transport.flower_control import FlowerControl, node_key
+from pathfed_server.transport.flower_control import FlowerControl
 
 UNAUTHENTICATED = 401
 
@@ -39,15 +32,10 @@ class Recorded:
 
 
 @pytest.fixture
-def signed_in(engine, tmp_path, write_node_key) -> Callable[[str], tuple[bytes, Recorded]]:
+def signed_in(sign_in) -> Callable[[str], Recorded]:
     """Sign a node in through the fleet door, and record its heartbeat."""
 
-    registered: list[bytes] = []
-
-    def sign_in(name: str) -> tuple[bytes, Recorded]:
-        public = node_key(write_node_key(tmp_path / name))
-        private = load_ssh_private_key((tmp_path / name).read_bytes(), None)
-        assert isinstance(private, ec.EllipticCurvePrivateKey)
+    def sign_in_and_record(name: str) -> Recorded:
         found: list[Recorded] = []
 
         class Record:
@@ -57,31 +45,15 @@ def signed_in(engine, tmp_path, write_node_key) -> Callable[[str], tuple[bytes, 
                 found.append(Recorded(request.url, headers, request.read()))
                 return call_next(context)
 
-        with FlowerControl(f"127.0.0.1:{engine.superlink_port}", engine.ca) as control:
-            registered.append(public)
-            control.ensure_nodes(registered)
-        client = FleetHttpClient.from_server_address(
-            server_address=f"127.0.0.1:{engine.fleet_port}",
-            insecure=False,
-            root_certificates=engine.ca.read_bytes(),
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="supernode"),
-                NodeAuthHttpInterceptor(private, private.public_key()),
-                Record(),
-            ],
-        )
-        try:
-            node = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)).node_id
-            client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30.0))
-        finally:
-            client.close()
-        return public, found[-1]
+        made = sign_in(name, Record())
+        made.client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=made.node, heartbeat_interval=30.0))
+        return found[-1]
 
-    return sign_in
+    return sign_in_and_record
 
 
 def test_a_recorded_heartbeat_is_worth_nothing_once_the_site_is_revoked(engine, signed_in):
-    _, recorded = signed_in("north")
+    recorded = signed_in("north")
     assert recorded.again(engine.ca) == httpx.codes.OK, "within five minutes Flower takes it: TLS keeps it from being recorded"
     with FlowerControl(f"127.0.0.1:{engine.superlink_port}", engine.ca) as control:
         control.ensure_nodes([])  # what the daemon does when a site is revoked
@@ -91,7 +63,7 @@ def test_a_recorded_heartbeat_is_worth_nothing_once_the_site_is_revoked(engine, 
 @pytest.mark.parametrize("seconds", [-3600, 3600])
 def test_a_recorded_heartbeat_is_not_carried_to_another_time(engine, signed_in, seconds):
     """The time is what is signed: an old one is out of the window, and a changed one is not signed."""
-    _, recorded = signed_in("north")
+    recorded = signed_in("north")
     signed_at = datetime.fromisoformat(recorded.headers[TIMESTAMP_HEADER.lower()])
     for shift in (seconds, 1):
         changed = (signed_at + timedelta(seconds=shift)).isoformat()
@@ -99,7 +71,7 @@ def test_a_recorded_heartbeat_is_not_carried_to_another_time(engine, signed_in, 
 
 
 def test_one_nodes_sign_in_does_not_speak_for_another(engine, signed_in):
-    _, north = signed_in("north")
-    _, south = signed_in("south")
+    north = signed_in("north")
+    south = signed_in("south")
     mixed = Recorded(north.url, south.headers, north.body)
     assert mixed.again(engine.ca) == UNAUTHENTICATED
